@@ -1,0 +1,195 @@
+"""Rows from files, folders and the hub, turned into conversations (lists of role/content messages).
+
+Nothing here knows tokens: `dataloader.py` does. A source is a local JSONL/JSON/Parquet file, a folder written by
+`datasets.save_to_disk`, or `hub_name:split`. A format is found from the columns unless the config names it.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Message = dict[str, str]
+HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
+
+
+class Conversation(NamedTuple):
+    """A prompt and what may follow it. Each response is a list of messages that continues the prompt."""
+
+    prompt: list[Message]
+    chosen: list[Message] | None
+    rejected: list[Message] | None
+    response: list[Message] | None
+    meta: dict[str, Any]
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSONL file; a broken line is a ValueError with file and line number."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}): {line[:80]!r}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: a row must be an object, this is {type(row).__name__}")
+            yield row
+
+
+def read_rows(source: str, key: str = "datasets") -> list[dict[str, Any]]:
+    """Return the rows of a local file, a saved `datasets` folder, or `hub_name:split`. `key` is for messages."""
+    path = Path(source).expanduser()
+    if path.suffix in (".jsonl", ".ndjson"):
+        return list(read_jsonl(_existing(path, key)))
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(_existing(path, key).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path}: a .json source must be a list of objects; for one object a line use .jsonl")
+        return rows
+    import datasets  # heavy, and needless for JSON files
+
+    if path.suffix == ".parquet":
+        return datasets.Dataset.from_parquet(str(_existing(path, key)), cache_dir=None).to_list()
+    if path.is_dir():
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except Exception as error:
+            raise ValueError(f"{key}={source}: the folder was not written by datasets.save_to_disk ({error})") from error
+        if isinstance(loaded, datasets.DatasetDict):
+            raise ValueError(f"{key}={source} holds several splits ({', '.join(loaded)}): name the folder of one")
+        return loaded.to_list()
+    if ":" not in source:
+        raise ValueError(f"{key}={source}: no such file or folder; a hub data set is written hub_name:split")
+    name, split = source.rsplit(":", 1)
+    try:
+        return datasets.load_dataset(name, split=split).to_list()
+    except Exception as error:
+        raise ValueError(
+            f"{key}={source}: could not be had from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"Point {key} at a local copy, e.g. {key}=my.jsonl"
+        ) from error
+
+
+def _existing(path: Path, key: str) -> Path:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*" + path.suffix)) if path.parent.is_dir() else []
+        hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
+        raise ValueError(f"{key}={path}: no such file{hint}")
+    return path
+
+
+def find_format(row: dict[str, Any], where: str) -> str:
+    """Name the format of a row from its columns: generation, messages, strings, hh or shp."""
+    if "response_ids" in row and "prompt_ids" in row:
+        return "generation"
+    if {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys():
+        return "shp"
+    chosen = row.get("chosen")
+    if isinstance(chosen, str) and "prompt" not in row and chosen.startswith(HUMAN.rstrip(" ")):
+        return "hh"
+    if isinstance(row.get("messages"), list) or isinstance(chosen, list):
+        return "messages"
+    if "prompt" in row and (isinstance(chosen, str) or "response" in row or "chosen" not in row):
+        return "strings"
+    raise ValueError(
+        f"{where}: cannot tell the format from the columns {sorted(row)}. Known: `messages`; `chosen` and `rejected` "
+        "lists of role/content; `prompt` with `response`, or with `chosen` and `rejected`; `prompt` alone"
+    )
+
+
+def to_conversation(row: dict[str, Any], fmt: str, where: str) -> Conversation:
+    """Turn a row of a known format into a conversation; ValueError names `where` (source and row)."""
+    try:
+        return _PARSERS[fmt](row)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{where}: not a row of format {fmt!r} ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _checked(messages: Any) -> list[Message]:
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages must be a non-empty list of role/content objects, this is {messages!r:.80}")
+    return [{"role": str(m["role"]), "content": str(m["content"] or "")} for m in messages]
+
+
+def _split_last(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"the last message must be the assistant's, its role is {messages[-1]['role']!r}")
+    return messages[:-1], messages[-1:]
+
+
+def _reply(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _meta(row: dict[str, Any]) -> dict[str, Any]:
+    heavy = ("messages", "chosen", "rejected", "prompt", "response", "prompt_ids", "response_ids", "history")
+    return {k: v for k, v in row.items() if k not in heavy}
+
+
+def _from_messages(row: dict[str, Any]) -> Conversation:
+    if row.get("chosen") is not None:
+        prompt, chosen = _split_last(_checked(row["chosen"]))
+        other, rejected = _split_last(_checked(row["rejected"]))
+        if prompt != other:
+            raise ValueError("chosen and rejected answer different prompts")
+        if not prompt:
+            prompt = _checked(row["prompt"])
+        return Conversation(prompt, chosen, rejected, None, _meta(row))
+    messages = _checked(row["messages"])
+    if messages[-1]["role"] != "assistant":
+        return Conversation(messages, None, None, None, _meta(row))
+    prompt, response = _split_last(messages)
+    return Conversation(prompt, None, None, response, _meta(row))
+
+
+def _from_strings(row: dict[str, Any]) -> Conversation:
+    prompt = _checked(row["prompt"])
+    if "chosen" in row:
+        return Conversation(prompt, _reply(row["chosen"]), _reply(row["rejected"]), None, _meta(row))
+    response = _reply(row["response"]) if row.get("response") is not None else None
+    return Conversation(prompt, None, None, response, _meta(row))
+
+
+def parse_hh(text: str) -> list[Message]:
+    """Split "\\n\\nHuman: ... \\n\\nAssistant: ..." into messages."""
+    messages: list[Message] = []
+    for chunk in text.replace(ASSISTANT.rstrip(" "), "\0assistant\0").replace(HUMAN.rstrip(" "), "\0user\0").split("\0"):
+        if chunk in ("assistant", "user"):
+            messages.append({"role": chunk, "content": ""})
+        elif messages:
+            messages[-1]["content"] = chunk.strip()
+        elif chunk.strip():
+            raise ValueError(f"an hh text must begin with {HUMAN!r}, this one begins with {chunk[:40]!r}")
+    return messages
+
+
+def _from_hh(row: dict[str, Any]) -> Conversation:
+    return _from_messages({"chosen": parse_hh(row["chosen"]), "rejected": parse_hh(row["rejected"])})
+
+
+def _from_shp(row: dict[str, Any]) -> Conversation:
+    first, second = row["human_ref_A"], row["human_ref_B"]
+    chosen, rejected = (first, second) if int(row["labels"]) == 1 else (second, first)
+    return Conversation(_checked(row["history"]), _reply(chosen), _reply(rejected), None, _meta(row))
+
+
+def _from_generation(row: dict[str, Any]) -> Conversation:
+    return Conversation(_checked(row["prompt"]), None, None, _reply(row["response"]), _meta(row))
+
+
+_PARSERS = {
+    "messages": _from_messages,
+    "strings": _from_strings,
+    "hh": _from_hh,
+    "shp": _from_shp,
+    "generation": _from_generation,
+}

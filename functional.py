@@ -1,0 +1,118 @@
+"""Pure tensor maths of the losses: token log-probabilities, top-k divergences, expected advantages.
+
+Letters: N response tokens of a whole batch (flat), V vocabulary, K teacher entries, B rows. Logits come in the model's
+dtype; maths is done in float32 (float64 stays float64), chunk by chunk, and each chunk is computed again in the
+backward pass, so that no float32 [N, V] tensor is ever held.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1024
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _chunked(function: Callable[..., Tensor], logits: Tensor, others: tuple[Tensor, ...], chunk: int) -> Tensor:
+    """Apply function(logits [n, V], *others [n, ...]) -> [n, ...] to chunks of rows and join the results."""
+    parts = []
+    for pieces in zip(logits.split(chunk), *(other.split(chunk) for other in others), strict=True):
+        if torch.is_grad_enabled() and logits.requires_grad:
+            parts.append(checkpoint(function, *pieces, use_reentrant=False))
+        else:
+            parts.append(function(*pieces))
+    return torch.cat(parts)
+
+
+def token_logps(logits: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Return log pi(target) of each token [N], as gather minus logsumexp of logits [N, V]."""
+    return gather_logps(logits, targets.unsqueeze(-1), chunk).squeeze(-1)
+
+
+def _gather(logits: Tensor, ids: Tensor) -> Tensor:
+    return _wide(logits.gather(-1, ids)) - _wide(logits).logsumexp(-1, keepdim=True)
+
+
+def gather_logps(logits: Tensor, ids: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Return the full-softmax log-probabilities at ids [N, K]."""
+    return _chunked(_gather, logits, (ids,), chunk)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    logps = _wide(logits).log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+def entropies(logits: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Return the entropy in nats of each token's distribution [N]."""
+    return _chunked(_entropy, logits, (), chunk)
+
+
+def topk_logps(logits: Tensor, k: int, chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the k most probable ids [N, K], their log-probabilities [N, K] and the remaining mass [N]; no gradient."""
+    if k > logits.shape[-1]:
+        raise ValueError(f"top_k={k} is more than the vocabulary of {logits.shape[-1]}")
+    with torch.no_grad():
+        ids = torch.cat([part.topk(k, dim=-1).indices for part in logits.split(chunk)])
+        logps = gather_logps(logits, ids, chunk)
+        tail = (1.0 - logps.exp().sum(-1)).clamp_min(0.0)
+    return ids, logps, tail
+
+
+def _log_rest(logps: Tensor) -> Tensor:
+    """Return log(1 - sum exp(logps)) [n], bounded below where the entries hold all the mass.
+
+    The bound is the precision of the sum: below it the remaining mass cannot be told from rounding.
+    """
+    rest = 1.0 - logps.exp().sum(-1)
+    return rest.clamp_min(torch.finfo(logps.dtype).eps).log()
+
+
+def topk_kl(logits: Tensor, ids: Tensor, teacher_logps: Tensor, tail: str = "bucket", chunk: int = CHUNK) -> Tensor:
+    """Return KL(teacher || student) of each token [N] on the teacher's entries ids, teacher_logps [N, K].
+
+    tail: `bucket` puts the remaining mass of both sides into one more entry; `renormalize` divides both sides by their
+    mass in the support; `truncate` drops the rest (not a divergence: it can be negative).
+    Source: ADPA, arXiv 2502.17927, section 3.1.
+    """
+    if tail == "renormalize" and ids.shape[-1] == 1:
+        raise ValueError("tail='renormalize' with one entry is identically zero; use tail='bucket' or a larger top_k")
+    if tail not in ("bucket", "renormalize", "truncate"):
+        raise ValueError(f"tail={tail!r} is not known; choose bucket, renormalize or truncate")
+
+    def kl(part: Tensor, part_ids: Tensor, teacher: Tensor) -> Tensor:
+        student = _gather(part, part_ids)
+        teacher = teacher.to(student.dtype)
+        if tail == "renormalize":
+            student = student - student.logsumexp(-1, keepdim=True)
+            teacher = teacher - teacher.logsumexp(-1, keepdim=True)
+        total = (teacher.exp() * (teacher - student)).sum(-1)
+        if tail == "bucket":
+            log_rest = _log_rest(teacher)
+            total = total + log_rest.exp() * (log_rest - _log_rest(student))
+        return total
+
+    return _chunked(kl, logits, (ids, teacher_logps), chunk)
+
+
+def expected_advantage(logits: Tensor, ids: Tensor, advantages: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Return sum_a pi_theta(a) A(a) of each token [N]: the full softmax gathered at ids, A = advantages [N, K].
+
+    Source: ADPA, arXiv 2502.17927, eq. 11.
+    """
+
+    def expected(part: Tensor, part_ids: Tensor, values: Tensor) -> Tensor:
+        probabilities = _gather(part, part_ids).exp()
+        return (probabilities * values.to(probabilities.dtype)).sum(-1)
+
+    return _chunked(expected, logits, (ids, advantages), chunk)
+
+
+def row_sums(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Sum values [N] by their row index [N] into [num_rows]."""
+    return torch.zeros(num_rows, dtype=values.dtype, device=values.device).index_add(0, rows, values)

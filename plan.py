@@ -1,0 +1,420 @@
+"""The plan of a pipeline: recipes of the `pipeline` group -> stages with folder, digest and command. Nothing runs here.
+
+A stage lives in cache_dir/stages/NAME-DIGEST. The digest covers the task, the method's VERSION, the composed config as
+far as it can change the result, the content of data files, and (through their folders' names) the stages it needs.
+DONE there: skip. So a changed knob runs again exactly what is downstream, and two pipelines share a teacher.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from schema import nearest, require, settings_from, typed
+
+ROOT = Path(__file__).resolve().parent
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+# What a task reads beside the run section; every other section is left out of its digest and of its command.
+SECTIONS = {
+    "train": ("model", "loss", "datasets"),
+    "cache": ("model", "datasets", "cache"),
+    "generate": ("model", "datasets", "generation"),
+    "evaluate": ("model", "datasets", "evaluation"),
+    "world": (),
+    "summarise": ("evaluation",),
+}
+RUN_KEYS = {"world": ("seed",), "summarise": ()}  # of the run section; training: all; others: these
+SCORING_RUN_KEYS = ("seed", "n_examples", "n_eval_examples")
+# Where a run lands and what it shows on the way; how it evaluates itself while training changes no weight.
+UNIMPORTANT = (
+    "exp_name", "run_count", "cache_dir", "debug", "dry_run", "wandb", "strategy", "log_every", "save_every",
+    "keep_last", "intermediate_checkpoints", "eval_every", "do_first_eval", "n_eval_examples",
+)  # fmt: skip
+TRAINING_MODEL_KEYS = (
+    "batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_grad_norm", "activation_checkpointing",
+    "use_peft", "peft", "master_dtype",
+)  # fmt: skip
+OWN_KEYS = ("pipeline", "hydra", "exp_name", "run_count", "cache_dir", "dry_run", "datasets")
+PER_STAGE = {
+    "task": "pipeline.stages.STAGE.task=...",
+    "loss": "pipeline.stages.STAGE.set.loss.KEY=...",
+    "seed": "pipeline.seeds=[...]",
+    "model": "pipeline.teacher=GROUP and pipeline.student=GROUP",
+    "model.name_or_path": "++pipeline.teacher_set.model.name_or_path=... (or student_set)",
+    "model.load_from": "++pipeline.teacher_set.model.name_or_path=... (or student_set)",
+    "model.from_checkpoint": "++pipeline.teacher_set.model.name_or_path=... (or student_set)",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One entry of `stages`. `set` is laid over the stage's config; "{other}" in it is the folder of another stage, "{seed}" the seed."""
+
+    task: str = "train"
+    loss: str | None = None  # config group
+    model: str = "student"  # role: teacher | student
+    start: str | None = None  # stage whose FINAL folder this one starts from
+    data: str | None = None  # entry of `data`
+    set: dict[str, Any] = field(default_factory=dict)
+    accelerate_config: str | None = None
+    once: bool = False  # one instance for all seeds
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The `pipeline` group."""
+
+    name: str
+    teacher: str
+    student: str
+    stages: dict[str, Any]
+    parallel: int = 1
+    seeds: list[int] = field(default_factory=lambda: [1])
+    set: dict[str, Any] = field(default_factory=dict)
+    teacher_set: dict[str, Any] = field(default_factory=dict)
+    student_set: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    accelerate_config: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.parallel >= 1, f"pipeline.parallel={self.parallel} must be at least 1")
+        distinct = len(set(self.seeds)) == len(self.seeds) > 0
+        require(distinct, f"pipeline.seeds={self.seeds} must be one or more different numbers")
+
+
+class Stage(NamedTuple):
+    """A stage of one seed, ready to run."""
+
+    label: str
+    name: str
+    seed: int
+    digest: str
+    folder: Path
+    needs: tuple[Path, ...]
+    command: list[str]
+
+    @property
+    def done(self) -> bool:
+        """Tell whether the stage has finished."""
+        return (self.folder / "DONE").is_file()
+
+
+# ---- recipes
+
+
+def merged(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Lay nested mappings over one another, the later ones on top."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("a.b.c", value) for every leaf."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def mentioned(value: Any) -> list[str]:
+    """Return the stage names in the placeholders of a value."""
+    if isinstance(value, list):
+        return [name for item in value for name in mentioned(item)]
+    return [name for name in PLACEHOLDER.findall(value) if name != "seed"] if isinstance(value, str) else []
+
+
+def recipes_of(config: PipelineConfig) -> dict[str, Recipe]:
+    """Type the stages that are not switched off (null); models of switched-off stages leave the evaluation."""
+    recipes: dict[str, Recipe] = {}
+    for name, section in config.stages.items():
+        if section is None:
+            continue
+        recipe = typed(section, Recipe, f"pipeline.stages.{name}.")
+        require(recipe.model in ("teacher", "student"), f"pipeline.stages.{name}.model={recipe.model!r}: teacher or student")
+        data = config.data.get(recipe.data, {}) if recipe.data else {}
+        values = merged(config.set, (data or {}).get("set", {}), getattr(config, f"{recipe.model}_set"), recipe.set)
+        for key in values.keys() & {"evaluation"} and ("models", "reference"):
+            entries = values["evaluation"].get(key, {})
+            there = {k: v for k, v in entries.items() if v and all(config.stages.get(n, 0) is not None for n in mentioned(v))}
+            values["evaluation"] = {**values["evaluation"], key: there}
+        recipes[name] = typed({**section, "set": values}, Recipe)
+    return recipes
+
+
+def needs_of(recipe: Recipe) -> list[str]:
+    """Return the names of the stages whose output a recipe reads."""
+    names = [recipe.start] if recipe.start else []
+    names += [name for _, value in flat(recipe.set) for name in mentioned(value)]
+    return list(dict.fromkeys(names))
+
+
+def in_order(recipes: dict[str, Recipe]) -> list[str]:
+    """Return the names such that each stands after what it needs, else as written."""
+    for name, recipe in recipes.items():
+        for other in needs_of(recipe):
+            if other not in recipes:
+                raise ValueError(f"pipeline.stages.{name} needs stage {other!r}, which is not there.{nearest(other, list(recipes))}")
+    placed: list[str] = []
+    while len(placed) < len(recipes):
+        ready = [n for n in recipes if n not in placed and all(o in placed for o in needs_of(recipes[n]))]
+        if not ready:
+            raise ValueError(f"pipeline.stages need each other in a circle: {', '.join(n for n in recipes if n not in placed)}")
+        placed.append(ready[0])
+    return placed
+
+
+def check_lineage(recipes: dict[str, Recipe]) -> None:
+    """Refuse an advantage whose reference teacher is not what the aligned teacher started from."""
+    for name, recipe in recipes.items():
+        reference = recipe.set.get("cache", {}).get("reference")
+        if reference is None:
+            continue
+        key = f"pipeline.stages.{name}.set.cache.reference={reference}"
+        aligned = recipe.start
+        if aligned is None:
+            raise ValueError(f"{key}: the stage has no `start`, so there is no aligned teacher to compare with")
+        origin = recipes[aligned].start
+        if mentioned(reference) != [origin] or reference != f"{{{origin}}}/FINAL":
+            raise ValueError(
+                f"{key} is not what the aligned teacher {aligned!r} started from ({origin!r}): "
+                f"log pi_dpo - log pi_ref would not be its advantage. Write {{{origin}}}/FINAL"
+            )
+
+
+# ---- digests
+
+
+@lru_cache(maxsize=None)
+def _file_digest(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """Hash a file, or the names and contents of a folder's files."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = [(str(p.relative_to(path)), _file_digest(str(p), p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def version_of(module: str) -> list[int]:
+    """Read the VERSION numbers written in a module, without importing it (that would load torch)."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"there is no module {module!r}")
+    versions = []
+    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if any(isinstance(t, ast.Name) and t.id == "VERSION" for t in targets):
+            versions.append(ast.literal_eval(node.value))  # type: ignore[attr-defined]
+    return versions
+
+
+def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
+    """Hash what can change a stage's result: versions, the sections its task reads, contents of files."""
+    task = raw["task"]
+    sections = SECTIONS[task]
+    run_keys = RUN_KEYS.get(task, SCORING_RUN_KEYS)
+    every = ("pipeline", *(name for names in SECTIONS.values() for name in names))
+    kept = {key: raw[key] for key in raw if (key not in every and key not in UNIMPORTANT if task == "train" else key in run_keys)}
+    kept |= {key: dict(raw[key]) for key in sections if raw.get(key)}
+    if task != "train" and "model" in kept:
+        kept["model"] = {k: v for k, v in kept["model"].items() if k not in TRAINING_MODEL_KEYS}
+    if "model" in kept:
+        for key in ("name_or_path", "tokenizer_name_or_path"):
+            kept["model"][key] = _by_content(kept["model"].get(key), stages_dir)
+        if kept["model"].get("load_from"):  # the weights come from there
+            kept["model"].pop("build_seed", None)
+    for name, entry in kept.get("datasets", {}).items():
+        kept["datasets"][name] = entry | {k: _by_content(entry.get(k), stages_dir) for k in ("train", "test")}
+    modules = [raw["loss"]["trainer"], "trainers.basic"] if task == "train" else [f"tasks.{task}"]
+    source = content_digest(ROOT / "worlds" / "shop.py") if task == "world" else None
+    payload = {"task": task, "versions": [version_of(m) for m in modules], "source": source, "config": kept}
+    # Folders of other stages carry their digests; where cache_dir lies does not matter.
+    text = json.dumps(payload, sort_keys=True, default=str).replace(json.dumps(f"{stages_dir}/")[1:-1], "stages/")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _by_content(value: str | None, stages_dir: Path) -> str | None:
+    if not value or value.startswith(f"{stages_dir}/"):
+        return value
+    path = Path(value).expanduser()
+    for place in (path, ROOT / path):  # what the repo ships is named from its root
+        if place.exists():
+            return f"sha256:{content_digest(place)}"
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        raise ValueError(f"there is no file {value}")
+    return value
+
+
+# ---- the plan
+
+
+def spelt(value: Any) -> str:
+    """Write a value in the grammar of Hydra's command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(spelt(v) for v in value)}]"
+    if not isinstance(value, str):
+        return repr(value)
+    plain = re.fullmatch(r"[A-Za-z_./][\w./:@-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf")
+    return value if plain else "'" + value.replace("'", "\\'") + "'"
+
+
+def key_of(override: str) -> str:
+    """Return the key of a command-line override."""
+    return override.lstrip("+~").split("=", 1)[0]
+
+
+def users_overrides(overrides: list[str], recipes: dict[str, Recipe]) -> list[str]:
+    """Return what goes to the stages; refuse what can only be meant for one of them."""
+    wired = {key: name for name, recipe in recipes.items() for key, value in flat(recipe.set) if mentioned(value)}
+    kept = []
+    for override in overrides:
+        key = key_of(override)
+        section = key.split(".")[0]
+        if key in PER_STAGE or section == "loss":
+            raise ValueError(f"{override}: every stage of a pipeline has its own {section}; write {PER_STAGE.get(key, PER_STAGE[section])}")
+        if key in wired:
+            raise ValueError(f"{override}: stage {wired[key]!r} gets it from another stage")
+        if section not in OWN_KEYS or "." in key and section == "datasets":
+            kept.append(override)
+    return kept
+
+
+def stage_overrides(recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str], values: dict[str, Any]) -> list[str]:
+    """Return a stage's command line without exp_name: groups, its own values, then what the user typed."""
+    sections = SECTIONS[recipe.task]
+    result = [f"task={recipe.task}"] + ([f"loss={recipe.loss}"] if recipe.loss else [])
+    if "model" in sections:
+        result.append(f"model={getattr(pipeline, recipe.model)}")
+    if groups and "datasets" in sections:
+        result.append(f"datasets={spelt(groups)}")
+    sets = [(key, value) for key, value in flat(values) if _read_by(recipe.task, key, groups)]
+    typed_by_user = [o for o in users if _read_by(recipe.task, key_of(o), groups)]
+    overridden = {key_of(o) for o in typed_by_user}
+    # Without ++ Hydra names an unknown key of a loss before anything runs.
+    result += [f"{'' if key.startswith('loss.') else '++'}{key}={spelt(value)}" for key, value in sets if key not in overridden]
+    return result + typed_by_user
+
+
+def _read_by(task: str, key: str, groups: list[str]) -> bool:
+    section, _, rest = key.partition(".")
+    if section == "datasets" and rest.split(".")[0] not in groups:
+        return False
+    if section in SECTIONS[task] or section in ("wandb", "debug"):
+        return True
+    everywhere = any(section in names for names in SECTIONS.values())
+    return not everywhere and (task == "train" or section in RUN_KEYS.get(task, SCORING_RUN_KEYS))
+
+
+def build_plan(config: dict[str, Any], overrides: list[str]) -> list[Stage]:
+    """Compose, check and digest every stage, in an order in which they can run; nothing is written."""
+    pipeline = typed(config["pipeline"], PipelineConfig, "pipeline.")
+    recipes = recipes_of(pipeline)
+    check_lineage(recipes)
+    order = in_order(recipes)
+    users = users_overrides(overrides, recipes)
+    stages_dir = Path(os.path.abspath(Path(config["cache_dir"]).expanduser())) / "stages"
+    built: dict[tuple[str, int], Stage] = {}
+    outer = GlobalHydra.instance().hydra  # the one that composed launch.py's own config, where there is one
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+            for name in order:
+                for seed in pipeline.seeds[:1] if recipes[name].once else pipeline.seeds:
+                    built[name, seed] = _stage(name, seed, recipes[name], pipeline, list(config["datasets"] or {}), users, built, stages_dir)
+    finally:
+        GlobalHydra.instance().hydra = outer
+    return list(built.values())
+
+
+def _stage(
+    name: str, seed: int, recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str],
+    built: dict[tuple[str, int], Stage], stages_dir: Path,
+) -> Stage:  # fmt: skip
+    if recipe.task not in SECTIONS:
+        raise ValueError(f"pipeline.stages.{name}.task={recipe.task!r} is not known.{nearest(recipe.task, list(SECTIONS))}")
+    if recipe.data is not None:
+        if recipe.data not in pipeline.data:
+            raise ValueError(f"pipeline.stages.{name}.data={recipe.data!r} is not in pipeline.data.{nearest(recipe.data, list(pipeline.data))}")
+        own = (pipeline.data[recipe.data] or {}).get("datasets")
+        if own is not None and groups and (pipeline.data[recipe.data] or {}).get("set"):
+            raise ValueError(f"pipeline={pipeline.name} brings its own data; for datasets={spelt(groups)} choose pipeline=adpa_plus or another")
+        groups = own or groups
+    if "datasets" in SECTIONS[recipe.task] and not groups:
+        raise ValueError(
+            f"pipeline={pipeline.name} has no data: add e.g. datasets=[dpo_mix], or for files of your own "
+            "datasets=[local] datasets.local.train=train.jsonl datasets.local.test=test.jsonl"
+        )
+    values = {**recipe.set, "seed": seed}
+    if recipe.start:
+        values = merged(values, {"model": {"load_from": f"{{{recipe.start}}}/FINAL"}})
+    values = _filled(values, seed, recipe, pipeline, built)
+    line = stage_overrides(recipe, pipeline, groups, users, values)
+    raw = _composed(name, line)
+    digest = digest_of(raw, stages_dir)
+    folder = stages_dir / f"{name}-{digest[:12]}"
+    needed = needs_of(recipe)
+    needs = tuple(stage.folder for (other, s), stage in built.items() if other in needed and (s == seed or recipe.once))
+    launcher = [sys.executable]
+    accelerate = recipe.accelerate_config or pipeline.accelerate_config
+    if accelerate and recipe.task == "train":
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", accelerate]
+    paths = [f"exp_name=stages/{folder.name}", f"cache_dir={spelt(str(stages_dir.parent))}"]
+    label = name if recipe.once or len(pipeline.seeds) == 1 else f"{name} seed {seed}"
+    return Stage(label, name, seed, digest, folder, needs, [*launcher, str(ROOT / "launch.py"), *line, *paths])
+
+
+def _filled(values: Any, seed: int, recipe: Recipe, pipeline: PipelineConfig, built: dict[tuple[str, int], Stage]) -> Any:
+    """Replace "{stage}" by its folder; in a stage that runs once, repeat an entry whose key says {seed}."""
+    if isinstance(values, dict):
+        result = {}
+        for key, value in values.items():
+            for s in pipeline.seeds if "{seed}" in key else [seed]:
+                result[key.replace("{seed}", str(s))] = _filled(value, s, recipe, pipeline, built)
+        return result
+    if isinstance(values, list):
+        return [_filled(value, seed, recipe, pipeline, built) for value in values]
+    if not isinstance(values, str):
+        return values
+    if values == "{seed}":
+        return seed
+    return PLACEHOLDER.sub(lambda m: str(seed if m[1] == "seed" else built[m[1], seed].folder), values)
+
+
+def _composed(name: str, line: list[str]) -> dict[str, Any]:
+    """Compose a stage's config as launch.py will, and check all that can be checked before it runs."""
+    try:
+        raw = OmegaConf.to_container(compose("config", line), resolve=True)
+    except HydraException as error:
+        raise ValueError(f"stage {name}: {str(error).splitlines()[0]}") from error
+    assert isinstance(raw, dict)
+    plain: dict[str, Any] = {str(key): value for key, value in raw.items()}
+    plain["datasets"] = plain.get("datasets") or {}
+    missing = [key for key, value in plain["loss"].items() if value == "???"]
+    require(not missing, f"pipeline.stages.{name} has no value for loss.{missing[0] if missing else ''}")
+    try:
+        settings_from(plain, None)
+    except ValueError as error:
+        raise ValueError(f"stage {name}: {error}") from error
+    return plain

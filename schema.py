@@ -1,0 +1,313 @@
+"""Typed configuration: YAML holds values and comments, these flat frozen dataclasses hold types and checks.
+
+`typed` turns a plain section into its dataclass once; after that no DictConfig exists. Everything that can be
+refused is refused here, before a model loads: the message names the key, the value seen and what to do.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+T = TypeVar("T")
+
+# Spellings of neighbouring projects, with ours beside them.
+OTHER_SPELLINGS = {
+    "train_datasets": "datasets=[NAME]",
+    "test_datasets": "datasets.NAME.test=PATH",
+    "config": "the key itself, without `config.`",
+    "loss_fn": "loss=NAME",
+    "learning_rate": "lr",
+    "num_train_epochs": "n_epochs",
+    "per_device_train_batch_size": "model.batch_size (global, in examples)",
+    "output_dir": "cache_dir and exp_name",
+}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return ' Did you mean ...?' for the closest of the known names, or the list of them."""
+    if name in OTHER_SPELLINGS:
+        return f" Here it is spelt: {OTHER_SPELLINGS[name]}."
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def typed(section: Mapping[str, Any], cls: type[T], where: str = "") -> T:
+    """Build the frozen dataclass `cls` from a plain mapping.
+
+    Raises ValueError for an unknown key (the nearest one is named), a missing one, or a value of another type.
+    """
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    unknown = [str(key) for key in section if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key {where + unknown[0]!r}.{nearest(unknown[0], known)}")
+    missing = [
+        f.name
+        for f in fields(cls)  # type: ignore[arg-type]
+        if f.name not in section and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where}{missing[0]} has no value: set it in the YAML or on the command line")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), dict(section))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except (ConfigKeyError, OmegaConfBaseException) as error:
+        key = getattr(error, "full_key", None) or "?"
+        seen = section.get(str(key).split(".")[0])
+        detail = str(error).splitlines()[0]
+        raise ValueError(f"{where}{key}: {detail} (value seen: {seen!r})") from error
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the choices."""
+    require(value in choices, f"{key}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The keys at the root of the configuration: the run, the schedule and the optimizer."""
+
+    task: str
+    exp_name: str
+    run_count: str | None
+    cache_dir: str
+    seed: int
+    debug: bool
+    lr: float
+    n_epochs: int
+    n_steps: int | None
+    n_examples: int | None
+    n_eval_examples: int | None
+    eval_every: int
+    save_every: int
+    do_first_eval: bool
+    intermediate_checkpoints: bool
+    keep_last: int
+    log_every: int
+    optimizer: str
+    betas: list[float]
+    weight_decay: float
+    scheduler: str
+    warmup: float
+    cache_reference_logprobs: bool
+    load_reference_logprobs: str | None
+    strategy: str
+
+    def __post_init__(self) -> None:
+        require(bool(self.exp_name), "exp_name must not be empty")
+        require(self.lr > 0, f"lr={self.lr} must be above 0")
+        require(self.n_epochs >= 1, f"n_epochs={self.n_epochs} must be at least 1")
+        require(self.n_steps is None or self.n_steps >= 1, f"n_steps={self.n_steps} must be at least 1 (or null)")
+        for key in ("n_examples", "n_eval_examples"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"{key}={value} must be at least 1 (or null for all)")
+        for key in ("eval_every", "save_every", "log_every", "keep_last"):
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative (0 switches it off)")
+        require(self.warmup >= 0, f"warmup={self.warmup} must not be negative (below 1: a share of the steps)")
+        require(len(self.betas) == 2, f"betas={self.betas} must be two numbers")
+        one_of("optimizer", self.optimizer, ("AdamW", "Adam", "SGD"))
+        one_of("scheduler", self.scheduler, ("cosine", "constant", "linear"))
+        one_of("strategy", self.strategy, ("auto", "none", "ddp", "fsdp", "deepspeed"))
+        require(
+            not (self.cache_reference_logprobs and self.load_reference_logprobs),
+            "cache_reference_logprobs=true and load_reference_logprobs are two ways to one thing: give only one",
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """Return cache_dir/exp_name[/run_count], where everything of this run lands."""
+        base = Path(self.cache_dir).expanduser() / self.exp_name
+        return base / self.run_count if self.run_count else base
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The `model` group: what to load, in which precision, and how it is batched."""
+
+    name_or_path: str | None
+    tokenizer_name_or_path: str | None
+    load_from: str | None
+    from_checkpoint: str | None
+    policy_dtype: str
+    reference_dtype: str
+    master_dtype: str
+    max_grad_norm: float
+    max_length: int
+    max_prompt_length: int
+    activation_checkpointing: bool
+    batch_size: int
+    gradient_accumulation_steps: int
+    eval_batch_size: int
+    attn_implementation: str | None
+    use_peft: bool
+    peft: dict[str, Any]
+    build: dict[str, Any] | None
+    build_seed: int
+    num_layers: int | None
+
+    def __post_init__(self) -> None:
+        for key in ("policy_dtype", "reference_dtype", "master_dtype"):
+            one_of(f"model.{key}", getattr(self, key), ("auto", "float32", "bfloat16"))
+        for key in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length"):
+            require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
+        require(self.max_grad_norm > 0, f"model.max_grad_norm={self.max_grad_norm} must be above 0")
+        require(
+            0 < self.max_prompt_length < self.max_length,
+            f"model.max_prompt_length={self.max_prompt_length} must be below model.max_length={self.max_length}: "
+            "the rest is what a response may take",
+        )
+        require(
+            self.batch_size % self.gradient_accumulation_steps == 0,
+            f"model.batch_size={self.batch_size} (global, in examples) is not divisible by "
+            f"model.gradient_accumulation_steps={self.gradient_accumulation_steps}",
+        )
+        known = ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
+        for key in self.peft:
+            require(key in known, f"unknown key 'model.peft.{key}'.{nearest(key, known)}")
+        require(
+            bool(self.name_or_path or self.load_from or self.from_checkpoint or self.build),
+            "no model: set model.name_or_path (a folder or hub name), model.load_from, or choose another model=GROUP",
+        )
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One entry of the `datasets` group: where the rows are and how they are read."""
+
+    train: str | None = None
+    test: str | None = None
+    format: str = "auto"
+    weight: float = 1.0
+    supervise: str = "last"
+
+    def __post_init__(self) -> None:
+        one_of("datasets.*.format", self.format, ("auto", "messages", "strings", "hh", "shp"))
+        one_of("datasets.*.supervise", self.supervise, ("last", "all"))
+        require(self.weight > 0, f"datasets.*.weight={self.weight} must be above 0")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The `generation` section: how responses are sampled."""
+
+    backend: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    n: int
+    batch_size: int
+    split: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        one_of("generation.backend", self.backend, ("hf",))
+        one_of("generation.split", self.split, ("train", "test"))
+        require(self.max_new_tokens >= 1, f"generation.max_new_tokens={self.max_new_tokens} must be at least 1")
+        require(self.temperature >= 0, f"generation.temperature={self.temperature} must not be negative (0 = greedy)")
+        require(0 < self.top_p <= 1, f"generation.top_p={self.top_p} must be in (0, 1]")
+        require(self.n >= 1 and self.batch_size >= 1, "generation.n and generation.batch_size must be at least 1")
+        require(
+            self.n == 1 or self.temperature > 0,
+            f"generation.n={self.n} at temperature 0 would give {self.n} equal replies: set generation.temperature",
+        )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The `cache` section: what a teacher scores, and how many entries are kept."""
+
+    reference: str | None
+    top_k: int
+    responses: list[str]
+    generations: str | None
+    split: str
+    batch_size: int
+    beta: float
+
+    def __post_init__(self) -> None:
+        one_of("cache.split", self.split, ("train", "test"))
+        require(self.top_k >= 1, f"cache.top_k={self.top_k} must be at least 1")
+        require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
+        for name in self.responses:
+            one_of("cache.responses", name, ("chosen", "rejected", "response"))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The `evaluation` section: which models, judged how."""
+
+    models: dict[str, str]
+    checker: str | None
+    temperatures: list[float]
+    max_new_tokens: int
+    batch_size: int
+    opponent: str | None
+    reward_accuracy: bool
+    reference: dict[str, str]
+
+    def __post_init__(self) -> None:
+        require(
+            self.opponent is None or self.opponent in self.models,
+            f"evaluation.opponent={self.opponent!r} is not among evaluation.models ({', '.join(self.models)})",
+        )
+        for name in self.reference:
+            require(name in self.models, f"evaluation.reference.{name} names no model of evaluation.models")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything one task gets: typed sections, and the plain resolved config to store beside its output."""
+
+    run: RunConfig
+    model: ModelConfig
+    loss: Any
+    datasets: dict[str, DatasetConfig]
+    generation: GenerationConfig
+    cache: CacheConfig
+    evaluation: EvaluationConfig
+    wandb: dict[str, Any] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+SECTIONS = ("model", "loss", "datasets", "generation", "cache", "evaluation", "wandb", "pipeline", "dry_run")
+
+
+def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
+    """Type every section of the resolved root config.
+
+    `loss_config` is the Config class of the trainer that `loss.trainer` names, or None for tasks without a loss.
+    """
+    run_keys = [f.name for f in fields(RunConfig)]
+    for key in raw:
+        if key not in run_keys and key not in SECTIONS:
+            raise ValueError(f"unknown key {key!r}.{nearest(str(key), run_keys + list(SECTIONS))}")
+    run = typed({k: v for k, v in raw.items() if k in run_keys}, RunConfig)
+    known_wandb = ["enabled", "mode", "project", "entity", "group"]
+    for key in raw["wandb"]:
+        require(key in known_wandb, f"unknown key 'wandb.{key}'.{nearest(str(key), known_wandb)}")
+    loss = None
+    if loss_config is not None:
+        section = {k: v for k, v in raw["loss"].items() if k not in ("name", "trainer")}
+        loss = typed(section, loss_config, "loss.")
+    return Settings(
+        run=run,
+        model=typed(raw["model"], ModelConfig, "model."),
+        loss=loss,
+        datasets={k: typed(v, DatasetConfig, f"datasets.{k}.") for k, v in (raw["datasets"] or {}).items()},
+        generation=typed(raw["generation"], GenerationConfig, "generation."),
+        cache=typed(raw["cache"], CacheConfig, "cache."),
+        evaluation=typed(raw["evaluation"], EvaluationConfig, "evaluation."),
+        wandb=dict(raw["wandb"]),
+        raw=raw,
+    )

@@ -1,0 +1,86 @@
+"""task=train: load data and models, hand them to the method's trainer, save FINAL."""
+
+import importlib
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import models
+from dataloader import Example, load_examples
+from schema import Settings
+from trainers import checkpoint, reference
+from trainers.basic import BasicTrainer, check_strategy
+from trainers.batches import Item
+
+
+def run(settings: Settings) -> None:
+    """Train with the method that the loss names; the model lands in run_dir/FINAL."""
+    accelerator = Accelerator()
+    running = check_strategy(settings.run.strategy, accelerator)
+    trainer_class = importlib.import_module(settings.raw["loss"]["trainer"]).Trainer
+    tokenizer = models.load_tokenizer(settings.model)
+    trainer: BasicTrainer = trainer_class(settings, tokenizer, accelerator)
+    train, test = _examples(settings, tokenizer)
+    accelerator.print(f"loss={settings.raw['loss']['name']} {settings.loss}\nstrategy={running}, {accelerator.num_processes} process(es)")
+    _show(train[0], tokenizer, accelerator)
+    items = trainer.items(train, "train")
+    test_items = trainer.items(test, "test") if test else []
+    ref_model = None
+    if trainer.needs_reference:
+        ref_model, items, test_items = _reference(settings, trainer, items, test_items)
+    policy = _policy(settings, accelerator)
+    trainer.fit(policy, ref_model, items, test_items)
+    trainer.save_model("FINAL")
+    if accelerator.is_main_process:
+        checkpoint.remove_all(settings.run.run_dir)
+    if accelerator.num_processes > 1:
+        accelerator.end_training()
+
+
+def _examples(settings: Settings, tokenizer: object) -> tuple[list[Example], list[Example]]:
+    run = settings.run
+    train = load_examples(settings.datasets, "train", tokenizer, settings.model, run.n_examples, run.seed)
+    test = load_examples(settings.datasets, "test", tokenizer, settings.model, run.n_eval_examples, run.seed)
+    return train, test
+
+
+def _show(example: Example, tokenizer: object, accelerator: Accelerator) -> None:
+    """Print one decoded example, so that a template gone wrong is seen before the first step."""
+    tokens = example.chosen or example.response
+    if tokens is not None:
+        text = tokenizer.decode(tokens.ids)  # type: ignore[attr-defined]
+        supervised = tokenizer.decode([i for i, on in zip(tokens.ids, tokens.response, strict=True) if on])  # type: ignore[attr-defined]
+        accelerator.print(f"first example ({len(tokens.ids)} tokens): {text[:400]!r}\nsupervised: {supervised[:200]!r}")
+
+
+def _policy(settings: Settings, accelerator: Accelerator) -> torch.nn.Module:
+    config = settings.model
+    if config.master_dtype == "auto":  # float32 master weights: an update of 5e-7 vanishes in bfloat16
+        master = torch.float32
+    else:
+        master = models.resolve_dtype(config.master_dtype, accelerator.device)
+    policy = models.load_model(config, dtype=master, trainable=True)
+    return models.add_lora(policy, config) if config.use_peft else policy
+
+
+def _reference(
+    settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
+) -> tuple[torch.nn.Module | None, list[Item], list[Item]]:
+    """Return the frozen reference, or None and items that carry its log-probabilities (or LoRA, whose base it is)."""
+    run, config = settings.run, settings.model
+    cached = run.cache_reference_logprobs or run.load_reference_logprobs
+    if config.use_peft and not cached:
+        return None, items, test_items
+    dtype = models.resolve_dtype(config.reference_dtype, trainer.accelerator.device)
+    if not cached:
+        return models.load_model(config, dtype=dtype, trainable=False), items, test_items
+    # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
+    source = config.from_checkpoint or config.load_from or config.name_or_path or f"build:{config.build}:{config.build_seed}"
+    meta = reference.meta_of(source, trainer.tokenizer) if Path(source).is_dir() else {"model": source}
+    folder = Path(run.load_reference_logprobs).expanduser() if run.load_reference_logprobs else run.run_dir / "REFERENCE"
+    if not run.load_reference_logprobs and not (folder / "DONE").is_file():
+        model = models.load_model(config, dtype=dtype, trainable=False)
+        reference.score(trainer, model, items + test_items, folder, meta)
+        del model
+    return None, reference.attach(items, folder, meta), reference.attach(test_items, folder, meta)

@@ -1,0 +1,97 @@
+"""Advantage-guided distillation for preference alignment (ADPA, arXiv 2502.17927, eq. 11).
+
+L = w_sft NLL(y_w) - gamma mean_t sum_{a in top k} pi_theta(a|s_t) A(s_t, a), on the student's own responses, with
+A = log pi_dpo - log pi_ref from the verified advantage cache. Linear in pi_theta: entropy and mass are watched.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dataloader import Example, read_generations
+from functional import entropies, expected_advantage, gather_logps, row_sums, token_logps
+from models import ResponseLogits
+from schema import one_of, require
+from trainers.basic import BasicTrainer, supervised_sequence
+from trainers.batches import Batch, Item
+from trainers.metrics import Mean
+from trainers.teacher import generations_by_prompt, open_cache
+
+
+@dataclass(frozen=True)
+class Config:
+    """Values of config/loss/adpa.yaml."""
+
+    generations: str
+    advantages: str
+    gamma: float
+    sft_weight: float
+    reduction: str
+    advantage_floor: float
+
+    def __post_init__(self) -> None:
+        one_of("loss.reduction", self.reduction, ("token_mean", "sequence_sum"))
+        require(self.gamma >= 0, f"loss.gamma={self.gamma} must not be negative")
+        require(self.sft_weight >= 0, f"loss.sft_weight={self.sft_weight} must not be negative")
+        require(0 <= self.advantage_floor < 1, f"loss.advantage_floor={self.advantage_floor} must be in [0, 1)")
+
+
+def floored(advantages: Tensor, teacher_logps: Tensor, floor: float) -> Tensor:
+    """Set positive advantages [N, K] of tokens with a teacher probability below `floor` to 0 (ours, not the paper's)."""
+    absurd = (teacher_logps.exp() < floor) & (advantages > 0)
+    return advantages.masked_fill(absurd, 0.0)
+
+
+class Trainer(BasicTrainer):
+    """Units: tokens (sequence_sum: sequences). Slots: chosen, generated."""
+
+    config: Config
+
+    def items(self, examples: list[Example], split: str) -> list[Item]:
+        """Join each row with every response generated for the very ids of its prompt, and their advantages."""
+        if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
+            return [Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ()) for e in examples]
+        reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
+        generations = generations_by_prompt(read_generations(self.config.generations), examples, self.config.generations)
+        items = []
+        for example in examples:
+            chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
+            for generation in generations[tuple(example.prompt)]:
+                tokens = generation.tokens
+                items.append(Item((chosen, tokens), (None, reader.get(tokens.ids, tokens.response))))
+        return items
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count chosen tokens (NLL) and generated tokens or sequences (advantage); no advantage without a teacher."""
+        if batch.teacher is None:
+            return {"nll": batch.num_tokens(0), "advantage": 0}
+        generated = batch.num_tokens(1) if self.config.reduction == "token_mean" else int(batch.supervised(1).sum())
+        return {"nll": batch.num_tokens(0), "advantage": generated}
+
+    def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+        """Return the weighted NLL and advantage sums, and what tells a collapse."""
+        split = batch.num_tokens(0)
+        chosen_logits, logits = out.logits[:split], out.logits[split:]
+        nll = -token_logps(chosen_logits, out.targets[:split]).sum()
+        sums = {"nll": self.config.sft_weight * nll}
+        metrics = {"nll/chosen": Mean(nll.detach(), split)}
+        if batch.teacher is None:
+            return {**sums, "advantage": logits.sum() * 0}, metrics
+        advantages = batch.teacher.values
+        if self.config.advantage_floor > 0:
+            assert batch.teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
+            advantages = floored(advantages, batch.teacher.teacher_logps, self.config.advantage_floor)
+        expected = expected_advantage(logits, batch.teacher.ids, advantages)
+        sums["advantage"] = -self.config.gamma * expected.sum()
+        tokens, lengths = len(expected), row_sums(torch.ones_like(expected.detach()), out.rows[split:] - batch.num_items, batch.num_items)
+        with torch.no_grad():
+            mass = gather_logps(logits, batch.teacher.ids).exp().sum()
+            entropy = entropies(logits).sum()
+        return sums, {
+            **metrics,
+            "advantage": Mean(expected.detach().sum(), tokens),
+            "entropy": Mean(entropy, tokens),
+            "mass_in_support": Mean(mass, tokens),
+            "response_tokens": Mean(lengths.sum(), (lengths > 0).sum()),
+        }

@@ -1,0 +1,63 @@
+"""Metrics as sums and counts: one division at the end, one all-reduce on logging steps."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Mean(NamedTuple):
+    """A total over a number of units; the mean is taken once, over the whole window and all ranks."""
+
+    total: Tensor | float
+    count: Tensor | float
+
+
+class Window:
+    """Sums and counts by name since the last row was written."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, metrics: dict[str, Mean]) -> None:
+        """Add to the totals and counts."""
+        for name, mean in metrics.items():
+            pair = self.sums.setdefault(name, [0.0, 0.0])
+            pair[0] += float(mean.total)
+            pair[1] += float(mean.count)
+
+    def reduced(self, reduce: Any) -> dict[str, list[float]]:
+        """Return the sums over all ranks; `reduce` sums a tensor over ranks. Every rank must know the same names."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        table = torch.tensor([self.sums[name] for name in names], dtype=torch.float64)
+        return {name: row for name, row in zip(names, reduce(table).tolist(), strict=True)}
+
+
+def means(sums: dict[str, list[float]]) -> dict[str, float]:
+    """Divide; a name that counted nothing is left out."""
+    return {name: total / count for name, (total, count) in sums.items() if count > 0}
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a row, cut back to the checkpoint's step on resume so that no step stands twice."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        kept = []
+        if resume_step > 0 and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= resume_step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    continue  # a line torn by a kill
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")

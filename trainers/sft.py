@@ -1,0 +1,47 @@
+"""Supervised fine-tuning: -log pi(y|x), mean over the response tokens of the global batch."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dataloader import Example
+from functional import token_logps
+from models import ResponseLogits
+from schema import one_of
+from trainers.basic import BasicTrainer, supervised_sequence
+from trainers.batches import Batch, Item
+from trainers.metrics import Mean
+
+
+@dataclass(frozen=True)
+class Config:
+    """Values of config/loss/sft.yaml."""
+
+    train_on: str
+
+    def __post_init__(self) -> None:
+        one_of("loss.train_on", self.train_on, ("auto", "response", "chosen"))
+
+
+class Trainer(BasicTrainer):
+    """Unit: tokens."""
+
+    config: Config
+
+    def items(self, examples: list[Example], split: str) -> list[Item]:
+        """Take the response, or the chosen one of a pair."""
+        items = []
+        for example in examples:
+            tokens = example.chosen if self.config.train_on == "chosen" else example.response
+            if self.config.train_on == "auto":
+                tokens = example.response or example.chosen
+            items.append(Item((supervised_sequence(tokens, "a response", "sft"),)))
+        return items
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count response tokens."""
+        return {"nll": batch.num_tokens(0)}
+
+    def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+        """Return the NLL sum."""
+        return {"nll": -token_logps(out.logits, out.targets).sum()}, {}

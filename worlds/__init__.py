@@ -1,0 +1,1 @@
+"""Generated task worlds: data from a seed, and an exact checker that judges any reply."""
