@@ -149,10 +149,11 @@ def known_keys(key: str) -> list[str]:
     """List the keys beside `key` in config.yaml, or in the group that it belongs to."""
     base = Path(__file__).parent / "config"
     parent = key.rpartition(".")[0]
-    group = {"model": "model/base_model.yaml"}.get(parent)
-    loaded = OmegaConf.load(base / (group or "config.yaml"))
-    node = OmegaConf.select(loaded, parent) if parent and not group else loaded
-    keys = [str(k) for k in node] if node is not None else []
+    if (base / parent).is_dir() and parent:
+        return sorted({str(k) for file in (base / parent).glob("*.yaml") for k in OmegaConf.load(file)} - {"defaults"})
+    root = OmegaConf.load(base / "config.yaml")
+    node = OmegaConf.select(root, parent) if parent else root
+    keys = [str(k) for k in node] if OmegaConf.is_dict(node) else []
     return [k for k in keys if k != "defaults"] + ([] if parent else ["loss", "model", "datasets", "pipeline"])
 
 

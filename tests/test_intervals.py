@@ -15,7 +15,12 @@ from intervals import (
 
 def test_proportion_interval_agrees_with_published_wilson_intervals() -> None:
     # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
-    for successes, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]:
+    for successes, n, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
         assert proportion_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -41,7 +46,10 @@ def test_intervals_over_prompts_hold_the_truth_about_95_times_in_100() -> None:
     held = {"wilson": 0, "bootstrap": 0}
     for _ in range(200):
         values = (rng.random(150) < 0.3).astype(float).tolist()
-        for name, (low, high) in {"wilson": score_interval(values), "bootstrap": bootstrap_interval(values, 400)}.items():
+        for name, (low, high) in {
+            "wilson": score_interval(values),
+            "bootstrap": bootstrap_interval(values, 400),
+        }.items():
             held[name] += low <= 0.3 <= high
     # 200 tries at .95 have a standard deviation of 3: four of them either side.
     assert all(178 <= count <= 200 for count in held.values()), held

@@ -76,7 +76,9 @@ def _any_of(options: Iterable[str]) -> str:
 
 _PAIR = r"(\d+) " + _any_of(ITEMS)
 _VERB = f"(?:{'|'.join(VERBS)})"
-PROMPT_PATTERN = re.compile(rf"order : {_PAIR} , {_PAIR} , {_PAIR} , for {_any_of(NAMES)} , tone {_any_of(TONES)} , reply :")
+PROMPT_PATTERN = re.compile(
+    rf"order : {_PAIR} , {_PAIR} , {_PAIR} , for {_any_of(NAMES)} , tone {_any_of(TONES)} , reply :"
+)
 REPLY_PATTERN = re.compile(
     _any_of(sum(OPENERS.values(), ()))
     + f" {_any_of((*NAMES, NO_NAME))}"

@@ -1,0 +1,211 @@
+"""The pipeline: what a changed knob runs again, that nothing runs twice, lineage, the plan, failures, Ctrl-C."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from pipeline import run_pipeline
+from plan import Stage, build_plan, digest_of, spelt
+from tests.helpers import write_pairs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def root_config(overrides: list[str]) -> dict[str, Any]:
+    """Compose the root config as launch.py does."""
+    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        raw = OmegaConf.to_container(compose("config", overrides), resolve=True)
+    assert isinstance(raw, dict)
+    return {**raw, "datasets": raw.get("datasets") or {}}
+
+
+def planned(tmp_path: Path, *overrides: str) -> dict[str, Stage]:
+    """Return the plan of the command line `overrides`, by label."""
+    line = [f"cache_dir={tmp_path}", *overrides]
+    return {stage.label: stage for stage in build_plan(root_config(line), line)}
+
+
+def run(tmp_path: Path, *overrides: str) -> int:
+    """Run a pipeline as launch.py does."""
+    line = [f"cache_dir={tmp_path}", *overrides]
+    return run_pipeline(root_config(line), line)
+
+
+def changed(tmp_path: Path, *overrides: str, base: tuple[str, ...] = ("pipeline=quickstart",)) -> set[str]:
+    """Return the labels whose digest `overrides` changes."""
+    before, after = planned(tmp_path, *base), planned(tmp_path, *base, *overrides)
+    return {label for label in before if before[label].digest != after[label].digest}
+
+
+# ---- digests
+
+
+def test_a_changed_knob_changes_exactly_what_is_downstream(tmp_path: Path) -> None:
+    ends = {"evaluate", "summarise"}
+    assert changed(tmp_path, "pipeline.stages.adpa.set.loss.gamma=2.0") == {"adpa", *ends}
+    assert changed(tmp_path, "++pipeline.stages.generate.set.generation.temperature=0.7") == {"generate", "cache_advantages", *ends} | {
+        "adpa_plus", "adpa_plus_gamma0", "adpa_plus_unfloored"
+    }  # fmt: skip
+    assert changed(tmp_path, "pipeline.stages.evaluate.set.evaluation.temperatures=[1.0]") == ends
+    everything = set(planned(tmp_path, "pipeline=quickstart"))
+    students_until_dckd = {"student_sft", "student_dpo", "student_dpo_nll", "sft_chosen", "generate_sft"}
+    assert changed(tmp_path, "pipeline.stages.teacher_dpo.set.lr=1.0e-4") == everything - {"world", "teacher_sft", *students_until_dckd}
+
+
+def test_a_section_reaches_only_the_tasks_that_read_it(tmp_path: Path) -> None:
+    base = ("pipeline=quickstart",)
+    sampled = changed(tmp_path, "generation.top_p=0.9")
+    assert "generate" in sampled and "dckd" not in sampled and "teacher_sft" not in sampled
+    assert "teacher_sft" not in changed(tmp_path, "cache.top_k=5")
+    assert changed(tmp_path, "log_every=3", "exp_name=other", base=base) == set()
+    assert "evaluate" in changed(tmp_path, "n_eval_examples=10") and "dckd" not in changed(tmp_path, "n_eval_examples=10")
+
+
+def test_digests_do_not_depend_on_where_the_cache_lies(tmp_path: Path) -> None:
+    here, there = planned(tmp_path / "a", "pipeline=quickstart"), planned(tmp_path / "b", "pipeline=quickstart")
+    assert {k: v.digest for k, v in here.items()} == {k: v.digest for k, v in there.items()}
+
+
+def test_the_content_of_a_data_file_counts_and_its_name_does_not(tmp_path: Path) -> None:
+    first, same = write_pairs(tmp_path / "pairs.jsonl", 8), write_pairs(tmp_path / "copy.jsonl", 8)
+    other = write_pairs(tmp_path / "other.jsonl", 9)
+
+    def digests(path: Path) -> dict[str, str]:
+        line = ("pipeline=adpa_plus", "pipeline.teacher=tiny", "pipeline.student=tiny", "datasets=[local]", f"datasets.local.train={path}")
+        return {label: stage.digest for label, stage in planned(tmp_path, *line).items()}
+
+    assert digests(first) == digests(same)
+    assert not set(digests(first).values()) & set(digests(other).values())
+    first.write_text(first.read_text(encoding="utf-8").replace("ant", "ent"), encoding="utf-8")
+    assert not set(digests(first).values()) & set(digests(same).values())
+
+
+def test_two_pipelines_share_the_teacher(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs.jsonl", 8)
+    line = ("pipeline.teacher=tiny", "pipeline.student=tiny", "datasets=[local]", f"datasets.local.train={path}")
+    plans = [planned(tmp_path, f"pipeline={name}", *line) for name in ("dckd", "adpa", "adpa_plus")]
+    assert len(plans[2]) == 9  # METHODS section 1
+    for label in ("teacher_sft", "teacher_dpo", "student_sft"):
+        assert len({plan[label].folder for plan in plans}) == 1
+    assert plans[0]["dckd"].folder == plans[2]["dckd"].folder and "dckd" not in plans[1]
+
+
+def test_a_new_method_version_changes_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = root_config(["loss=dpo"])
+    before = digest_of(raw, tmp_path)
+    import plan
+
+    original = plan.version_of
+    monkeypatch.setattr(plan, "version_of", lambda module: [2] if module == "trainers.dpo" else original(module))
+    assert digest_of(raw, tmp_path) != before
+
+
+def test_seeds_give_separate_stages_and_one_summary(tmp_path: Path) -> None:
+    one, two = planned(tmp_path, "pipeline=quickstart"), planned(tmp_path, "pipeline=quickstart", "pipeline.seeds=[1,2]")
+    assert len(two) == 2 * (len(one) - 1) + 1
+    assert two["dckd seed 1"].folder == one["dckd"].folder != two["dckd seed 2"].folder
+    assert {folder for label, stage in two.items() if label.startswith("evaluate") for folder in [stage.folder]} == set(two["summarise"].needs)
+
+
+# ---- refusals
+
+
+def test_a_reference_teacher_that_is_not_the_start_of_the_teacher_is_refused(tmp_path: Path) -> None:
+    key = "pipeline.stages.cache_advantages.set.cache.reference"
+    for wrong in ("{student_sft}/FINAL", "{teacher_dpo}/FINAL", "/models/some_teacher"):
+        with pytest.raises(ValueError, match="started from"):
+            planned(tmp_path, "pipeline=quickstart", f"{key}='{wrong}'")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pipeline=adpa_plus"], "has no data"),
+        (["pipeline=quickstart", "datasets=[local]"], "brings its own data"),
+        (["pipeline=quickstart", "++loss.beta=0.2"], "pipeline.stages.STAGE.set.loss"),
+        (["pipeline=quickstart", "seed=3"], "pipeline.seeds"),
+        (["pipeline=quickstart", "pipeline.seeds=[1,1]"], "different numbers"),
+        (["pipeline=quickstart", "cache.reference=x"], "gets it from another stage"),
+        (["pipeline=quickstart", "++pipeline.stages.dckd.set.loss.gama=1"], "gama"),
+        (["pipeline=quickstart", "++pipeline.stages.dckd.starts=world"], "Did you mean 'start'"),
+        (["pipeline=quickstart", "pipeline.stages.dckd=null"], "needs stage 'dckd'"),
+        (["pipeline=quickstart", "++pipeline.stages.world.set.x='{summarise}'"], "circle"),
+        (["pipeline=adpa", "pipeline.teacher=tiny", "pipeline.student=tiny", "datasets=[local]", "datasets.local.train=none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_runs(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(tmp_path, *overrides)
+    assert not (tmp_path / "stages").exists()
+
+
+def test_values_keep_their_type_through_the_command_line() -> None:
+    values = [None, True, 3, 2.0e-5, "a/b-c.jsonl", "it's {x}, [y]=1", "1", "null", ["a", 1, "b c"], ""]
+    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        config = compose("config", [f"+v{i}={spelt(value)}" for i, value in enumerate(values)])
+    assert [OmegaConf.to_container(config)[f"v{i}"] for i in range(len(values))] == values  # type: ignore[index,call-overload]
+
+
+# ---- running
+
+
+def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "pipeline=quickstart", "dry_run=true") == 0
+    printed = capsys.readouterr().out
+    assert "22 stages, 0 done, 22 to run" in printed and "task=cache" in printed
+    assert not any(tmp_path.iterdir())
+
+
+def only(*stages: str) -> list[str]:
+    """Return overrides that switch off every other stage of the quickstart."""
+    return [f"pipeline.stages.{name}=null" for name in root_config(["pipeline=quickstart"])["pipeline"]["stages"] if name not in stages]
+
+
+def test_a_stage_runs_once_and_its_printed_command_is_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["pipeline=quickstart", "exp_name=first", *only("world")]
+    assert run(tmp_path, *line) == 0
+    stage = planned(tmp_path, *line)["world"]
+    written = {p: p.stat().st_mtime_ns for p in stage.folder.rglob("*")}
+    assert stage.folder / "DONE" in written and (stage.folder / "log.txt").read_text().count("launch.py") == 1
+    assert (tmp_path / "first" / "world" / "DONE").is_file()
+    capsys.readouterr()
+    assert run(tmp_path, *line[:1], "exp_name=second", *line[2:]) == 0
+    assert "1 stages, 1 done already" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in stage.folder.rglob("*")} == written
+    assert run(tmp_path, *line, "dry_run=true") == 0
+    assert shlex.join(stage.command) in capsys.readouterr().out
+
+
+def test_a_failing_stage_shows_its_log_and_stops_what_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "pairs.jsonl"
+    broken.write_text('{"prompt": "hi", "chosen": "yes", "rejected": "no"}\n{broken\n', encoding="utf-8")
+    line = ["pipeline=dckd", "pipeline.teacher=tiny", "pipeline.student=tiny", "datasets=[local]", f"datasets.local.train={broken}"]
+    line += ["model.max_length=64", "model.max_prompt_length=32"]
+    assert run(tmp_path, *line) == 1
+    printed = capsys.readouterr().out
+    assert "teacher_sft: failed" in printed and "pairs.jsonl" in printed and "not started: teacher_dpo, student_sft" in printed
+    assert not list(tmp_path.glob("stages/*/DONE")) and len(list(tmp_path.glob("stages/*"))) == 1
+
+
+def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
+    line = ["pipeline=quickstart", f"cache_dir={tmp_path}", *only("world", "student_sft"), "n_steps=100000"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "launch.py"), *line], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("stages/student_sft-*/log.txt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    os.kill(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "same command goes on" in printed
+    folder = next(tmp_path.glob("stages/student_sft-*"))
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert folder.name not in left and not (folder / "DONE").exists()
