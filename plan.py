@@ -36,7 +36,8 @@ SECTIONS = {
     "world": (),
     "summarise": ("evaluation",),
 }
-RUN_KEYS = {"world": ("seed",), "summarise": ()}  # of the run section; training: all; others: these
+# Of the run section; training reads all of it, cache and generate by their split.
+RUN_KEYS = {"world": ("seed",), "summarise": (), "evaluate": ("seed", "n_eval_examples")}
 SCORING_RUN_KEYS = ("seed", "n_examples", "n_eval_examples")
 # Where a run lands and what it shows on the way; how it evaluates itself while training changes no weight.
 UNIMPORTANT = (
@@ -151,12 +152,17 @@ def recipes_of(config: PipelineConfig) -> dict[str, Recipe]:
         require(recipe.model in ("teacher", "student"), f"pipeline.stages.{name}.model={recipe.model!r}: teacher or student")
         data = config.data.get(recipe.data, {}) if recipe.data else {}
         values = merged(config.set, (data or {}).get("set", {}), getattr(config, f"{recipe.model}_set"), recipe.set)
-        for key in values.keys() & {"evaluation"} and ("models", "reference"):
-            entries = values["evaluation"].get(key, {})
-            there = {k: v for k, v in entries.items() if v and all(config.stages.get(n, 0) is not None for n in mentioned(v))}
-            values["evaluation"] = {**values["evaluation"], key: there}
+        if "evaluation" in values:
+            values["evaluation"] = _evaluated(values["evaluation"], {n for n, other in config.stages.items() if other is None})
         recipes[name] = typed({**section, "set": values}, Recipe)
     return recipes
+
+
+def _evaluated(section: dict[str, Any], off: set[str]) -> dict[str, Any]:
+    """Return the evaluation section without the models of the stages that are switched off, and their references."""
+    names = {k: v for k, v in section.get("models", {}).items() if v and not off.intersection(mentioned(v))}
+    references = {k: v for k, v in section.get("reference", {}).items() if k in names and v}
+    return {**section, "models": names, "reference": references}
 
 
 def needs_of(recipe: Recipe) -> list[str]:
@@ -233,6 +239,9 @@ def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
     task = raw["task"]
     sections = SECTIONS[task]
     run_keys = RUN_KEYS.get(task, SCORING_RUN_KEYS)
+    if task in ("cache", "generate"):
+        unread = "n_eval_examples" if raw["cache" if task == "cache" else "generation"]["split"] == "train" else "n_examples"
+        run_keys = tuple(key for key in run_keys if key != unread)
     every = ("pipeline", *(name for names in SECTIONS.values() for name in names))
     kept = {key: raw[key] for key in raw if (key not in every and key not in UNIMPORTANT if task == "train" else key in run_keys)}
     kept |= {key: dict(raw[key]) for key in sections if raw.get(key)}
@@ -371,7 +380,7 @@ def _stage(
         values = merged(values, {"model": {"load_from": f"{{{recipe.start}}}/FINAL"}})
     values = _filled(values, seed, recipe, pipeline, built)
     line = stage_overrides(recipe, pipeline, groups, users, values)
-    raw = _composed(name, line)
+    raw = _composed(name, tuple(line))
     digest = digest_of(raw, stages_dir)
     folder = stages_dir / f"{name}-{digest[:12]}"
     needed = needs_of(recipe)
@@ -402,10 +411,11 @@ def _filled(values: Any, seed: int, recipe: Recipe, pipeline: PipelineConfig, bu
     return PLACEHOLDER.sub(lambda m: str(seed if m[1] == "seed" else built[m[1], seed].folder), values)
 
 
-def _composed(name: str, line: list[str]) -> dict[str, Any]:
+@cache
+def _composed(name: str, line: tuple[str, ...]) -> dict[str, Any]:
     """Compose a stage's config as launch.py will, and check all that can be checked before it runs."""
     try:
-        raw = OmegaConf.to_container(compose("config", line), resolve=True)
+        raw = OmegaConf.to_container(compose("config", list(line)), resolve=True)
     except HydraException as error:
         raise ValueError(f"stage {name}: {str(error).splitlines()[0]}") from error
     assert isinstance(raw, dict)

@@ -261,8 +261,8 @@ def advantages_section(advantages: Sequence[Mapping[str, Any]]) -> str:
     sizes = sorted(abs(t["advantage"]) for row in advantages for t in row["tokens"] if is_number(t.get("advantage")))
     scale = max(sizes[int(0.95 * (len(sizes) - 1))], 1e-6) if sizes else 1.0
     legend = (
-        f'<p class="legend"><span><i class="key ramp"></i>−{number(scale, 2)} … 0 … +{number(scale, 2)} nat '
-        "(log π<sub>dpo</sub> − log π<sub>ref</sub>)</span>"
+        f'<p class="legend"><span><i class="key ramp"></i><span>−{number(scale, 2)} … 0 … +{number(scale, 2)} nat '
+        "(log π<sub>dpo</sub> − log π<sub>ref</sub>)</span></span>"
         '<span><span class="tok neg sample">lower</span> dotted line: the aligned teacher likes it less</span>'
         '<span><span class="tok pos sample">higher</span> solid line: more</span>'
         '<span><span class="tok none sample">outside</span> not among the teacher’s top entries</span>'

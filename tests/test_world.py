@@ -74,7 +74,7 @@ def test_the_judge_agrees_with_a_second_judge_written_by_another_route(data: dic
 
 
 def test_a_prompt_of_another_world_is_refused_with_an_example() -> None:
-    with pytest.raises(ValueError, match="not a prompt of worlds.shop: 'Hello'.*order : 9 figs"):
+    with pytest.raises(ValueError, match=r"not a prompt of worlds\.shop: 'Hello'.*order : 9 figs"):
         shop.check("Hello", GOOD)
 
 
