@@ -3,26 +3,38 @@
 Letters: B rows, T tokens, N response tokens of a batch (flat, row after row), V vocabulary.
 """
 
+import difflib
 import hashlib
 import json
+import os
 import shutil
+import socket
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlparse
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
+import smollm2
 from dataloader import Sequences, turn_end
-from schema import ModelConfig
+from schema import ModelConfig, nearest
 
 ROOT = Path(__file__).resolve().parent
 
-# Where a tokenizer has no chat template: a role line, the text, and the end-of-sequence token after an assistant's.
+# Where a tokenizer has no chat template: "role:", a line break, the text, and the end-of-sequence token after what an
+# assistant says. The prompt ends with a line break, at which no usual tokenizer merges prompt and response.
 DEFAULT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
 
 
@@ -37,39 +49,44 @@ class ResponseLogits(NamedTuple):
 def response_logits(model: torch.nn.Module, sequences: Sequences, vocab_size: int) -> ResponseLogits:
     """Run the model and keep the logits that predict response tokens, cut to the tokenizer's vocabulary.
 
-    THE one place of the next-token shift: position t-1 predicts token t. Logits before the first needed position are
-    never computed. Padding is on the right, so positions need no correction.
+    THE one place of the next-token shift: position t predicts token t+1. Logits outside the columns that some row
+    needs are never computed. Padding is on the right, so positions need no correction.
     """
     ids, attention, response = sequences
-    needed = response[:, 1:]
-    columns = needed.any(dim=0).nonzero()
-    first = int(columns[0]) if len(columns) else needed.shape[1] - 1
-    last = int(columns[-1]) + 1 if len(columns) else needed.shape[1]
-    keep = torch.arange(first, last, device=ids.device)
+    predicts = response.roll(-1, dims=1)
+    predicts[:, -1] = False  # the last position predicts a token that is not there
+    columns = predicts.any(dim=0).nonzero().flatten().tolist() or [ids.shape[1] - 1]
+    keep = torch.arange(columns[0], columns[-1] + 1, device=ids.device)
     logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False, logits_to_keep=keep).logits
-    mask = needed[:, first:last]
-    rows = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand(mask.shape)[mask]
-    return ResponseLogits(logits[mask][:, :vocab_size], ids[:, 1:][:, first:last][mask], rows)
+    rows, kept = predicts[:, keep].nonzero(as_tuple=True)
+    return ResponseLogits(logits[rows, kept][:, :vocab_size], ids[rows, keep[kept] + 1], rows)
 
 
 # ---- sources
 
 
 def local_source(source: str) -> str:
-    """Resolve a model or tokenizer source: `package:NAME`, a folder (also below the repository), or a hub name."""
-    if source.startswith("package:"):
-        from smollm2 import converted  # imports gguf only when asked for
+    """Resolve a model or tokenizer source: `package:NAME`, a folder (also below the repository), or a hub name.
 
-        return str(converted(source.removeprefix("package:")))
-    for path in (Path(source).expanduser(), ROOT / source):
-        if path.is_dir():
-            return str(path)
-    if source.startswith(("/", ".", "~")) or source.count("/") != 1 or source.endswith("FINAL"):
-        path = Path(source).expanduser()
-        near = [p.name for p in sorted(path.parent.iterdir())[:5]] if path.parent.is_dir() else []
-        hint = f"; {path.parent} has {', '.join(near)}" if near else ""
-        raise ValueError(f"no model folder {source!r}{hint}")
-    return source
+    Raises ValueError for what looks like a folder and is none; the nearest one there is named.
+    """
+    if source.startswith("package:"):
+        return str(smollm2.converted(source.removeprefix("package:")))
+    path = Path(source).expanduser()
+    for candidate in (path, ROOT / source):
+        if candidate.is_dir():
+            return str(candidate)
+    looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source.split("/")[0]).is_dir()
+    if not looks_local and path.name not in ("FINAL", "CACHE"):
+        return source
+    there = path.parent
+    while not there.is_dir():
+        there = there.parent
+    names = sorted(p.name for p in there.iterdir() if p.is_dir())
+    missing = path.relative_to(there).parts[0] if path.is_relative_to(there) else path.name
+    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
+    hint = f"did you mean {there / close[0]}?" if close else f"{there} has {', '.join(names[:5]) or 'no folders'}"
+    raise ValueError(f"no model folder {source!r}: {hint}")
 
 
 def model_source(config: ModelConfig) -> str | None:
@@ -78,13 +95,31 @@ def model_source(config: ModelConfig) -> str | None:
     return local_source(source) if source else None
 
 
-def _from_hub_or_folder(load: Any, source: str, what: str) -> Any:
-    """Call a from_pretrained and word its failure for a person."""
+@cache
+def hub_reachable() -> bool:
+    """Say whether the hub's address answers; asked once, as the hub's own client tries again for a minute."""
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True  # then it is the proxy that knows the address
+    address = urlparse(constants.ENDPOINT)
     try:
-        return load()
-    except (OSError, ValueError, ImportError) as error:
-        where = "folder" if Path(source).is_dir() else "hub name (is there a network?)"
-        raise ValueError(f"cannot load the {what} from {source!r}, a {where}: {str(error).splitlines()[0]}") from error
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _loaded(load: Callable[..., Any], source: str, what: str, **options: Any) -> Any:
+    """Call a from_pretrained, without code from the hub and without questions, and word its failure for a person."""
+    is_folder = Path(source).is_dir()
+    offline = not is_folder and not hub_reachable()
+    try:
+        return load(source, trust_remote_code=False, local_files_only=is_folder or offline, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if offline:
+            reason = "it is no local folder, not in the hub's cache, and the hub cannot be reached"
+        place = "folder" if is_folder else "hub name"
+        raise ValueError(f"cannot load the {what} from the {place} {source!r}: {reason}") from error
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -93,12 +128,19 @@ def load_tokenizer(config: ModelConfig) -> Any:
     source = local_source(named) if named else model_source(config)
     if source is None:
         raise ValueError("model.build has no tokenizer: set model.tokenizer_name_or_path")
-    tokenizer = _from_hub_or_folder(lambda: AutoTokenizer.from_pretrained(source), source, "tokenizer")
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, source, "tokenizer")
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {source!r} is a slow one: give a folder with a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {source!r} has no end-of-sequence token, so no reply would ever end")
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_TEMPLATE
     if tokenizer.pad_token_id is None:  # padding is masked by position, so sharing eos is harmless
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+# ---- models
 
 
 def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
@@ -108,83 +150,149 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def load_model(config: ModelConfig, *, source: str | None = None, dtype: torch.dtype | None = None, trainable: bool) -> PreTrainedModel:
-    """Load or build the model; frozen and in evaluation mode unless trainable."""
-    source = local_source(source) if source else model_source(config)
+def load_model(
+    config: ModelConfig, *, source: str | None = None, dtype: torch.dtype | None = None, trainable: bool
+) -> PreTrainedModel:
+    """Load or build the model (float32 unless dtype says otherwise); frozen and in evaluation mode unless trainable.
+
+    An explicit `source` is another model's folder and taken as it is; num_layers belongs to the config's own source.
+    """
+    check_attention(config.attn_implementation)
+    folder = local_source(source) if source else model_source(config)
     dtype = dtype or torch.float32
-    model = _build(config).to(dtype) if source is None else _load(config, source, dtype)
-    if config.num_layers and config.num_layers < len(model.model.layers):
-        del model.model.layers[config.num_layers :]
-        model.config.num_hidden_layers = config.num_layers
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = model.config.layer_types[: config.num_layers]
+    model = _built(config, dtype) if folder is None else _from_folder(config, folder, dtype)
+    if config.num_layers is not None and source is None:
+        keep_layers(model, config.num_layers)
     model.requires_grad_(trainable)
     if trainable and config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train(trainable)
 
 
-def _load(config: ModelConfig, source: str, dtype: torch.dtype) -> PreTrainedModel:
-    attention = config.attn_implementation
-    if attention == "flash_attention_2" and not torch.cuda.is_available():
-        raise ValueError("model.attn_implementation=flash_attention_2 runs on GPUs only, none is here; use sdpa or leave it out")
-    extra = {"attn_implementation": attention} if attention else {}
-    return _from_hub_or_folder(lambda: AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra), source, "model")
+def check_attention(name: str | None) -> None:
+    """Refuse an attention implementation that cannot run here or is known to compute wrong numbers."""
+    key = f"model.attn_implementation={name}"
+    if name is None or name in ("sdpa", "eager"):
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"{key} runs on GPUs only and there is none here (flex_attention on CPU is wrong): use sdpa, eager or null")
+    if name == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ValueError(f"{key} needs the package flash-attn, which is not installed: install it, or use sdpa")
 
 
-def _build(config: ModelConfig) -> PreTrainedModel:
+def _from_folder(config: ModelConfig, source: str, dtype: torch.dtype) -> PreTrainedModel:
+    options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    load = AutoModelForCausalLM.from_pretrained
+    model, report = _loaded(load, source, "model", dtype=dtype, output_loading_info=True, **options)
+    # The library would fill what is missing with random weights and go on.
+    missing = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
+    if missing:
+        raise ValueError(f"the weights in {source!r} are not whole: {len(missing)} tensors missing, e.g. {missing[0]}")
+    return model
+
+
+def _built(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build a Llama from config.build with weights that are a function of build_seed alone."""
     tokenizer = load_tokenizer(config)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    build = config.build or {}
+    known = [key for key in LlamaConfig().to_dict() if not key.startswith("_")]
+    for key in build:
+        if key not in known:
+            raise ValueError(f"unknown key 'model.build.{key}'.{nearest(str(key), known)}")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(config.build_seed)  # torch.manual_seed would reseed GPUs, too
     try:
-        architecture = LlamaConfig(vocab_size=len(tokenizer), **special, **(config.build or {}))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model.build={config.build} is no Llama: {error}") from error
-    if config.attn_implementation:
-        architecture._attn_implementation = config.attn_implementation
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.build_seed)
-        return LlamaForCausalLM(architecture)
+        architecture = LlamaConfig(**{"vocab_size": len(tokenizer), **special, **build})
+        if architecture.vocab_size < len(tokenizer):
+            raise ValueError(f"vocab_size {architecture.vocab_size} is below the tokenizer's {len(tokenizer)} tokens")
+        model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **options)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
+        raise ValueError(f"model.build={build} is no Llama: {str(error).strip().splitlines()[-1].strip()}") from error
+    finally:
+        torch.set_rng_state(state)
+    for parameter in model.parameters():  # model.to(dtype) would round the rotary frequencies, too
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def keep_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Keep the first `num_layers` blocks of the decoder, in place; ValueError if it has fewer."""
+    have = model.config.num_hidden_layers
+    if not 1 <= num_layers <= have:
+        raise ValueError(f"model.num_layers={num_layers} must be between 1 and the model's {have}")
+    blocks = next(m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == have)
+    del blocks[num_layers:]
+    model.config.num_hidden_layers = num_layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:num_layers]
 
 
 # ---- LoRA
 
 
 def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Put LoRA adapters on the model; the base stays frozen."""
+    """Put LoRA adapters on the model, the same on every rank; the base stays frozen."""
     from peft import LoraConfig, get_peft_model
 
     peft = config.peft
-    targets = peft.get("target_modules") or "all-linear"
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=peft["lora_r"], lora_alpha=peft["lora_alpha"], lora_dropout=peft["lora_dropout"],
-            target_modules=targets, task_type="CAUSAL_LM",
-        ),
-    )  # fmt: skip
+    lora = LoraConfig(
+        r=peft["lora_r"],
+        lora_alpha=peft["lora_alpha"],
+        lora_dropout=peft["lora_dropout"],
+        target_modules=peft.get("target_modules") or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(config.build_seed)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ValueError(f"model.peft={peft} does not fit this model: {error}") from error
+    finally:
+        torch.set_rng_state(state)
 
 
-def merged(model: Any) -> PreTrainedModel:
-    """Return an ordinary model with the adapters merged into its weights."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+def merged(model: Any, state_dict: dict[str, Tensor] | None = None) -> PreTrainedModel:
+    """Return an ordinary model on CPU with the adapters merged; the model that trains on is left alone.
+
+    `state_dict` holds the whole weights where the model itself holds shards.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    from accelerate import init_empty_weights
+    from peft import get_peft_model
+
+    with init_empty_weights():
+        base = AutoModelForCausalLM.from_config(model.get_base_model().config)
+        twin = get_peft_model(base, model.peft_config["default"])
+    # Cloned, because a state dict aliases the weights, and merging writes in place.
+    whole = {name: value.detach().cpu().clone() for name, value in (state_dict or model.state_dict()).items()}
+    twin.load_state_dict(whole, assign=True)
+    twin.get_base_model().tie_weights()
+    return twin.merge_and_unload()
 
 
 # ---- saving and identity
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write an ordinary Hugging Face folder: into folder.tmp first, renamed when whole."""
+    """Write an ordinary Hugging Face folder (LoRA merged): into folder.tmp first, renamed when whole."""
     part = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
-    if hasattr(model, "merge_and_unload"):
-        import copy
-
-        # Merging changes the weights in place; a copy lets training go on after an intermediate save.
-        merged(copy.deepcopy(model)).save_pretrained(part)
-    else:
-        model.save_pretrained(part, state_dict=state_dict)
-    tokenizer.save_pretrained(part)
+    try:
+        if hasattr(model, "merge_and_unload"):
+            merged(model, state_dict).save_pretrained(part)
+        else:
+            model.save_pretrained(part, state_dict=state_dict)
+        tokenizer.save_pretrained(part)
+    except SafetensorError as error:  # a full disk, for one
+        raise ValueError(f"could not write the model to {part}: {error}") from error
+    mode = (part / "config.json").stat().st_mode
+    for file in part.iterdir():
+        file.chmod(mode)  # safetensors leaves its files readable by their owner only, whatever the umask says
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 
@@ -192,22 +300,36 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state_dict: dict[str, T
 def model_digest(folder: str | Path) -> str:
     """Hash the weights and the architecture of a folder; a hub name is hashed as its name."""
     path = Path(local_source(str(folder)))
-    digest = hashlib.sha256()
     if not path.is_dir():
         return hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin"), path / "config.json"]):
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
+    if (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config.pop("transformers_version", None)  # who wrote it, not what it computes
+        digest.update(json.dumps(config, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
+def config_digest(config: ModelConfig) -> str:
+    """Hash the model that load_model(config) gives: a folder's weights, or what it is built from."""
+    source = model_source(config)
+    if source is not None and config.num_layers is None:
+        return model_digest(source)
+    base = model_digest(source) if source else json.dumps([config.build, config.build_seed], sort_keys=True)
+    return hashlib.sha256(f"{base} {config.num_layers}".encode()).hexdigest()[:16]
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Hash what maps text to ids: vocabulary, merges, added tokens, and the chat template."""
+    """Hash what maps text to ids: vocabulary, merges, added tokens, begin and end of sequence, chat template."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend.pop("truncation", None)  # state of the last call, not of the tokenizer
     backend.pop("padding", None)
-    text = json.dumps(backend, sort_keys=True) + template_digest(tokenizer)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]  # not pad: it reaches neither ids nor losses
+    text = json.dumps([backend, special], sort_keys=True) + template_digest(tokenizer)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from report_charts import Series, interval_chart, line_chart
+from report_charts import Plotted, Series, interval_chart, line_chart
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAX_TOP = 12  # entries of a token's list on hover
@@ -46,17 +46,21 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def interval_of(entry: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return (low, high) of an entry's ci95, None where it has none."""
-    ci95 = entry.get("ci95")
+def interval_of(entry: Mapping[str, Any], key: str = "ci95") -> tuple[float, float] | None:
+    """Return (low, high) of an entry's interval, None where it has none."""
+    ci95 = entry.get(key)
     if isinstance(ci95, Sequence) and len(ci95) == 2 and all(is_number(v) for v in ci95):
         return float(ci95[0]), float(ci95[1])
     return None
 
 
 def best_model(models: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the model whose interval lies above every other's; None where intervals touch or are missing."""
-    intervals = {name: interval_of(entry) for name, entry in models.items()}
+    """Return the model whose interval lies above every other's; None where intervals touch or are missing.
+
+    With several seeds it is the interval over seeds: the one over prompts says nothing about training again.
+    """
+    key = "ci95_over_seeds" if any(interval_of(entry, "ci95_over_seeds") for entry in models.values()) else "ci95"
+    intervals = {name: interval_of(entry, key) for name, entry in models.items()}
     if len(intervals) < 2 or any(interval is None for interval in intervals.values()):
         return None
     known = {name: interval for name, interval in intervals.items() if interval is not None}
@@ -73,21 +77,26 @@ def results_section(results: Mapping[str, Any]) -> str:
     if not models:
         return section("results", "Scores", '<p class="empty">No scores in this run.</p>')
     best = best_model(models)
-    rows = "".join(result_row(name, entry, name == best) for name, entry in models.items())
+    seeds = any(interval_of(entry, "ci95_over_seeds") for entry in models.values())
+    rows = "".join(result_row(name, entry, name == best, seeds) for name, entry in models.items())
+    columns = ["model", "score", "95 % over prompts", *(["95 % over seeds"] if seeds else []), "greedy", "95 % over prompts", "n", "per seed"]
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     table = (
         '<div class="scroll" tabindex="0" role="region" aria-label="Scores of every model"><table class="results">'
-        '<thead><tr><th scope="col">model</th><th scope="col">score</th><th scope="col">95 % interval</th>'
-        '<th scope="col">greedy</th><th scope="col">95 % interval</th><th scope="col">n</th><th scope="col">per seed</th>'
-        f"</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
     plotted = [
-        (text(name), entry.get("score"), interval_of(entry), (entry.get("greedy") or {}).get("score"), seed_scores(entry))
+        Plotted(
+            text(name), entry["score"], interval_of(entry), interval_of(entry, "ci95_over_seeds"),
+            (entry.get("greedy") or {}).get("score"), list(seed_scores(entry).values()),
+        )
         for name, entry in models.items()
         if is_number(entry.get("score"))
-    ]
+    ]  # fmt: skip
     legend = (
-        '<p class="legend"><span><i class="key dot"></i>sampled score, whisker: 95 % interval</span>'
-        '<span><i class="key tick"></i>one seed</span><span><i class="key diamond"></i>greedy</span></p>'
+        '<p class="legend"><span><i class="key dot"></i>sampled score, 95 % over prompts</span>'
+        + ('<span><i class="key thin"></i>95 % over seeds</span>' if seeds else "")
+        + '<span><i class="key tick"></i>one seed</span><span><i class="key diamond"></i>greedy</span></p>'
     )
     notes = [
         f"<b>{text(best)}</b> is marked: its interval lies above every other one."
@@ -96,6 +105,7 @@ def results_section(results: Mapping[str, Any]) -> str:
     ]
     notes += [greedy_note(models)] if greedy_note(models) else []
     body = legend + interval_chart(plotted) + table + "".join(f'<p class="note">{note}</p>' for note in notes)
+    body += differences(results.get("comparisons") or [], "sampled") + differences(results.get("greedy_comparisons") or [], "greedy")
     return section("results", "Scores", body)
 
 
@@ -106,7 +116,39 @@ def seed_scores(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {str(seed): value.get("score") if isinstance(value, Mapping) else value for seed, value in pairs}
 
 
-def result_row(name: str, entry: Mapping[str, Any], best: bool) -> str:
+def differences(rows: Sequence[Mapping[str, Any]], how: str) -> str:
+    """Write paired differences; a sign says on which side of 0 the whole interval lies."""
+    if not rows:
+        return ""
+    written = ""
+    for row in rows:
+        interval = interval_of(row, "ci95_over_seeds") or interval_of(row)
+        mark = "" if interval is None else "▲ above 0" if interval[0] > 0 else "▼ below 0" if interval[1] < 0 else "holds 0"
+        over_prompts, over_seeds = (signed_interval(row, key) for key in ("ci95", "ci95_over_seeds"))
+        written += (
+            f'<tr><th scope="row">{text(row["first"])} − {text(row["second"])}</th><td>{signed(row["difference"])}</td>'
+            f"<td>{over_prompts}</td><td>{over_seeds}</td><td>{mark}</td></tr>"
+        )
+    columns = (f"models, {how}", "difference", "95 % over prompts", "95 % over seeds", "interval")
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    return (
+        f'<details{" open" if how == "sampled" else ""}><summary>Differences on the same prompts, {how}</summary><div class="scroll" tabindex="0" '
+        f'role="region" aria-label="Differences, {how}"><table class="differences"><thead><tr>{head}</tr></thead><tbody>{written}</tbody></table></div></details>'
+    )
+
+
+def signed(value: Any) -> str:
+    """Write a number with its sign."""
+    return f"{value:+.3f}".replace("-", "−") if is_number(value) else "–"
+
+
+def signed_interval(entry: Mapping[str, Any], key: str) -> str:
+    """Write [low, high] with signs."""
+    interval = interval_of(entry, key)
+    return f"[{signed(interval[0])}, {signed(interval[1])}]" if interval else "–"
+
+
+def result_row(name: str, entry: Mapping[str, Any], best: bool, over_seeds: bool) -> str:
     """Write one row of the table."""
     seeds = entry.get("seeds")
     count = len(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else seeds
@@ -119,14 +161,15 @@ def result_row(name: str, entry: Mapping[str, Any], best: bool) -> str:
     return (
         f'<tr{" class=best" if best else ""}><th scope="row">{text(name)}{mark}</th>'
         f"<td>{number(entry.get('score'))}</td><td>{written_interval(entry)}</td>"
-        f"<td>{number(greedy.get('score'))}</td><td>{written_interval(greedy)}</td>"
+        + (f"<td>{written_interval(entry, 'ci95_over_seeds')}</td>" if over_seeds else "")
+        + f"<td>{number(greedy.get('score'))}</td><td>{written_interval(greedy)}</td>"
         f'<td>{text(entry.get("n", "–"))}</td><td class="left">{per_seed}</td></tr>'
     )
 
 
-def written_interval(entry: Mapping[str, Any]) -> str:
+def written_interval(entry: Mapping[str, Any], key: str = "ci95") -> str:
     """Write [low, high]."""
-    interval = interval_of(entry)
+    interval = interval_of(entry, key)
     return f"[{number(interval[0])}, {number(interval[1])}]" if interval else "–"
 
 
@@ -179,8 +222,8 @@ def curves_section(curves: Mapping[str, Path]) -> str:
     """Draw small multiples for every stage; names like seed_2/dckd put several seeds into one panel."""
     stages: dict[str, dict[str, Curves]] = {}
     for name, path in curves.items():
-        seed, slash, stage = name.rpartition("/")
-        stages.setdefault(stage, {})[seed if slash else ""] = read_curves(Path(path))
+        seed, slash, stage = name.partition("/") if name.startswith("seed") else ("", "", name)
+        stages.setdefault(stage if slash else name, {})[seed] = read_curves(Path(path))
     if not stages:
         return section("curves", "Training", '<p class="empty">No training curves in this run.</p>')
     legend = (
@@ -276,7 +319,7 @@ def advantages_section(advantages: Sequence[Mapping[str, Any]]) -> str:
 
 def advantage_block(index: int, row: Mapping[str, Any], scale: float) -> str:
     """Write a prompt and its response as coloured tokens; their lists travel as JSON beside them."""
-    tokens = "".join(token_span(token, scale) for token in row["tokens"])
+    tokens = "<wbr>".join(token_span(token, scale) for token in row["tokens"])
     tops = [
         [
             [str(name), round(value, 3), round(probability, 4)]
@@ -302,7 +345,8 @@ def token_span(token: Mapping[str, Any], scale: float) -> str:
         return f'<span class="tok none" tabindex="0" data-a="outside the top entries">{shown}</span>'
     strength = min(1.0, abs(value) / scale)
     kind = "pos" if value >= 0 else "neg"
-    return f'<span class="tok {kind}" tabindex="0" style="--s:{strength:.2f}" data-a="{value:+.2f}">{shown}</span>'
+    shown_value = f"{value:+.2f}".replace("-", "−")
+    return f'<span class="tok {kind}" tabindex="0" style="--s:{strength:.2f}" data-a="{shown_value}">{shown}</span>'
 
 
 # ---- the page
@@ -337,8 +381,8 @@ def write_report(
 ) -> Path:  # fmt: skip
     """Write run_dir/report.html, whole or not at all, and return its path.
 
-    curves: stage (or seed/stage) -> its metrics.jsonl. results: {"models": {name: {"score", "ci95", "n", "seeds",
-    "per_seed", "greedy": {"score", "ci95"}}}}. samples: {"prompt", "model", "response", "score"}. advantages:
+    curves: stage (or seed_N/stage) -> its metrics.jsonl. results: {"models": {name: {"score", "ci95", "n", "seeds",
+    "per_seed", "ci95_over_seeds" (optional), "greedy": {"score", "ci95"}}}, "comparisons" (optional)}. samples: {"prompt", "model", "response", "score"}. advantages:
     {"prompt", "tokens": [{"text", "advantage" | None, "top": [[text, advantage, teacher probability], ...]}]}.
     """
     body = results_section(results) + curves_section(curves) + samples_section(samples) + advantages_section(advantages)

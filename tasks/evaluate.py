@@ -73,7 +73,7 @@ def resolve_checker(name: str) -> Checker:
     if function_name not in functions:
         raise ValueError(
             f"evaluation.checker={name!r}: {module_name} has no function {function_name!r}. "
-            f"It has: {', '.join(key for key in functions if not key.startswith('_'))}"
+            f"It has: {', '.join(key for key in functions if key.islower() and not key.startswith('_'))}"
         )
     return functions[function_name]
 

@@ -6,13 +6,18 @@ initialisation), which is the wider one and counts for a claim about a method.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from transformers import AutoTokenizer
 
+from dataloader import read_generations
 from intervals import paired_difference, score_interval, seed_interval
+from report import write_report
 from schema import Settings
+from teacher_cache import Entry, Reader
 
 # What the chain promises first; each pair is compared on the same prompts, where both models are there.
 COMPARISONS = (
@@ -133,28 +138,59 @@ def table(results: dict[str, Any]) -> str:
 
 
 def curves_of(evaluations: list[Evaluation]) -> dict[str, Path]:
-    """Return the metrics.jsonl beside each evaluated model of the first seed."""
-    rows = evaluations[0].results["models"]
-    files = {name: Path(row["folder"]).parent / "metrics.jsonl" for name, row in rows.items()}
-    return {name: file for name, file in files.items() if file.is_file()}
+    """Return the metrics.jsonl beside each evaluated model, by seed_N/model."""
+    found = {}
+    for e in evaluations:
+        for name, row in e.results["models"].items():
+            file = Path(row["folder"]).parent / "metrics.jsonl"
+            if file.is_file():
+                found[f"seed_{e.seed}/{name}" if len(evaluations) > 1 else name] = file
+    return found
 
 
 def samples_of(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return the first replies side by side."""
+    """Return the first replies of every model, as the report takes them."""
     file = evaluation.folder / "samples.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines[:NUM_SAMPLES] if line]
+    rows = [json.loads(line) for line in lines[:NUM_SAMPLES] if line]
+    return [
+        {"prompt": row["prompt"], "model": model, "response": response, "score": row["scores"].get(model)}
+        for row in rows
+        for model, response in row["responses"].items()
+    ]
 
 
-def advantage_caches(evaluation: Evaluation) -> list[tuple[str, Path, Path]]:
-    """Return (model, generations.jsonl, CACHE folder) of the evaluated models that learnt from advantages."""
-    found = []
-    for name, row in evaluation.results["models"].items():
-        stored = Path(row["folder"]).parent / "config.yaml"
+def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return generated responses with each token's advantage and the teacher's top entries.
+
+    They come from the cache that the last model with advantages learnt from; none, if there is no such model.
+    """
+    for row in reversed(evaluation.results["models"].values()):
+        folder = Path(row["folder"])
+        stored = folder.parent / "config.yaml"
         loss = yaml.safe_load(stored.read_text(encoding="utf-8")).get("loss", {}) if stored.is_file() else {}
-        if loss.get("advantages"):
-            found.append((name, Path(loss["generations"]), Path(loss["advantages"])))
-    return found
+        if not loss.get("advantages"):
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        reader = Reader(loss["advantages"])
+        generations = read_generations(loss["generations"])[:: max(1, reader.meta.num_sequences // NUM_SAMPLES)][:NUM_SAMPLES]
+        return [
+            {"prompt": g.prompt[-1]["content"], "tokens": _tokens_of(tokenizer, g.response_ids, reader.get(g.tokens.ids, g.tokens.response))}
+            for g in generations
+        ]
+    return []
+
+
+def _tokens_of(tokenizer: Any, response_ids: list[int], entry: Entry) -> list[dict[str, Any]]:
+    tokens = []
+    for i, token in enumerate(response_ids):
+        ids, values = entry.ids[i].tolist(), [float(v) for v in entry.values[i]]
+        assert entry.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
+        likely = [math.exp(float(v)) for v in entry.teacher_logps[i]]
+        top = [[tokenizer.decode([a]), value, p] for a, value, p in zip(ids, values, likely, strict=True)]
+        own = values[ids.index(token)] if token in ids else None
+        tokens.append({"text": tokenizer.decode([token]), "advantage": own, "top": top})
+    return tokens
 
 
 def run(settings: Settings) -> None:
@@ -169,3 +205,8 @@ def run(settings: Settings) -> None:
     (run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (run_dir / "results.md").write_text(table(results), encoding="utf-8")
     print(table(results))
+    path = write_report(
+        run_dir, "From a teacher to an aligned small student", curves_of(evaluations), results,
+        samples_of(evaluations[0]), advantages_of(evaluations[0]),
+    )  # fmt: skip
+    print(path, flush=True)

