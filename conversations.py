@@ -59,7 +59,9 @@ def read_rows(source: str, key: str = "datasets") -> list[dict[str, Any]]:
         try:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:
-            raise ValueError(f"{key}={source}: the folder was not written by datasets.save_to_disk ({error})") from error
+            raise ValueError(
+                f"{key}={source}: the folder was not written by datasets.save_to_disk ({error})"
+            ) from error
         if isinstance(loaded, datasets.DatasetDict):
             raise ValueError(f"{key}={source} holds several splits ({', '.join(loaded)}): name the folder of one")
         return loaded.to_list()
@@ -162,7 +164,9 @@ def _from_strings(row: dict[str, Any]) -> Conversation:
 def parse_hh(text: str) -> list[Message]:
     """Split "\\n\\nHuman: ... \\n\\nAssistant: ..." into messages."""
     messages: list[Message] = []
-    for chunk in text.replace(ASSISTANT.rstrip(" "), "\0assistant\0").replace(HUMAN.rstrip(" "), "\0user\0").split("\0"):
+    for chunk in (
+        text.replace(ASSISTANT.rstrip(" "), "\0assistant\0").replace(HUMAN.rstrip(" "), "\0user\0").split("\0")
+    ):
         if chunk in ("assistant", "user"):
             messages.append({"role": chunk, "content": ""})
         elif messages:

@@ -134,7 +134,9 @@ def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
     if adds_bos(tokenizer) and ids[:1] != [bos]:
         ids = [bos, *ids]
     if bos is not None and ids[:2] == [bos, bos]:
-        raise ValueError(f"the chat template puts two {tokenizer.bos_token!r} at the start of {render(tokenizer, messages, True)[:80]!r}")
+        raise ValueError(
+            f"the chat template puts two {tokenizer.bos_token!r} at the start of {render(tokenizer, messages, True)[:80]!r}"
+        )
     return ids
 
 
@@ -164,7 +166,9 @@ def encode_turn(tokenizer: Any, before: list[Message], turn: Message, counts: Co
     return [*ids, end.id]
 
 
-def fit_prompt(tokenizer: Any, messages: list[Message], limit: int, counts: Counter[str]) -> tuple[list[Message], list[int]]:
+def fit_prompt(
+    tokenizer: Any, messages: list[Message], limit: int, counts: Counter[str]
+) -> tuple[list[Message], list[int]]:
     """Shorten a prompt to `limit` tokens: drop the oldest turns, then cut the left of the newest one."""
     ids = encode_prompt(tokenizer, messages)
     if len(ids) <= limit:
@@ -237,7 +241,9 @@ def encode_example(
     return Example(prompt_ids, encoded[0], encoded[1], encoded[2], conversation)
 
 
-def _from_ids(row: dict[str, Any], conversation: Conversation, config: ModelConfig, counts: Counter[str]) -> Example | None:
+def _from_ids(
+    row: dict[str, Any], conversation: Conversation, config: ModelConfig, counts: Counter[str]
+) -> Example | None:
     """Take the ids that a generator wrote instead of tokenising its text again."""
     prompt, response = row["prompt_ids"], row["response_ids"][: max(0, config.max_length - len(row["prompt_ids"]))]
     if not response:
@@ -282,7 +288,9 @@ def load_examples(
     return _encode_rows(rows, split, tokenizer, model)
 
 
-def _encode_rows(rows: list[tuple[dict[str, Any], str, str, str]], split: str, tokenizer: Any, model: ModelConfig) -> list[Example]:
+def _encode_rows(
+    rows: list[tuple[dict[str, Any], str, str, str]], split: str, tokenizer: Any, model: ModelConfig
+) -> list[Example]:
     counts: Counter[str] = Counter()
     examples: list[Example] = []
     for row, fmt, where, supervise in rows:

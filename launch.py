@@ -1,8 +1,8 @@
 """The one command: compose the Hydra config, type it, run one task or a whole pipeline.
 
-    python launch.py loss=dpo model=tiny datasets=[local] datasets.local.train=pairs.jsonl exp_name=x ++lr=5e-7
-    accelerate launch --config_file accelerate_config/fsdp_4gpu.yaml launch.py loss=adpa model=llama ...
-    python launch.py pipeline=quickstart
+python launch.py loss=dpo model=tiny datasets=[local] datasets.local.train=pairs.jsonl exp_name=x ++lr=5e-7
+accelerate launch --config_file accelerate_config/fsdp_4gpu.yaml launch.py loss=adpa model=llama ...
+python launch.py pipeline=quickstart
 """
 
 import importlib

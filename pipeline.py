@@ -175,7 +175,7 @@ class Runner:
         if running.process.returncode == 0 and stage.done:
             facts = {"digest": stage.digest, "seconds": round(seconds, 1), "needs": [str(folder) for folder in stage.needs]}
             (stage.folder / "stage.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-            finished = sum(s.done for s in self.stages)
+            finished = len(self.stages) - len(self.waiting) - len(self.running) - len(self.failed)
             self._say(f"{stage.label}: done in {seconds:.0f} s ({finished}/{len(self.stages)})")
             return
         self.failed.append(stage)

@@ -296,7 +296,7 @@ def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
     known_wandb = ["enabled", "mode", "project", "entity", "group"]
     for key in raw["wandb"]:
         require(key in known_wandb, f"unknown key 'wandb.{key}'.{nearest(str(key), known_wandb)}")
-    loss = None
+    loss: Any = None
     if loss_config is not None:
         section = {k: v for k, v in raw["loss"].items() if k not in ("name", "trainer")}
         loss = typed(section, loss_config, "loss.")

@@ -66,7 +66,13 @@ _IDENTITY = (
 
 def _dtypes(meta: Mapping[str, Any]) -> dict[str, np.dtype]:
     ids = np.dtype(np.uint16 if meta["vocab_size"] <= 65536 else np.int32)
-    found = {"seq_ids": np.dtype(np.int32), "seq_mask": np.dtype(np.bool_), "topk_ids": ids, "values": np.dtype(np.float16), "tail": np.dtype(np.float16)}
+    found = {
+        "seq_ids": np.dtype(np.int32),
+        "seq_mask": np.dtype(np.bool_),
+        "topk_ids": ids,
+        "values": np.dtype(np.float16),
+        "tail": np.dtype(np.float16),
+    }
     if meta["quantity"] == "advantage":
         found["teacher_logps"] = np.dtype(np.float16)
     return found
@@ -180,7 +186,11 @@ def finish(folder: Path | str) -> Meta:
     """Count the shards into meta.json and write DONE."""
     folder = Path(folder)
     stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    rows = [json.loads(x) for f in sorted(folder.glob("shard-*/index.jsonl")) for x in f.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(x)
+        for f in sorted(folder.glob("shard-*/index.jsonl"))
+        for x in f.read_text(encoding="utf-8").splitlines()
+    ]
     stored.update(num_sequences=len(rows), num_tokens=sum(r["l"] for r in rows))
     _write_atomically(folder / "meta.json", stored)
     (folder / "DONE").touch()
@@ -218,21 +228,37 @@ class _Shard:
             return np.asarray(flat).reshape(count, width)
 
         logps = part("teacher_logps", self.k).astype(np.float32) if "teacher_logps" in self.arrays else None
-        return Entry(part("topk_ids", self.k).astype(np.int64), part("values", self.k).astype(np.float32), part("tail", 1)[:, 0].astype(np.float32), logps)
+        return Entry(
+            part("topk_ids", self.k).astype(np.int64),
+            part("values", self.k).astype(np.float32),
+            part("tail", 1)[:, 0].astype(np.float32),
+            logps,
+        )
 
     def sequence(self, key: bytes) -> tuple[list[int], list[bool]]:
         """Read the ids and mask of a sequence."""
         start, count, _, _ = self.places[key]
-        return self.arrays["seq_ids"][start : start + count].tolist(), self.arrays["seq_mask"][start : start + count].tolist()
+        return self.arrays["seq_ids"][start : start + count].tolist(), self.arrays["seq_mask"][
+            start : start + count
+        ].tolist()
 
 
 class Reader:
     """Find a sequence's entries by the ids that the trainer itself made; anything else is refused and shown."""
 
-    def __init__(self, folder: Path | str, expected: Mapping[str, object] | None = None, decode: Callable[[list[int]], str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        expected: Mapping[str, object] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> None:
         self.folder, self.decode = Path(folder).expanduser(), decode
         if not (self.folder / "DONE").is_file():
-            state = "is not finished (no DONE): run the same task=cache command again" if self.folder.is_dir() else "does not exist"
+            state = (
+                "is not finished (no DONE): run the same task=cache command again"
+                if self.folder.is_dir()
+                else "does not exist"
+            )
             raise ValueError(f"teacher cache {self.folder} {state}")
         stored = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         for key, wanted in {"format_version": FORMAT_VERSION, **(expected or {})}.items():
@@ -259,7 +285,9 @@ class Reader:
         for shard in self.shards:
             for key in shard.places:
                 other, mask = shard.sequence(key)
-                common = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
+                common = next(
+                    (i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other))
+                )
                 if common > best[0]:
                     best = (common, other, mask)
         common, other, mask = best

@@ -27,7 +27,9 @@ def run(settings: Settings) -> None:
     teacher = models.load_model(settings.model, dtype=dtype, trainable=False).to(state.device)
     reference = None
     if config.reference:
-        reference = models.load_model(settings.model, source=config.reference, dtype=dtype, trainable=False).to(state.device)
+        reference = models.load_model(settings.model, source=config.reference, dtype=dtype, trainable=False).to(
+            state.device
+        )
     folder = settings.run.run_dir / "CACHE"
     meta = _meta(settings, tokenizer, sequences)
     if state.is_main_process:  # meta.json first, so that the other writers compare with it
@@ -35,13 +37,17 @@ def run(settings: Settings) -> None:
     state.wait_for_everyone()
     writer = Writer(folder, meta, state.process_index)
     scorer = Scorer(teacher, reference, tokenizer, config.top_k, config.beta)
-    _score_all(sequences[state.process_index :: state.num_processes], writer, scorer, config.batch_size, state.is_main_process)
+    _score_all(
+        sequences[state.process_index :: state.num_processes], writer, scorer, config.batch_size, state.is_main_process
+    )
     writer.close()
     state.wait_for_everyone()
     if state.is_main_process:
         done = finish(folder)
         size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
-        print(f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, {size / max(1, done.num_tokens):.1f} bytes per token")
+        print(
+            f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, {size / max(1, done.num_tokens):.1f} bytes per token"
+        )
 
 
 def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
@@ -66,7 +72,9 @@ def check_tokenizers(tokenizer: Any, reference: str, settings: Settings) -> None
     other = models.load_tokenizer(replace(settings.model, tokenizer_name_or_path=reference))
     ours, theirs = models.tokenizer_digest(tokenizer), models.tokenizer_digest(other)
     if ours != theirs:
-        raise ValueError(f"cache.reference={reference} has another tokenizer or chat template (digest {theirs}) than the teacher's ({ours})")
+        raise ValueError(
+            f"cache.reference={reference} has another tokenizer or chat template (digest {theirs}) than the teacher's ({ours})"
+        )
 
 
 def _meta(settings: Settings, tokenizer: Any, sequences: list[Tokens]) -> Meta:
@@ -120,4 +128,3 @@ def _score_all(sequences: list[Tokens], writer: Writer, scorer: Scorer, size: in
         bar.update(len(batch))
         bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
     bar.close()
-

@@ -23,7 +23,7 @@ from dataloader import Example, Message, Sequences, collate, load_examples
 from functional import row_sums, token_logps
 from intervals import paired_difference, score_interval
 from schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
-from tasks.generate import Sample, sample
+from tasks.generate import Reply, sample
 from trainers.basic import check_strategy
 
 Checker = Callable[[str, str], float]
@@ -128,8 +128,8 @@ def main_temperature(temperatures: Sequence[float]) -> float | None:
 
 def answer(
     settings: Settings, model: Any, tokenizer: Any, prompts: list[Example], temperature: float, label: str
-) -> list[Sample]:
-    """Sample one reply to each prompt, from the whole distribution; longest prompts first, so batches are alike."""
+) -> list[Reply]:
+    """Reply one reply to each prompt, from the whole distribution; longest prompts first, so batches are alike."""
     config, seed = settings.evaluation, settings.run.seed
     generation: GenerationConfig = replace(
         settings.generation, n=1, temperature=temperature, top_p=1.0, top_k=0,
@@ -137,7 +137,7 @@ def answer(
     )  # fmt: skip
     stop = models.stop_ids(tokenizer, model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].prompt))
-    sampled: dict[int, Sample] = {}
+    sampled: dict[int, Reply] = {}
     for start in tqdm(range(0, len(order), config.batch_size), desc=f"{label} t={temperature:g}", mininterval=1):
         batch = order[start : start + config.batch_size]
         ids = [prompts[i].prompt for i in batch]
@@ -146,7 +146,7 @@ def answer(
     return [sampled[i] for i in range(len(prompts))]
 
 
-def judge_replies(samples: list[Sample], tokenizer: Any, prompts: list[Example], checker: Checker | None) -> Replies:
+def judge_replies(samples: list[Reply], tokenizer: Any, prompts: list[Example], checker: Checker | None) -> Replies:
     """Decode the replies, without their end-of-turn token, and judge each beside its prompt."""
     bodies = [ids[:-1] if reason == "stop" else ids for ids, reason in samples]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in bodies]

@@ -22,7 +22,9 @@ def run(settings: Settings) -> None:
     tokenizer = models.load_tokenizer(settings.model)
     trainer: BasicTrainer = trainer_class(settings, tokenizer, accelerator)
     train, test = _examples(settings, tokenizer)
-    accelerator.print(f"loss={settings.raw['loss']['name']} {settings.loss}\nstrategy={running}, {accelerator.num_processes} process(es)")
+    accelerator.print(
+        f"loss={settings.raw['loss']['name']} {settings.loss}\nstrategy={running}, {accelerator.num_processes} process(es)"
+    )
     _show(train[0], tokenizer, accelerator)
     items = trainer.items(train, "train")
     test_items = trainer.items(test, "test") if test else []
@@ -76,9 +78,13 @@ def _reference(
     if not cached:
         return models.load_model(config, dtype=dtype, trainable=False), items, test_items
     # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
-    source = config.from_checkpoint or config.load_from or config.name_or_path or f"build:{config.build}:{config.build_seed}"
+    source = (
+        config.from_checkpoint or config.load_from or config.name_or_path or f"build:{config.build}:{config.build_seed}"
+    )
     meta = reference.meta_of(source, trainer.tokenizer) if Path(source).is_dir() else {"model": source}
-    folder = Path(run.load_reference_logprobs).expanduser() if run.load_reference_logprobs else run.run_dir / "REFERENCE"
+    folder = (
+        Path(run.load_reference_logprobs).expanduser() if run.load_reference_logprobs else run.run_dir / "REFERENCE"
+    )
     if not run.load_reference_logprobs and not (folder / "DONE").is_file():
         model = models.load_model(config, dtype=dtype, trainable=False)
         reference.score(trainer, model, items + test_items, folder, meta)

@@ -23,7 +23,9 @@ def composed(*overrides: str) -> dict[str, Any]:
     return raw
 
 
-def launch(*args: str, env: dict[str, str] | None = None, timeout: float = 180, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def launch(
+    *args: str, env: dict[str, str] | None = None, timeout: float = 180, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Run launch.py as a user would."""
     return subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), *args],

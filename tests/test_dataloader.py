@@ -42,7 +42,9 @@ def test_every_format_gives_the_same_ids(tokenizer, config):
     from_strings = encoded({"prompt": "hi there", "response": "yes"}, tokenizer, config)
     pair = encoded({"prompt": "hi there", "chosen": "yes", "rejected": "no"}, tokenizer, config)
     hh = encoded(
-        {"chosen": "\n\nHuman: hi there\n\nAssistant: yes", "rejected": "\n\nHuman: hi there\n\nAssistant: no"}, tokenizer, config
+        {"chosen": "\n\nHuman: hi there\n\nAssistant: yes", "rejected": "\n\nHuman: hi there\n\nAssistant: no"},
+        tokenizer,
+        config,
     )
     assert from_messages.response == from_strings.response == pair.chosen == hh.chosen
     assert from_messages.prompt == pair.prompt and pair.rejected == hh.rejected
@@ -70,7 +72,12 @@ def test_supervise_all_masks_every_assistant_turn_and_no_user_turn(tokenizer, co
 
 def test_hh_texts_keep_their_turns():
     text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c d\n\nAssistant: e"
-    assert [(m["role"], m["content"]) for m in parse_hh(text)] == [("user", "a"), ("assistant", "b"), ("user", "c d"), ("assistant", "e")]
+    assert [(m["role"], m["content"]) for m in parse_hh(text)] == [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c d"),
+        ("assistant", "e"),
+    ]
 
 
 def test_shp_prefers_what_labels_says():
@@ -113,7 +120,12 @@ def test_json_parquet_and_saved_folders_are_read_alike(tmp_path: Path):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
-    assert read_rows(str(tmp_path / "a.json")) == read_rows(str(tmp_path / "a.parquet")) == read_rows(str(tmp_path / "saved")) == rows
+    assert (
+        read_rows(str(tmp_path / "a.json"))
+        == read_rows(str(tmp_path / "a.parquet"))
+        == read_rows(str(tmp_path / "saved"))
+        == rows
+    )
 
 
 def test_rows_without_a_supervised_token_are_refused_when_all_are(tmp_path: Path, tokenizer, config):
@@ -125,7 +137,10 @@ def test_rows_without_a_supervised_token_are_refused_when_all_are(tmp_path: Path
 def test_weights_mix(tmp_path: Path, tokenizer, config):
     file = write_pairs(tmp_path / "a.jsonl", 10)
     for weight, count in ((1.0, 10), (0.5, 5), (2.3, 23)):
-        assert len(load_examples({"a": DatasetConfig(train=str(file), weight=weight)}, "train", tokenizer, config)) == count
+        assert (
+            len(load_examples({"a": DatasetConfig(train=str(file), weight=weight)}, "train", tokenizer, config))
+            == count
+        )
 
 
 def test_order_is_a_function_of_seed_and_epoch_and_every_example_comes_once():

@@ -82,10 +82,27 @@ def test_every_key_of_config_yaml_is_read_by_a_dataclass():
 
 
 def test_a_run_leaves_model_config_command_versions_and_metrics_and_a_second_one_does_nothing(tmp_path, data):
-    overrides = base(tmp_path, data, "loss=dpo", "exp_name=x", "run_count=run1", "n_steps=2", "log_every=1", "++cache_reference_logprobs=true")
+    overrides = base(
+        tmp_path,
+        data,
+        "loss=dpo",
+        "exp_name=x",
+        "run_count=run1",
+        "n_steps=2",
+        "log_every=1",
+        "++cache_reference_logprobs=true",
+    )
     launcher.run_task(composed(*overrides))
     folder = tmp_path / "runs" / "x" / "run1"
-    for name in ("FINAL/config.json", "FINAL/model.safetensors", "FINAL/tokenizer.json", "config.yaml", "command.txt", "versions.json", "DONE"):
+    for name in (
+        "FINAL/config.json",
+        "FINAL/model.safetensors",
+        "FINAL/tokenizer.json",
+        "config.yaml",
+        "command.txt",
+        "versions.json",
+        "DONE",
+    ):
         assert (folder / name).is_file(), name
     row = rows_of(folder / "metrics.jsonl")[0]
     for key in ("step", "examples", "loss/train", "rewards_train/accuracies", "grad_norm", "lr", "tokens_per_second"):
@@ -101,7 +118,9 @@ def test_cached_reference_equals_live_reference_and_lora_starts_at_ln_2(tmp_path
     common = base(tmp_path, data, "loss=dpo", "n_steps=3", "log_every=1", "lr=1e-3")
     launcher.run_task(composed(*common, "exp_name=live"))
     launcher.run_task(composed(*common, "exp_name=cached", "++cache_reference_logprobs=true"))
-    launcher.run_task(composed(*common, "exp_name=loaded", f"++load_reference_logprobs={tmp_path}/runs/cached/REFERENCE"))
+    launcher.run_task(
+        composed(*common, "exp_name=loaded", f"++load_reference_logprobs={tmp_path}/runs/cached/REFERENCE")
+    )
     launcher.run_task(composed(*common, "exp_name=lora", "++model.use_peft=true", "++model.peft.lora_r=4"))
     rows = {n: rows_of(tmp_path / "runs" / n / "metrics.jsonl") for n in ("live", "cached", "loaded", "lora")}
     for a, b, c in zip(rows["live"], rows["cached"], rows["loaded"], strict=True):

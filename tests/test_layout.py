@@ -31,7 +31,9 @@ def world(tmp_path_factory) -> dict[str, str]:
     launch.run_task(composed(*common, "exp_name=gen", "task=generate", start, "generation.max_new_tokens=9"))
     generations = f"{base}/gen/generations.jsonl"
     reference = f"cache.reference={base}/start/FINAL"
-    launch.run_task(composed(*common, "exp_name=adv", "task=cache", teacher, reference, f"cache.generations={generations}"))
+    launch.run_task(
+        composed(*common, "exp_name=adv", "task=cache", teacher, reference, f"cache.generations={generations}")
+    )
     return {"base": str(base), "data": str(data), "start": start, "generations": generations}
 
 

@@ -26,7 +26,12 @@ def arguments(base: Path, data: Path, name: str) -> list[str]:
 
 def start(command: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -43,7 +48,9 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_the_same_metrics(tmp_path: Pa
     time.sleep(0.15)  # some steps past the checkpoint
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    steps_before = max(json.loads((d.parent / "state.json").read_text())["step"] for d in folder.glob("checkpoint-*/DONE"))
+    steps_before = max(
+        json.loads((d.parent / "state.json").read_text())["step"] for d in folder.glob("checkpoint-*/DONE")
+    )
     again = start(arguments(tmp_path, data, "killed"))
     assert again.wait(timeout=150) == 0, again.stderr.read().decode()[-2000:]
     assert whole.wait(timeout=150) == 0, whole.stderr.read().decode()[-2000:]

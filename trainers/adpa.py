@@ -53,7 +53,9 @@ class Trainer(BasicTrainer):
         if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
             return [Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ()) for e in examples]
         reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
-        generations = generations_by_prompt(read_generations(self.config.generations), examples, self.config.generations)
+        generations = generations_by_prompt(
+            read_generations(self.config.generations), examples, self.config.generations
+        )
         items = []
         for example in examples:
             chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
@@ -84,7 +86,10 @@ class Trainer(BasicTrainer):
             advantages = floored(advantages, batch.teacher.teacher_logps, self.config.advantage_floor)
         expected = expected_advantage(logits, batch.teacher.ids, advantages)
         sums["advantage"] = -self.config.gamma * expected.sum()
-        tokens, lengths = len(expected), row_sums(torch.ones_like(expected.detach()), out.rows[split:] - batch.num_items, batch.num_items)
+        tokens, lengths = (
+            len(expected),
+            row_sums(torch.ones_like(expected.detach()), out.rows[split:] - batch.num_items, batch.num_items),
+        )
         with torch.no_grad():
             mass = gather_logps(logits, batch.teacher.ids).exp().sum()
             entropy = entropies(logits).sum()

@@ -125,7 +125,9 @@ class BasicTrainer:
 
     # ---- the loop
 
-    def fit(self, policy: torch.nn.Module, reference: torch.nn.Module | None, train: list[Item], test: list[Item]) -> dict[str, float]:
+    def fit(
+        self, policy: torch.nn.Module, reference: torch.nn.Module | None, train: list[Item], test: list[Item]
+    ) -> dict[str, float]:
         """Train to the end, resuming from the newest whole checkpoint; return the last evaluation's metrics."""
         run, accelerator = self.run_config, self.accelerator
         self.reference = reference if reference is None else self._place_reference(reference)
@@ -137,14 +139,21 @@ class BasicTrainer:
         self.warmup_steps = round(run.warmup * self.total_steps) if run.warmup < 1 else int(run.warmup)
         self.window, self.examples_seen = Window(), 0
         step = self._resume()
+        first = step + 1
         self.rows = MetricsFile(run.run_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
         self.tracker = _tracker(self.settings) if accelerator.is_main_process else None
         if run.do_first_eval and step == 0:
             self._evaluate_and_log(0)
         started, tokens = time.perf_counter(), 0
-        bar = tqdm(total=self.total_steps, initial=step, desc=run.exp_name, mininterval=1, disable=not accelerator.is_local_main_process)
+        bar = tqdm(
+            total=self.total_steps,
+            initial=step,
+            desc=run.exp_name,
+            mininterval=1,
+            disable=not accelerator.is_local_main_process,
+        )
         last_eval: dict[str, float] = {}
-        for step in range(step + 1, self.total_steps + 1):
+        for step in range(first, self.total_steps + 1):
             tokens += self._step(step)
             bar.update()
             if run.log_every and (step % run.log_every == 0 or step == self.total_steps):
@@ -224,7 +233,9 @@ class BasicTrainer:
             self.window.add(metrics)
         norm = float(accelerator.clip_grad_norm_(self.policy.parameters(), self.model_config.max_grad_norm))
         if not math.isfinite(norm):
-            raise ValueError(f"step {step}: the gradient norm is {norm}; the update was not made. Lower lr or check the data")
+            raise ValueError(
+                f"step {step}: the gradient norm is {norm}; the update was not made. Lower lr or check the data"
+            )
         scale = learning_rate_scale(step - 1, self.total_steps, self.warmup_steps, run.scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = run.lr * scale
@@ -243,7 +254,9 @@ class BasicTrainer:
         world = self.accelerator.num_processes
         for start in range(0, len(self.test_items), self.model_config.eval_batch_size * world):
             stop = min(start + self.model_config.eval_batch_size * world, len(self.test_items))
-            for batch in self._deal(self.test_items, list(range(start, stop)), self.model_config.eval_batch_size, world):
+            for batch in self._deal(
+                self.test_items, list(range(start, stop)), self.model_config.eval_batch_size, world
+            ):
                 window.add(self._terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
         return _named(means(window.reduced(self._reduce)), "eval")
 
@@ -284,9 +297,16 @@ class BasicTrainer:
             self.window = Window()  # rank 0 carries the window of all from here on
         else:
             self.window.sums = sums
-        state = {"examples": self.examples_seen, "window": sums, "data": self.data_digest(), "total_steps": self.total_steps}
+        state = {
+            "examples": self.examples_seen,
+            "window": sums,
+            "data": self.data_digest(),
+            "total_steps": self.total_steps,
+        }
         run = self.run_config
-        checkpoint.save(run.run_dir, step, self.policy, self.optimizer, state, self.accelerator.is_main_process, run.keep_last)
+        checkpoint.save(
+            run.run_dir, step, self.policy, self.optimizer, state, self.accelerator.is_main_process, run.keep_last
+        )
         if run.intermediate_checkpoints:
             self.save_model(f"step-{step}")
         self.accelerator.wait_for_everyone()

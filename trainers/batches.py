@@ -49,16 +49,23 @@ class Batch(NamedTuple):
         return Batch(
             Sequences(*(t.to(device) for t in self.sequences)),
             self.num_items,
-            None if self.teacher is None else TopK(*(None if t is None else t.to(device) for t in self.teacher)),
+            None if self.teacher is None else _moved(self.teacher, device),
             None if self.reference_logps is None else self.reference_logps.to(device),
         )
+
+
+def _moved(teacher: TopK, device: torch.device) -> TopK:
+    logps = None if teacher.teacher_logps is None else teacher.teacher_logps.to(device)
+    return TopK(teacher.ids.to(device), teacher.values.to(device), logps)
 
 
 def make_batch(items: Sequence[Item], pad_id: int, with_reference: bool) -> Batch:
     """Pad the items and lay them slot after slot."""
     slots = range(len(items[0].sequences))
     sequences = collate([item.sequences[slot] for slot in slots for item in items], pad_id)
-    entries = [item.entries[slot] for slot in slots for item in items if item.entries and item.entries[slot] is not None]
+    entries = [
+        item.entries[slot] for slot in slots for item in items if item.entries and item.entries[slot] is not None
+    ]
     reference = None
     if with_reference:
         values = [item.reference_logps[slot] for slot in slots for item in items if item.reference_logps is not None]

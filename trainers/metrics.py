@@ -13,7 +13,7 @@ class Mean(NamedTuple):
     """A total over a number of units; the mean is taken once, over the whole window and all ranks."""
 
     total: Tensor | float
-    count: Tensor | float
+    count: Tensor | float  # type: ignore[assignment]  # the word is right; tuple.count is not used here
 
 
 class Window:

@@ -24,7 +24,9 @@ def meta_of(reference_source: str, tokenizer: Any) -> dict[str, str]:
 
 
 @torch.no_grad()
-def score(trainer: BasicTrainer, reference: torch.nn.Module, items: list[Item], folder: Path, meta: dict[str, str]) -> None:
+def score(
+    trainer: BasicTrainer, reference: torch.nn.Module, items: list[Item], folder: Path, meta: dict[str, str]
+) -> None:
     """Score every sequence of the items with the reference and write the folder, DONE last. Rank 0 writes.
 
     Every rank scores all items where there is one process; with several each takes its share.
@@ -62,10 +64,14 @@ def attach(items: list[Item], folder: Path, meta: dict[str, str]) -> list[Item]:
     stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     for key, value in meta.items():
         if stored[key] != value:
-            raise ValueError(f"{folder} was scored with another {key}: digest {stored[key]}, this run has {value}. Score again")
+            raise ValueError(
+                f"{folder} was scored with another {key}: digest {stored[key]}, this run has {value}. Score again"
+            )
     logps = dict(zip(stored["keys"], load_file(folder / "logps.safetensors")["logps"].tolist(), strict=True))
     missing = sum(key not in logps for item in items for key in _keys(item))
     if missing:
         total = sum(len(item.sequences) for item in items)
-        raise ValueError(f"{folder} lacks {missing} of {total} sequences: other data, template or truncation. Score again")
+        raise ValueError(
+            f"{folder} lacks {missing} of {total} sequences: other data, template or truncation. Score again"
+        )
     return [item._replace(reference_logps=tuple(logps[key] for key in _keys(item))) for item in items]
