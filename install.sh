@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm]`. Run it again at any time: it adds
-# what is missing and takes a second when nothing is.
+# what is missing and takes a few seconds when nothing is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -47,9 +47,10 @@ has() { compgen -G ".venv/lib/python3*/site-packages/$1.dist-info" >/dev/null; }
 link_packages() { # uv hard-links from its cache; on another filesystem it has to copy
     local cache probe
     cache="$(uv cache dir)"
-    mkdir -p "$cache"
-    probe="$(mktemp "$cache/probe.XXXXXX")"
-    if ! ln "$probe" ".venv/probe.$$" 2>/dev/null; then export UV_LINK_MODE="${UV_LINK_MODE:-copy}"; fi
+    probe="$cache/probe.$$"
+    if ! { mkdir -p "$cache" && : >"$probe" && ln "$probe" ".venv/probe.$$"; } 2>/dev/null; then
+        export UV_LINK_MODE="${UV_LINK_MODE:-copy}"
+    fi
     rm -f "$probe" ".venv/probe.$$"
 }
 

@@ -84,7 +84,7 @@ def local_source(source: str) -> str:
         there = there.parent
     names = sorted(p.name for p in there.iterdir() if p.is_dir())
     missing = path.relative_to(there).parts[0] if path.is_relative_to(there) else path.name
-    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.7)
     hint = f"did you mean {there / close[0]}?" if close else f"{there} has {', '.join(names[:5]) or 'no folders'}"
     raise ValueError(f"no model folder {source!r}: {hint}")
 
@@ -112,6 +112,8 @@ def _loaded(load: Callable[..., Any], source: str, what: str, **options: Any) ->
     """Call a from_pretrained, without code from the hub and without questions, and word its failure for a person."""
     is_folder = Path(source).is_dir()
     offline = not is_folder and not hub_reachable()
+    if offline:  # local_files_only alone still asks the hub for side files, with all its retries
+        constants.HF_HUB_OFFLINE = True
     try:
         return load(source, trust_remote_code=False, local_files_only=is_folder or offline, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -175,7 +177,9 @@ def check_attention(name: str | None) -> None:
     if name is None or name in ("sdpa", "eager"):
         return
     if not torch.cuda.is_available():
-        raise ValueError(f"{key} runs on GPUs only and there is none here (flex_attention on CPU is wrong): use sdpa, eager or null")
+        raise ValueError(
+            f"{key} runs on GPUs only and there is none here (flex_attention on CPU is wrong): use sdpa, eager or null"
+        )
     if name == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ValueError(f"{key} needs the package flash-attn, which is not installed: install it, or use sdpa")
 

@@ -2,10 +2,10 @@
 
 import argparse
 import gc
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,11 +31,11 @@ def arguments(what: str) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=32_000, help="vocabulary (default 32,000)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers (default 4)")
-    parser.add_argument("--rows", type=int, default=8, help="sequences in a batch (default 8)")
+    parser.add_argument("--rows", type=int, default=4, help="sequences (pairs) in a batch (default 4)")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens of a sequence (default 32)")
     parser.add_argument("--response", type=int, default=96, help="response tokens of a sequence (default 96)")
     parser.add_argument("--top-k", type=int, default=50, help="teacher entries a token (default 50)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median counts (default 5)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the median counts (default 3)")
     return parser.parse_args()
 
 
@@ -88,11 +88,27 @@ def compare(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def peak_bytes() -> int:
-    """Return the peak memory of this process so far: of the GPU if there is one, else resident."""
+def forget_peak() -> None:
+    """Start the peak anew from what is held now."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def held_bytes() -> int:
+    """Return the memory held now: of the GPU if there is one, else resident."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Return the peak memory since forget_peak. Not getrusage: a child there begins with its parent's peak."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
 
 
 def machine() -> str:

@@ -9,7 +9,8 @@ Peak memory is taken in a process of its own for each method, minus what model a
 
 import argparse
 import gc
-import json
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,13 +19,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.setup import Size, arguments, build, compare, device, machine, peak_bytes, sequences, size_of
+from benchmarks.setup import (
+    Size,
+    arguments,
+    build,
+    compare,
+    device,
+    forget_peak,
+    held_bytes,
+    machine,
+    peak_bytes,
+    sequences,
+    size_of,
+)
 from models import response_logits
 from teacher_cache import Entry
 from trainers import adpa, dckd, dpo, sft
 from trainers.batches import Batch, Item, make_batch
 
 METHODS = ("sft", "dpo", "dckd", "adpa")
+PEAK_OF = "STEP_COST_PEAK_OF"  # tells a child process which method to measure
 
 
 def entry(size: Size, k: int, advantage: bool, rng: np.random.Generator) -> Entry:
@@ -94,29 +108,28 @@ def peak_of(method: str, size: Size, k: int) -> int:
     optimizer.zero_grad(set_to_none=True)
     step = step_of(method, size, k, model, optimizer)
     gc.collect()
-    before = peak_bytes()
+    forget_peak()
+    before = held_bytes()
     step()
     return peak_bytes() - before
 
 
 def measured_peak(method: str, options: argparse.Namespace) -> int:
-    """Measure in a fresh process: a peak never falls."""
-    given = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items()]
-    command = [sys.executable, "-m", "benchmarks.step_cost", *given]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.argv = {['x', *given]!r}; from benchmarks import step_cost as s; "
-         f"from benchmarks.setup import arguments, size_of; o = arguments(''); print(s.peak_of({method!r}, size_of(o), o.top_k))"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    """Measure in a fresh process: what an earlier method freed would be used again unseen."""
+    command = [sys.executable, "-m", "benchmarks.step_cost", *(f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items())]
+    done = subprocess.run(command, env={**os.environ, PEAK_OF: method}, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"{' '.join(command)}: {done.stderr[-600:]}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"{shlex.join(command)}: {done.stderr[-600:]}")
+    return int(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """Print seconds, the ratio to SFT, and peak memory of a step with its ratio."""
     options = arguments(__doc__ or "")
     size = size_of(options)
+    if PEAK_OF in os.environ:
+        print(peak_of(os.environ[PEAK_OF], size, options.top_k))
+        return
     model, optimizer = student(size)
     seconds = compare({m: step_of(m, size, options.top_k, model, optimizer) for m in METHODS}, options.repeats)
     peaks = {m: measured_peak(m, options) for m in METHODS}

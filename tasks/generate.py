@@ -49,9 +49,7 @@ def forbidden_ids(tokenizer: Any, stop: Sequence[int], vocab_size: int, width: i
     return forbidden
 
 
-def hf_backend(
-    model: Any, tokenizer: Any, generation: GenerationConfig, stop: list[int], vocab_size: int
-) -> Backend:
+def hf_backend(model: Any, tokenizer: Any, generation: GenerationConfig, stop: list[int], vocab_size: int) -> Backend:
     """Return a function that samples one batch with model.generate."""
     width = model.get_output_embeddings().weight.shape[0]
     forbid = _Forbid(forbidden_ids(tokenizer, stop, vocab_size, width).to(model.device))
@@ -177,7 +175,9 @@ class Job(NamedTuple):
 def run(settings: Settings) -> None:
     """Write run_dir/generations.jsonl: n replies to every prompt of the split; goes on where a killed run stopped."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("task=generate runs in one process: start it with `python launch.py`, without accelerate launch")
+        raise ValueError(
+            "task=generate runs in one process: start it with `python launch.py`, without accelerate launch"
+        )
     config, generation = settings.model, settings.generation
     make = backend_of(generation.backend)
     tokenizer = models.load_tokenizer(config)
@@ -217,7 +217,9 @@ def _jobs(settings: Settings, tokenizer: Any) -> list[Job]:
     limit = run.n_examples if generation.split == "train" else run.n_eval_examples
     examples = load_examples(settings.datasets, generation.split, tokenizer, settings.model, limit, run.seed)
     if not examples:
-        raise ValueError(f"no prompts: no data set has a {generation.split} source; set datasets.NAME.{generation.split}")
+        raise ValueError(
+            f"no prompts: no data set has a {generation.split} source; set datasets.NAME.{generation.split}"
+        )
     for example in examples:
         check_bos(tokenizer, example.prompt)
     return [Job(example, i) for example in examples for i in range(generation.n)]
@@ -242,7 +244,9 @@ def _notes(model: Any, tokenizer: Any, stop: list[int], jobs: list[Job], generat
     own = models.stop_ids(tokenizer)
     if own != stop:
         words = [tokenizer.convert_ids_to_tokens(ids) for ids in (own, stop)]
-        print(f"note: the tokenizer ends a turn with {words[0]}, the model also with others; any of {words[1]} ends a reply")
+        print(
+            f"note: the tokenizer ends a turn with {words[0]}, the model also with others; any of {words[1]} ends a reply"
+        )
     longest = max(len(job.example.prompt) for job in jobs) + generation.max_new_tokens
     positions = getattr(model.config, "max_position_embeddings", longest)
     if longest > positions:
@@ -285,7 +289,9 @@ def _resume(path: Path, jobs: list[Job], head: dict[str, Any], batch_size: int) 
             if row.get("prompt_ids") != jobs[keep].example.prompt or row.get("sample") != jobs[keep].sample:
                 difference = "prompt"
             if difference:
-                raise ValueError(f"{path}, line {keep + 1}: written with another {difference}. Remove the file or choose another exp_name")
+                raise ValueError(
+                    f"{path}, line {keep + 1}: written with another {difference}. Remove the file or choose another exp_name"
+                )
             keep += 1
             sizes.append(sizes[-1] + len(line))
     if keep < len(jobs):

@@ -42,7 +42,9 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 def sampling(**changes) -> GenerationConfig:
-    return replace(typed(composed()["generation"], GenerationConfig), **{"max_new_tokens": 12, "batch_size": 3, **changes})
+    return replace(
+        typed(composed()["generation"], GenerationConfig), **{"max_new_tokens": 12, "batch_size": 3, **changes}
+    )
 
 
 def run_sample(model, tokenizer, prompts, seed=0, stop=None, **changes):
@@ -97,7 +99,6 @@ def test_the_sampled_distribution_is_the_models(config, tokenizer, prompts):
     sharp.generation_config.repetition_penalty = 5.0  # a folder's own habits must not shape the sample
     sharp.generation_config.top_k = 1
     own = sharp.generation_config
-    sharp.lm_head.weight.data = sharp.lm_head.weight.data * 3
     replies = run_sample(sharp, tokenizer, [prompts[0]] * 2000, max_new_tokens=1, batch_size=1000)
     counts = torch.bincount(torch.tensor([ids[0] for ids, _ in replies]), minlength=300) / 2000
     logits = sharp(input_ids=torch.tensor([prompts[0]])).logits[0, -1].detach()
@@ -190,24 +191,30 @@ def test_rows_of_another_run_are_refused(base):
     (base / name).mkdir()
     lines = (base / "whole/generations.jsonl").read_bytes().splitlines(keepends=True)
     (base / name / "generations.jsonl").write_bytes(b"".join(lines[:6]))
-    for change, what in (("generation.seed=5", "sampling"), ("model.build_seed=5", "model_digest"), ("n_examples=3", "prompt")):
+    for change, what in (
+        ("generation.seed=5", "sampling"),
+        ("model.build_seed=5", "model_digest"),
+        ("n_examples=3", "prompt"),
+    ):
         with pytest.raises(ValueError, match=f"generations.jsonl, line 1: written with another {what}"):
             launch.run_task(composed(*overrides(base, name, change)))
     assert (base / name / "generations.jsonl").read_bytes() == b"".join(lines[:6])
 
 
 def test_a_run_killed_with_signal_9_loses_and_doubles_nothing(base):
-    name, many = "kill9", ["generation.batch_size=1", "generation.n=20", "generation.max_new_tokens=40"]
+    name, many = "kill9", ["generation.batch_size=1", "generation.n=3", "generation.max_new_tokens=24"]
     path = base / name / "generations.jsonl"
     arguments = [sys.executable, str(ROOT / "launch.py"), *overrides(base, name, *many)]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while (not path.is_file() or path.stat().st_size < 5000) and process.poll() is None and time.monotonic() < deadline:
+    while (not path.is_file() or path.stat().st_size < 1500) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     cut_at = path.read_bytes()
-    assert 0 < cut_at.count(b"\n") < 180 and not (base / name / "DONE").exists()
+    assert 0 < cut_at.count(b"\n") < 27 and not (base / name / "DONE").exists()
     launch.run_task(composed(*overrides(base, name, *many)))
     assert path.read_bytes().startswith(cut_at[: cut_at.rindex(b"\n") + 1])
     launch.run_task(composed(*overrides(base, "unkilled", *many)))

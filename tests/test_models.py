@@ -203,7 +203,9 @@ def test_merged_lora_computes_what_the_adapters_did_and_training_can_go_on(confi
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
     plain = models.load_model(replace(config, load_from=str(tmp_path / "FINAL"), build=None), trainable=False)
     assert not any("lora" in name for name in plain.state_dict())
-    torch.testing.assert_close(models.response_logits(plain, sequences, 259).logits, expected.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        models.response_logits(plain, sequences, 259).logits, expected.detach(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_lora_starts_the_same_on_every_rank(config):
@@ -211,10 +213,14 @@ def test_lora_starts_the_same_on_every_rank(config):
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        states.append(models.add_lora(models.load_model(config, trainable=True), replace(config, peft=peft)).state_dict())
+        states.append(
+            models.add_lora(models.load_model(config, trainable=True), replace(config, peft=peft)).state_dict()
+        )
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     with pytest.raises(ValueError, match="model.peft"):
-        models.add_lora(models.load_model(config, trainable=True), replace(config, peft={**peft, "target_modules": ["no_such"]}))
+        models.add_lora(
+            models.load_model(config, trainable=True), replace(config, peft={**peft, "target_modules": ["no_such"]})
+        )
 
 
 # ---- tokenizers

@@ -1,0 +1,1 @@
+"""Golden numbers: independent implementations' inputs and outputs, run through our functions."""

@@ -1,0 +1,272 @@
+"""From golden inputs to calls of our functions. An adapter returns the outputs it computed, by the case's names.
+
+Letters: B rows, T tokens, N response tokens (flat), V vocabulary. `Skip` names why a variant is not ours.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional import entropies, expected_advantage, gather_logps, row_sums, token_logps, topk_kl, topk_logps
+from trainers.basic import learning_rate_scale
+from trainers.dpo import dpo_loss
+
+Variant = dict[str, Any]
+Outputs = dict[str, Any]
+
+
+class Skip(Exception):
+    """Why a variant is not run: a method not built yet, or a reference's quirk by number."""
+
+
+def response_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift once: (logits [N, V], targets [N], rows [N]) of the labelled tokens, row after row."""
+    rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return logits[rows, columns], labels[rows, columns + 1], rows
+
+
+def dense(values: Tensor, labels: Tensor) -> Tensor:
+    """Put flat token values [N] back into [B, T-1], 0 elsewhere."""
+    mask = labels[:, 1:] != -100
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter(mask, values)
+
+
+def gradient(scalar: Tensor, leaf: Tensor) -> Tensor:
+    return torch.autograd.grad(scalar, leaf, retain_graph=True)[0]
+
+
+def a_logps(variant: Variant) -> Outputs:
+    inputs, name = variant["inputs"], variant["name"]
+    logits, labels = inputs["logits"].requires_grad_(), inputs["labels"]
+    flat, targets, rows = response_tokens(logits, labels)
+    logps = token_logps(flat, targets, chunk=3)
+    sums = row_sums(logps, rows, len(labels))
+    if name == "halos_token_logps":
+        return {"token_logps": dense(logps, labels), "seq_logps_sum": sums, "grad_logits_of_total_sum": gradient(sums.sum(), logits)}
+    if name == "token_entropy":
+        return {"entropy": entropies(logits[:, :-1].reshape(-1, logits.shape[-1])).view(len(labels), -1)}
+    lengths = (labels[:, 1:] != -100).sum(1)
+    seq = sums / lengths if variant["params"]["average_log_prob"] else sums
+    return {"seq_logps": seq, "grad_logits_of_total_sum": gradient(seq.sum(), logits)}
+
+
+def a_adpa_forward(variant: Variant) -> Outputs:
+    if variant["name"] != "plain":
+        raise Skip(f"method not built yet: {variant['name']}")
+    chosen, rejected, nll, logits = forward_pair(variant["inputs"])
+    scalar = chosen.sum() - rejected.sum() + nll
+    return {
+        "chosen_logps": chosen, "rejected_logps": rejected, "nll_loss_chosen": nll,
+        "grad_logits_of_sumC_minus_sumR_plus_nll": gradient(scalar, logits),
+    }  # fmt: skip
+
+
+def forward_pair(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return chosen [B] and rejected [B] log-probs, the chosen token-mean NLL, and the logits leaf."""
+    logits = inputs["all_logits"].requires_grad_()
+    size = len(inputs["chosen_labels"])
+    sums, nll = [], torch.tensor(0.0)
+    for i, side in enumerate(("chosen", "rejected")):
+        labels = inputs[f"{side}_labels"]
+        flat, targets, rows = response_tokens(logits[i * size : (i + 1) * size, : labels.shape[1]], labels)
+        logps = token_logps(flat, targets)
+        sums.append(row_sums(logps, rows, size))
+        if side == "chosen":
+            nll = -logps.sum() / len(logps)
+    return sums[0], sums[1], nll, logits
+
+
+def b_adpa_dpo_family(variant: Variant) -> Outputs:
+    params, inputs = variant["params"], variant["inputs"]
+    if variant["name"] not in ("sigmoid", "sigmoid__label_smoothing"):
+        raise Skip(f"method not built yet: {variant['name'].split('__')[0]}")
+    policy = [inputs[f"policy_{side}_logps"].requires_grad_() for side in ("chosen", "rejected")]
+    reference = [inputs[f"reference_{side}_logps"] for side in ("chosen", "rejected")]
+    losses = dpo_loss(*policy, *reference, params["beta"], params.get("label_smoothing", 0.0))
+    return {
+        "losses": losses, "loss": losses.mean(), "grad_chosen_logps": gradient(losses.mean(), policy[0]),
+        "grad_rejected_logps": gradient(losses.mean(), policy[1]),
+    }  # fmt: skip
+
+
+def b_trl_dpo(variant: Variant) -> Outputs:
+    params, inputs = variant["params"], variant["inputs"]
+    if variant["name"] == "sigmoid_label_smoothing_ignored":
+        raise Skip("quirk 22: label_smoothing is ignored by sigmoid")
+    if variant["name"] != "sigmoid":
+        raise Skip(f"method not built yet: {variant['name']}")
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    policy = inputs["policy_logits"].requires_grad_()
+    sums = []
+    for logits in (policy, inputs["reference_logits"]):
+        flat, targets, rows = response_tokens(logits, labels)
+        sums.append(row_sums(token_logps(flat, targets), rows, len(labels)).chunk(2))
+    loss = dpo_loss(*sums[0], *sums[1], params["beta"]).mean()
+    outputs = {"loss": loss}
+    if "grad_policy_logits" in variant["outputs"]:
+        outputs["grad_policy_logits"] = gradient(loss, policy)
+    return outputs
+
+
+def flat_cache(rows: list[list[dict[str, Any]]]) -> tuple[Tensor, Tensor]:
+    """Return ids [N, K] and values [N, K] of a cached list."""
+    entries = [entry for row in rows for entry in row]
+    ids = torch.tensor([e["indices"] for e in entries])
+    return ids, torch.tensor([e["values"] for e in entries], dtype=torch.float64)
+
+
+DCKD_QUIRKS = {
+    "cache_one_short": "quirk 4: uncached positions count", "cache_one_long": "quirk 5: surplus cache rows are dropped",
+    "out_of_vocab_indices": "quirk 5: ids outside the vocabulary are clamped", "rejected_mode": "quirk 13: rejected mode",
+}  # fmt: skip
+
+
+def d_dckd(variant: Variant) -> Outputs:
+    if variant["name"] in DCKD_QUIRKS:
+        raise Skip(DCKD_QUIRKS[variant["name"]])
+    inputs = variant["inputs"]
+    logits = inputs["student_logits"].requires_grad_()
+    labels = torch.cat([inputs["labels"][:, :1], inputs["shifted_labels"]], dim=1)
+    flat, _, _ = response_tokens(logits, labels)
+    cache = [row for row, mask in zip(inputs["cache"], inputs["shifted_labels"], strict=True) if bool((mask != -100).any())]
+    ids, probabilities = flat_cache(cache)
+    loss = topk_kl(flat, ids, probabilities.log(), "bucket", chunk=4).mean()
+    outputs = {"kl_loss": loss}
+    if "grad_student_logits" in variant["outputs"]:
+        outputs["grad_student_logits"] = gradient(loss, logits)
+    return outputs
+
+
+def d_margin(variant: Variant) -> Outputs:
+    inputs, name = variant["inputs"], variant["name"]
+    labels = inputs["labels"]
+    if name == "margins":
+        raise Skip("quirk 2: the fallback takes the wrong teacher's minimum")
+    if name == "adpa_reference_clamped":
+        raise Skip("quirk 1: advantages are clamped to [1e-8, 1]")
+    aligned, _, _ = response_tokens(inputs["dpo_teacher_logits"], labels)
+    reference, _, _ = response_tokens(inputs["ref_teacher_logits"], labels)
+    if name == "margins_full_vocab_truth":
+        ids, logps, _ = topk_logps(aligned, variant["params"]["k"])
+        values, order = (logps - gather_logps(reference, ids)).sort(descending=True)
+        want_ids, want = flat_cache(variant["outputs"]["margins"])
+        assert torch.equal(ids.gather(1, order), want_ids), "other ids than the case's"
+        variant["outputs"]["values"] = want
+        return {"values": values}
+    raise Skip("quirk 2: its advantages are those of the fallback")
+
+
+def adpa_unclamped(variant: Variant) -> Outputs:
+    inputs = variant["inputs"]
+    student, labels = inputs["student_logits"].requires_grad_(), inputs["labels"]
+    flat, _, _ = response_tokens(student, labels)
+    margins = variant["all"]["margins"]["outputs"]["margins"]
+    ids, values = flat_cache(margins)  # the case's own advantages: their fallback is quirk 2, the loss on them is not
+    loss = -expected_advantage(flat, ids, values, chunk=4).mean()
+    return {"adpa_loss": loss, "grad_student_logits": gradient(loss, student)}
+
+
+def d_adpa_full(variant: Variant) -> Outputs:
+    params, inputs = variant["params"], variant["inputs"]
+    known = {
+        "beta", "k", "layout", "sft_on_chosen", "dpo_weight", "distillation_weight",
+        "chosen_distil_weight", "rejected_distil_weight",
+    }  # fmt: skip
+    if "adpa_weight" in params:
+        raise Skip("quirk 1: advantages are clamped to [1e-8, 1]")
+    if set(params) - known:
+        raise Skip(f"method not built yet: {sorted(set(params) - known)[0]}")
+    chosen, rejected, nll, logits = forward_pair(inputs)
+    loss = params.get("sft_on_chosen", 0.0) * nll
+    if "dpo_weight" in params:
+        losses = dpo_loss(chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"], params["beta"])
+        loss = loss + params["dpo_weight"] * losses.mean()
+    size = len(chosen)
+    for i, side in enumerate(("chosen", "rejected")):
+        weight = params.get("distillation_weight", 0.0) * params.get(f"{side}_distil_weight", 0.0)
+        if weight:
+            labels = inputs[f"{side}_labels"]
+            flat, _, _ = response_tokens(logits[i * size : (i + 1) * size, : labels.shape[1]], labels)
+            ids, probabilities = flat_cache(inputs[f"teacher_{side}_cache"])
+            loss = loss + weight * topk_kl(flat, ids, probabilities.log(), "bucket").mean()
+    outputs = {"loss": loss}
+    if "grad_all_logits" in variant["outputs"]:
+        outputs["grad_all_logits"] = gradient(loss, logits)
+    return outputs
+
+
+def d_compress(variant: Variant) -> Outputs:
+    raise Skip("quirk 20: probabilities are stored, with a remainder that may be negative; ours stores log-probabilities")
+
+
+def halos_sft(variant: Variant) -> Outputs:
+    logits = variant["inputs"]["policy_logits"].requires_grad_()
+    flat, targets, _ = response_tokens(logits, variant["inputs"]["labels"])
+    loss = -token_logps(flat, targets).mean()
+    return {"loss": loss, "grad_policy_logits": gradient(loss, logits)}
+
+
+def grad_accum(variant: Variant) -> Outputs:
+    if variant["name"] != "token_mean_over_global_batch":
+        raise Skip("quirk 43: means of means, which we do not compute")
+    inputs = variant["inputs"]
+    weight = inputs["weight"].requires_grad_()
+    counts = sum(int((labels[:, 1:] != -100).sum()) for labels in inputs["labels"])
+    loss = torch.zeros((), dtype=torch.float64)
+    for hidden, labels in zip(inputs["hidden"], inputs["labels"], strict=True):
+        flat, targets, _ = response_tokens(hidden @ weight, labels)
+        loss = loss - token_logps(flat, targets).sum() / counts
+    grad = gradient(loss, weight)
+    return {"loss": loss, "grad_weight": grad, "global_grad_norm": grad.norm()}
+
+
+def lr_schedules(variant: Variant) -> Outputs:
+    names = {"hf_linear": "linear", "hf_cosine": "cosine", "hf_constant": "constant", "hf_constant_with_warmup": "constant"}
+    if variant["name"].startswith("halos"):
+        raise Skip("quirk 43: warm-up that starts at a tenth")
+    if variant["name"] not in names:
+        raise Skip(f"method not built yet: {variant['name']}")
+    params = variant["params"]
+    total, warmup = params["num_training_steps"], params.get("num_warmup_steps", 0)
+    rates = [params["base_lr"] * learning_rate_scale(i, total, warmup, names[variant["name"]]) for i in range(total)]
+    return {"lr_used_at_step": rates}
+
+
+def optimizers(variant: Variant) -> Outputs:
+    params = variant["params"]
+    classes = {"adamw": torch.optim.AdamW, "adamw_clip1": torch.optim.AdamW, "adam_l2": torch.optim.Adam}
+    if variant["name"] not in classes:
+        raise Skip(f"method not built yet: {variant['name']}")
+    weight = torch.nn.Parameter(variant["inputs"]["initial_params"].clone())
+    own = {key: params[key] for key in ("lr", "eps", "weight_decay")}
+    optimizer = classes[variant["name"]]([weight], betas=tuple(params["betas"]), **own)
+    steps = []
+    for grad in variant["inputs"]["grads"]:
+        weight.grad = grad.clone()
+        if params["clip"]:
+            torch.nn.utils.clip_grad_norm_([weight], params["clip"])
+        optimizer.step()
+        steps.append(weight.detach().clone())
+    return {"params_after_step": torch.stack(steps)}
+
+
+ADAPTERS: dict[str, Callable[[Variant], Outputs]] = {
+    "A_logps": a_logps, "A_adpa_forward": a_adpa_forward, "B_adpa_dpo_family": b_adpa_dpo_family,
+    "B_trl_dpo_logits": b_trl_dpo, "C_halos_sft": halos_sft, "D_compress": d_compress, "D_dckd_kl": d_dckd,
+    "D_adpa_margin": d_margin, "D_adpa_full": d_adpa_full, "F_grad_accum": grad_accum, "F_lr_schedules": lr_schedules,
+    "F_optimizers": optimizers,
+}  # fmt: skip
+
+
+def outputs_of(stem: str, variant: Variant) -> Outputs:
+    """Run the adapter of a case file; Skip says why there is none."""
+    family = stem.split("_seed")[0]
+    if family.startswith("E_"):
+        raise Skip("tokenisation of a reference (SmolLM2's tokenizer is not in the case)")
+    if family not in ADAPTERS:
+        raise Skip(f"method not built yet: {family}")
+    if family == "D_adpa_margin" and variant["name"] == "adpa_unclamped":
+        return adpa_unclamped(variant)
+    return ADAPTERS[family](variant)
