@@ -150,11 +150,12 @@ def d_margin(variant: Variant) -> Outputs:
     reference, _, _ = response_tokens(inputs["ref_teacher_logits"], labels)
     if name == "margins_full_vocab_truth":
         ids, logps, _ = topk_logps(aligned, variant["params"]["k"])
-        values, order = (logps - gather_logps(reference, ids)).sort(descending=True)
-        want_ids, want = flat_cache(variant["outputs"]["margins"])
-        assert torch.equal(ids.gather(1, order), want_ids), "other ids than the case's"
-        variant["outputs"]["values"] = want
-        return {"values": values}
+        values = logps - gather_logps(reference, ids)
+        want_ids, want = flat_cache(variant["outputs"]["margins"])  # in the order of other margins: both by id here
+        variant["outputs"]["ids"], order = want_ids.sort()
+        variant["outputs"]["values"] = want.gather(1, order)
+        ids, order = ids.sort()
+        return {"ids": ids, "values": values.gather(1, order)}
     raise Skip("quirk 2: its advantages are those of the fallback")
 
 
@@ -165,6 +166,7 @@ def adpa_unclamped(variant: Variant) -> Outputs:
     margins = variant["all"]["margins"]["outputs"]["margins"]
     ids, values = flat_cache(margins)  # the case's own advantages: their fallback is quirk 2, the loss on them is not
     loss = -expected_advantage(flat, ids, values, chunk=4).mean()
+    # The case flattens its own advantages; ours are fed from `margins`, whose positions and ids are the same.
     return {"adpa_loss": loss, "grad_student_logits": gradient(loss, student)}
 
 
