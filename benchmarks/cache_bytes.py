@@ -35,7 +35,7 @@ def main() -> None:
     options = arguments(__doc__ or "")
     ks = sorted({12, options.top_k, 100})
     print(f"bytes per response token ({options.prompt} prompt and {options.response} response tokens a sequence)")
-    print("| vocabulary | ids | quantity | " + " | ".join(f"K = {k}" for k in ks) + " | a full float16 row | ratio to it |")
+    print("| vocabulary | ids | quantity | " + " | ".join(f"K = {k}" for k in ks) + f" | a full float16 row | K = {options.top_k} to a full row |")
     print("|---|---|---|" + "---|" * (len(ks) + 2))
     for vocab in (32_000, 128_256):
         for quantity in ("logprob", "advantage"):
