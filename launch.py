@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,11 @@ def run_task(raw: dict[str, Any]) -> None:
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
 def composed(config: DictConfig) -> None:
     """Take what Hydra composed; after this line no DictConfig exists."""
+    guarded(lambda: run(config))
+
+
+def run(config: DictConfig) -> None:
+    """Hand the plain config to a pipeline or to one task."""
     raw = OmegaConf.to_container(config, resolve=True)
     assert isinstance(raw, dict)
     plain: dict[str, Any] = {str(k): v for k, v in raw.items()}
@@ -157,10 +163,10 @@ def known_keys(key: str) -> list[str]:
     return [k for k in keys if k != "defaults"] + ([] if parent else ["loss", "model", "datasets", "pipeline"])
 
 
-def main() -> None:
-    """Run, and show a user's mistake as one message instead of a traceback (debug=true shows both)."""
+def guarded(work: Callable[[], None]) -> None:
+    """Do the work, and show a user's mistake as one message instead of a traceback (debug=true shows both)."""
     try:
-        composed()
+        work()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -172,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(composed)
