@@ -8,26 +8,17 @@ import base64
 import hashlib
 import html
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any
 
-from report_charts import Plotted, Series, interval_chart, line_chart
+from report_charts import Curves, Plotted, Series, interval_chart, is_number, line_chart, panel_of, read_curves
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAX_TOP = 12  # entries of a token's list on hover
 # Panels that stand open, in this order; every other metric is folded away.
 MAIN_PANELS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected", "advantage", "entropy")
-NO_PANELS = ("step", "examples", "epoch")
-
-
-class Curves(NamedTuple):
-    """One metrics.jsonl: (step, value) points by metric name, and what could not be read."""
-
-    points: dict[str, list[tuple[float, float]]]
-    problem: str
 
 
 def text(value: object) -> str:
@@ -39,11 +30,6 @@ def text(value: object) -> str:
 def number(value: Any, digits: int = 3) -> str:
     """Write a score; a dash where there is none."""
     return f"{value:.{digits}f}" if is_number(value) else "–"
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Tell whether value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def interval_of(entry: Mapping[str, Any], key: str = "ci95") -> tuple[float, float] | None:
@@ -95,14 +81,16 @@ def results_section(results: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     legend = (
         '<p class="legend"><span><i class="key dot"></i>sampled score, 95 % over prompts</span>'
-        + ('<span><i class="key thin"></i>95 % over seeds</span>' if seeds else "")
-        + '<span><i class="key tick"></i>one seed</span><span><i class="key diamond"></i>greedy</span></p>'
+        + ('<span><i class="key thin"></i>95 % over seeds</span><span><i class="key tick"></i>one seed</span>' if seeds else "")
+        + '<span><i class="key diamond"></i>greedy</span></p>'
     )
     notes = [
-        f"<b>{text(best)}</b> is marked: its interval lies above every other one."
+        f"<b>{text(best)}</b> is marked: its interval {'' if seeds else 'over prompts '}lies above every other one."
         if best
         else "No model is marked best: no interval lies above all the others."
     ]
+    if not seeds:
+        notes.append("No interval over seeds: these say what other prompts would change, not what training again would.")
     notes += [greedy_note(models)] if greedy_note(models) else []
     body = legend + interval_chart(plotted) + table + "".join(f'<p class="note">{note}</p>' for note in notes)
     body += differences(results.get("comparisons") or [], "sampled") + differences(results.get("greedy_comparisons") or [], "greedy")
@@ -120,16 +108,16 @@ def differences(rows: Sequence[Mapping[str, Any]], how: str) -> str:
     """Write paired differences; a sign says on which side of 0 the whole interval lies."""
     if not rows:
         return ""
-    written = ""
+    written, seeds = "", any(interval_of(row, "ci95_over_seeds") for row in rows)
     for row in rows:
         interval = interval_of(row, "ci95_over_seeds") or interval_of(row)
         mark = "" if interval is None else "▲ above 0" if interval[0] > 0 else "▼ below 0" if interval[1] < 0 else "holds 0"
-        over_prompts, over_seeds = (signed_interval(row, key) for key in ("ci95", "ci95_over_seeds"))
+        spans = "".join(f"<td>{signed_interval(row, key)}</td>" for key in ("ci95", *(["ci95_over_seeds"] if seeds else [])))
         written += (
             f'<tr><th scope="row">{text(row["first"])} − {text(row["second"])}</th><td>{signed(row["difference"])}</td>'
-            f"<td>{over_prompts}</td><td>{over_seeds}</td><td>{mark}</td></tr>"
+            f"{spans}<td>{mark}</td></tr>"
         )
-    columns = (f"models, {how}", "difference", "95 % over prompts", "95 % over seeds", "interval")
+    columns = (f"models, {how}", "difference", "95 % over prompts", *(["95 % over seeds"] if seeds else []), "interval")
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (
         f'<details{" open" if how == "sampled" else ""}><summary>Differences on the same prompts, {how}</summary><div class="scroll" tabindex="0" '
@@ -188,36 +176,6 @@ def greedy_note(models: Mapping[str, Mapping[str, Any]]) -> str:
 # ---- training curves
 
 
-def read_curves(path: Path) -> Curves:
-    """Read a metrics.jsonl; rows that cannot be read are counted and said, not hidden."""
-    if not path.is_file():
-        return Curves({}, f"no file {path.name}")
-    points: dict[str, list[tuple[float, float]]] = {}
-    torn = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            step = float(row["step"])
-        except (ValueError, KeyError, TypeError):
-            torn += bool(line.strip())
-            continue
-        for name, value in row.items():
-            if name not in NO_PANELS and is_number(value):
-                points.setdefault(name, []).append((step, float(value)))
-    return Curves(points, f"{torn} unreadable row(s) left out" if torn else "")
-
-
-def panel_of(metric: str) -> tuple[str, str]:
-    """Split a metric's name into (panel, series): loss/eval -> (loss, eval); rewards_train/accuracies -> (rewards/accuracies, train)."""
-    head, slash, tail = metric.partition("/")
-    if tail in ("train", "eval"):
-        return head, tail
-    for split in ("train", "eval"):
-        if head.endswith(f"_{split}"):
-            return head.removesuffix(f"_{split}") + slash + tail, split
-    return metric, "train"
-
-
 def curves_section(curves: Mapping[str, Path]) -> str:
     """Draw small multiples for every stage; names like seed_2/dckd put several seeds into one panel."""
     stages: dict[str, dict[str, Curves]] = {}
@@ -240,6 +198,7 @@ def stage_block(stage: str, seeds: Mapping[str, Curves]) -> str:
         for metric, points in read.points.items():
             panel, split = panel_of(metric)
             panels.setdefault(panel, []).append(Series(split, seed, sorted(points)))
+    part_apart(panels)
     main = [name for name in MAIN_PANELS if name in panels]
     rest = sorted(name for name in panels if name not in main)
     problems = "".join(
@@ -251,6 +210,14 @@ def stage_block(stage: str, seeds: Mapping[str, Curves]) -> str:
         more = "".join(line_chart(text(name), panels[name]) for name in rest)
         body += f'<details{"" if main else " open"}><summary>{len(rest)} more</summary><div class="panels">{more}</div></details>'
     return f'<div class="stage"><h3>{text(stage)}{count}</h3>{body}{problems}</div>'
+
+
+def part_apart(panels: dict[str, list[Series]]) -> None:
+    """Give the held-out loss a panel of its own where it has fewer terms than the training loss: no axis for both."""
+    terms = {split: {name[5:] for name in panels if name.startswith("term/") and any(s.split == split for s in panels[name])} for split in ("train", "eval")}
+    if terms["eval"] and terms["eval"] != terms["train"] and "loss" in panels:
+        panels[f"loss ({', '.join(sorted(terms['eval']))} alone)"] = [s for s in panels["loss"] if s.split == "eval"]
+        panels["loss"] = [s for s in panels["loss"] if s.split == "train"]
 
 
 # ---- responses

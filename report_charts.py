@@ -1,4 +1,4 @@
-"""Inline SVG charts of the report: small line charts of a metric, and a dot-and-whisker plot of scores.
+"""Charts of the report as inline SVG: the small line charts of a metrics.jsonl, and a dot-and-whisker plot of scores.
 
 Names arrive escaped; everything else drawn here is a number. Colours are classes, so that light and dark are the style
 sheet's business.
@@ -7,12 +7,14 @@ sheet's business.
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
 
 WIDTH, HEIGHT = 300, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 MAX_POINTS = 240  # of a line: more cannot be seen at this width
 MIN_TICKS_GAP = 1e-12
+NO_PANELS = ("step", "examples", "epoch")
 
 
 class Series(NamedTuple):
@@ -21,6 +23,54 @@ class Series(NamedTuple):
     split: str
     seed: str
     points: list[tuple[float, float]]
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Tell whether value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ---- what a metrics.jsonl holds
+
+
+class Curves(NamedTuple):
+    """One metrics.jsonl: (step, value) points by metric name, and what could not be read."""
+
+    points: dict[str, list[tuple[float, float]]]
+    problem: str
+
+
+def read_curves(path: Path) -> Curves:
+    """Read a metrics.jsonl; rows that cannot be read are counted and said, not hidden."""
+    if not path.is_file():
+        return Curves({}, f"no file {path.name}")
+    points: dict[str, list[tuple[float, float]]] = {}
+    torn = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            step = float(row["step"])
+        except (ValueError, KeyError, TypeError):
+            torn += bool(line.strip())
+            continue
+        for name, value in row.items():
+            if name not in NO_PANELS and is_number(value):
+                points.setdefault(name, []).append((step, float(value)))
+    return Curves(points, f"{torn} unreadable row(s) left out" if torn else "")
+
+
+def panel_of(metric: str) -> tuple[str, str]:
+    """Split a metric's name into (panel, series): loss/eval -> (loss, eval); rewards_train/accuracies -> (rewards/accuracies, train)."""
+    head, slash, tail = metric.partition("/")
+    if tail in ("train", "eval"):
+        return head, tail
+    for split in ("train", "eval"):
+        if head.endswith(f"_{split}"):
+            return head.removesuffix(f"_{split}") + slash + tail, split
+    return metric, "train"
+
+
+# ---- drawing
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -124,17 +174,13 @@ class Plotted(NamedTuple):
     seeds: list[Any]
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def interval_chart(rows: Sequence[Plotted]) -> str:
     """Draw a dot with its whisker (over prompts), a thin line (over seeds), ticks for the seeds, a diamond for greedy."""
     if not rows:
         return ""
     numbers = [0.0]
     for row in rows:
-        numbers += [row.score, *(row.over_prompts or ()), *(v for v in (row.greedy, *row.seeds) if _finite(v))]
+        numbers += [row.score, *(row.over_prompts or ()), *(v for v in (row.greedy, *row.seeds) if is_number(v))]
     # Shares are read against a whole; anything else gets its own range. Intervals over seeds may run past it.
     low, high = min(numbers), max(numbers)
     high = 1.0 if 0.4 < high <= 1.0 else high + 0.05 * ((high - low) or 1.0)
@@ -154,9 +200,9 @@ def interval_chart(rows: Sequence[Plotted]) -> str:
         if row.over_seeds:
             parts.append(f'<path class="thin" d="M{x(row.over_seeds[0]):.1f} {middle}H{x(row.over_seeds[1]):.1f}"/>')
         for value in row.seeds if len(row.seeds) > 1 else ():
-            if _finite(value):
+            if is_number(value):
                 parts.append(f'<line class="seedtick" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{middle - 7}" y2="{middle + 7}"/>')
-        if _finite(row.greedy):
+        if is_number(row.greedy):
             parts.append(f'<path class="greedy" d="M{x(row.greedy):.1f} {middle - 4.5}l4.5 4.5l-4.5 4.5l-4.5-4.5z"/>')
         shown = f"{row.score:.3f}"
         if row.over_prompts:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from report import best_model, panel_of, read_curves, write_report
-from report_charts import ticks
+from report import best_model, write_report
+from report_charts import panel_of, read_curves, ticks
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'single'\x00\ud800"
 
@@ -91,6 +91,17 @@ def test_curves_of_a_stage_share_a_panel_over_seeds_and_torn_rows_are_said(tmp_p
     metrics = tmp_path / "nan.jsonl"
     metrics.write_text('{"step": 1, "loss/train": NaN}\n{"step": 2, "loss/train": 1.0}\n', encoding="utf-8")
     assert read_curves(metrics).points == {"loss/train": [(2.0, 1.0)]}
+
+
+def test_a_held_out_loss_with_fewer_terms_shares_no_axis_with_the_training_loss(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": 1, "loss/train": 0.2, "term_train/nll": 0.5, "term_train/advantage": -0.3},
+        {"step": 1, "loss/eval": 0.6, "term_eval/nll": 0.6},
+    ]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    page = write_report(tmp_path, "x", {"adpa": metrics}, {}, [], []).read_text(encoding="utf-8")
+    assert "<b>loss</b><span>train 0.2</span>" in page and "<b>loss (nll alone)</b><span>held out 0.6</span>" in page
 
 
 def test_an_empty_run_still_gives_a_report(tmp_path: Path) -> None:

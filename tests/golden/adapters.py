@@ -105,8 +105,28 @@ def b_trl_dpo(variant: Variant) -> Outputs:
         sums.append(row_sums(token_logps(flat, targets), rows, len(labels)).chunk(2))
     loss = dpo_loss(*sums[0], *sums[1], params["beta"]).mean()
     outputs = {"loss": loss}
-    if "grad_policy_logits" in variant["outputs"]:
-        outputs["grad_policy_logits"] = gradient(loss, policy)
+    if "grad_logits" in variant["outputs"]:
+        outputs["grad_logits"] = gradient(loss, policy)
+    return outputs
+
+
+def halos_paired(variant: Variant) -> Outputs:
+    params, inputs = variant["params"], variant["inputs"]
+    if variant["name"] not in ("dpo", "cdpo"):
+        raise Skip(f"method not built yet: {variant['name']}")
+    sums, leaves = {}, {}
+    for model in ("policy", "reference"):
+        for side in ("chosen", "rejected"):
+            logits, labels = inputs[f"{model}_{side}_logits"].requires_grad_(), inputs[f"{side}_labels"]
+            flat, targets, rows = response_tokens(logits, labels)
+            sums[model, side] = row_sums(token_logps(flat, targets), rows, len(labels))
+            leaves[model, side] = logits
+    ordered = [sums[model, side] for model in ("policy", "reference") for side in ("chosen", "rejected")]
+    losses = dpo_loss(*ordered, params["beta"], params.get("epsilon", 0.0))
+    outputs = {"losses": losses, "loss": losses.mean()}
+    for side in ("chosen", "rejected"):
+        if f"grad_policy_{side}_logits" in variant["outputs"]:
+            outputs[f"grad_policy_{side}_logits"] = gradient(losses.mean(), leaves["policy", side])
     return outputs
 
 
@@ -256,7 +276,7 @@ def optimizers(variant: Variant) -> Outputs:
 
 ADAPTERS: dict[str, Callable[[Variant], Outputs]] = {
     "A_logps": a_logps, "A_adpa_forward": a_adpa_forward, "B_adpa_dpo_family": b_adpa_dpo_family,
-    "B_trl_dpo_logits": b_trl_dpo, "C_halos_sft": halos_sft, "D_compress": d_compress, "D_dckd_kl": d_dckd,
+    "B_trl_dpo_logits": b_trl_dpo, "C_halos_paired": halos_paired, "C_halos_sft": halos_sft, "D_compress": d_compress, "D_dckd_kl": d_dckd,
     "D_adpa_margin": d_margin, "D_adpa_full": d_adpa_full, "F_grad_accum": grad_accum, "F_lr_schedules": lr_schedules,
     "F_optimizers": optimizers,
 }  # fmt: skip
