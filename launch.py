@@ -29,7 +29,11 @@ from omegaconf.errors import OmegaConfBaseException
 from schema import Settings, nearest, settings_from
 
 TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise")
-UNIMPORTANT = ("debug", "wandb", "dry_run")  # keys that may differ when a run is started again
+# Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
+UNIMPORTANT = (
+    "debug", "wandb", "dry_run", "strategy", "log_every", "save_every", "keep_last", "intermediate_checkpoints",
+    "eval_every", "do_first_eval", "n_eval_examples",
+)  # fmt: skip
 
 
 def method_of(raw: dict[str, Any]) -> Any:
