@@ -32,7 +32,7 @@ TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
 UNIMPORTANT = (
     "debug", "wandb", "dry_run", "strategy", "log_every", "save_every", "keep_last", "intermediate_checkpoints",
-    "eval_every", "do_first_eval", "n_eval_examples",
+    "eval_every", "do_first_eval",
 )  # fmt: skip
 
 
