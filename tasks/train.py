@@ -16,7 +16,8 @@ from trainers.batches import Item
 
 def run(settings: Settings) -> None:
     """Train with the method that the loss names; the model lands in run_dir/FINAL."""
-    accelerator = Accelerator()
+    # Without this accelerate starts every process of a CPU run on its own, unless a variable tells it otherwise.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     running = check_strategy(settings.run.strategy, accelerator)
     trainer_class = importlib.import_module(settings.raw["loss"]["trainer"]).Trainer
     tokenizer = models.load_tokenizer(settings.model)
