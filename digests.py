@@ -90,7 +90,7 @@ def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
             kept["model"].pop("build_seed", None)
     for name, entry in kept.get("datasets", {}).items():
         kept["datasets"][name] = entry | {k: _by_content(entry.get(k), stages_dir) for k in ("train", "test")}
-    modules = [raw["loss"]["trainer"], "trainers.basic"] if task == "train" else [f"tasks.{task}"]
+    modules = [raw["loss"]["trainer"].rpartition(".")[0], "trainers.basic"] if task == "train" else [f"tasks.{task}"]
     source = content_digest(ROOT / "worlds" / "shop.py") if task == "world" else None
     payload = {"task": task, "versions": [version_of(m) for m in modules], "source": source, "config": kept}
     # Folders of other stages carry their digests; where cache_dir lies does not matter.

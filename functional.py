@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1024
+CHUNK_ELEMENTS = 2**25  # entries of one chunk of [n, V]: 128 MiB in float32, whatever the vocabulary
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _chunked(function: Callable[..., Tensor], logits: Tensor, others: tuple[Tensor, ...], chunk: int) -> Tensor:
-    """Apply function(logits [n, V], *others [n, ...]) -> [n, ...] to chunks of rows and join the results."""
+def _chunked(
+    function: Callable[..., Tensor], logits: Tensor, others: tuple[Tensor, ...], chunk: int | None, held: int = 1
+) -> Tensor:
+    """Apply function(logits [n, V], *others [n, ...]) -> [n, ...] to chunks of rows and join the results.
+
+    `held` says how many tensors as large as the chunk the function needs at once: the chunk shrinks by it.
+    """
+    chunk = chunk or max(1, CHUNK_ELEMENTS // (held * logits.shape[-1]))
     parts = []
     for pieces in zip(logits.split(chunk), *(other.split(chunk) for other in others), strict=True):
         if torch.is_grad_enabled() and logits.requires_grad:
@@ -29,7 +35,7 @@ def _chunked(function: Callable[..., Tensor], logits: Tensor, others: tuple[Tens
     return torch.cat(parts)
 
 
-def token_logps(logits: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+def token_logps(logits: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """Return log pi(target) of each token [N], as gather minus logsumexp of logits [N, V]."""
     return gather_logps(logits, targets.unsqueeze(-1), chunk).squeeze(-1)
 
@@ -38,7 +44,7 @@ def _gather(logits: Tensor, ids: Tensor) -> Tensor:
     return _wide(logits.gather(-1, ids)) - _wide(logits).logsumexp(-1, keepdim=True)
 
 
-def gather_logps(logits: Tensor, ids: Tensor, chunk: int = CHUNK) -> Tensor:
+def gather_logps(logits: Tensor, ids: Tensor, chunk: int | None = None) -> Tensor:
     """Return the full-softmax log-probabilities at ids [N, K]."""
     return _chunked(_gather, logits, (ids,), chunk)
 
@@ -48,17 +54,43 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(logps.exp() * logps).sum(-1)
 
 
-def entropies(logits: Tensor, chunk: int = CHUNK) -> Tensor:
+def entropies(logits: Tensor, chunk: int | None = None) -> Tensor:
     """Return the entropy in nats of each token's distribution [N]."""
     return _chunked(_entropy, logits, (), chunk)
 
 
-def topk_logps(logits: Tensor, k: int, chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor]:
+def _log_collision(logits: Tensor) -> Tensor:
+    wide = _wide(logits)
+    return (2 * wide).logsumexp(-1) - 2 * wide.logsumexp(-1)
+
+
+def log_collision(logits: Tensor, chunk: int | None = None) -> Tensor:
+    """Return log sum_v pi(v)^2 of each token [N]: the log-probability that two draws are equal."""
+    return _chunked(_log_collision, logits, (), chunk)
+
+
+def log_ratios(logits: Tensor, reference_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return z = log pi_0 - log pi_theta and log pi_0, both [n, V], of a chunk of logits [n, V]."""
+    reference = _wide(reference_logits).log_softmax(-1)
+    return reference - _wide(logits).log_softmax(-1), reference
+
+
+def _full_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    z, reference = log_ratios(logits, reference_logits)
+    return (reference.exp() * z).sum(-1)
+
+
+def full_kl(logits: Tensor, reference_logits: Tensor, chunk: int | None = None) -> Tensor:
+    """Return KL(pi_0 || pi_theta) of each token [N] over the whole vocabulary, from logits [N, V] of both."""
+    return _chunked(_full_kl, logits, (reference_logits,), chunk, held=4)
+
+
+def topk_logps(logits: Tensor, k: int, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k most probable ids [N, K], their log-probabilities [N, K] and the remaining mass [N]; no gradient."""
     if k > logits.shape[-1]:
         raise ValueError(f"top_k={k} is more than the vocabulary of {logits.shape[-1]}")
     with torch.no_grad():
-        ids = torch.cat([part.topk(k, dim=-1).indices for part in logits.split(chunk)])
+        ids = _chunked(lambda part: part.topk(k, dim=-1).indices, logits, (), chunk)
         logps = gather_logps(logits, ids, chunk)
         tail = (1.0 - logps.exp().sum(-1)).clamp_min(0.0)
     return ids, logps, tail
@@ -73,7 +105,7 @@ def _log_rest(logps: Tensor) -> Tensor:
     return rest.clamp_min(torch.finfo(logps.dtype).eps).log()
 
 
-def topk_kl(logits: Tensor, ids: Tensor, teacher_logps: Tensor, tail: str = "bucket", chunk: int = CHUNK) -> Tensor:
+def topk_kl(logits: Tensor, ids: Tensor, teacher_logps: Tensor, tail: str = "bucket", chunk: int | None = None) -> Tensor:
     """Return KL(teacher || student) of each token [N] on the teacher's entries ids, teacher_logps [N, K].
 
     tail: `bucket` puts the remaining mass of both sides into one more entry; `renormalize` divides both sides by their
@@ -100,7 +132,7 @@ def topk_kl(logits: Tensor, ids: Tensor, teacher_logps: Tensor, tail: str = "buc
     return _chunked(kl, logits, (ids, teacher_logps), chunk)
 
 
-def expected_advantage(logits: Tensor, ids: Tensor, advantages: Tensor, chunk: int = CHUNK) -> Tensor:
+def expected_advantage(logits: Tensor, ids: Tensor, advantages: Tensor, chunk: int | None = None) -> Tensor:
     """Return sum_a pi_theta(a) A(a) of each token [N]: the full softmax gathered at ids, A = advantages [N, K].
 
     Source: ADPA, arXiv 2502.17927, eq. 11.
@@ -111,6 +143,17 @@ def expected_advantage(logits: Tensor, ids: Tensor, advantages: Tensor, chunk: i
         return (probabilities * values.to(probabilities.dtype)).sum(-1)
 
     return _chunked(expected, logits, (ids, advantages), chunk)
+
+
+def chunked_risk(
+    risk: Callable[[Tensor, Tensor], Tensor], logits: Tensor, reference_logits: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Apply risk(z [n, V], log pi_0 [n, V]) -> [n] to chunks; z = log pi_0 - log pi_theta."""
+
+    def of_chunk(part: Tensor, reference: Tensor) -> Tensor:
+        return risk(*log_ratios(part, reference))
+
+    return _chunked(of_chunk, logits, (reference_logits,), chunk, held=12)
 
 
 def row_sums(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from schema import Settings, nearest, settings_from
+from trainers.needs import check_needs
 
 TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
@@ -37,13 +38,14 @@ UNIMPORTANT = (
 
 
 def method_of(raw: dict[str, Any]) -> Any:
-    """Import the module that loss.trainer names: it holds Config and Trainer."""
+    """Return the trainer class that loss.trainer names."""
     name = raw["loss"].get("trainer", "")
-    if not re.fullmatch(r"trainers\.\w+", name):
-        raise ValueError(f"loss.trainer={name!r} must name a module of trainers/, e.g. trainers.dpo")
+    if not re.fullmatch(r"trainers\.\w+\.\w+", name):
+        raise ValueError(f"loss.trainer={name!r} must name a class of a module of trainers/, e.g. trainers.dpo.DPO")
+    module, _, cls = name.rpartition(".")
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+        return getattr(importlib.import_module(module), cls)
+    except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"loss.trainer={name}: {error}") from error
 
 
@@ -52,13 +54,16 @@ def settings_of(raw: dict[str, Any]) -> Settings:
     task = raw["task"]
     if task not in TASKS:
         raise ValueError(f"task={task!r} is not known.{nearest(str(task), list(TASKS))}")
-    loss_config = None
+    method = None
     if task == "train":
         missing = [key for key, value in raw["loss"].items() if value == "???"]
         if missing:
             raise ValueError(f"loss={raw['loss']['name']} needs loss.{missing[0]}=PATH on the command line")
-        loss_config = method_of(raw).Config
-    return settings_from(raw, loss_config)
+        method = method_of(raw)
+    settings = settings_from(raw, method.Config if method else None)
+    if method:
+        check_needs(settings, method.needs, raw["loss"]["name"], method.head)
+    return settings
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 import smollm2
 from dataloader import Sequences, turn_end
@@ -60,6 +67,17 @@ def response_logits(model: torch.nn.Module, sequences: Sequences, vocab_size: in
     logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False, logits_to_keep=keep).logits
     rows, kept = predicts[:, keep].nonzero(as_tuple=True)
     return ResponseLogits(logits[rows, kept][:, :vocab_size], ids[rows, keep[kept] + 1], rows)
+
+
+def last_token_scores(model: torch.nn.Module, sequences: Sequences) -> Tensor:
+    """Return a reward model's score of each row [rows], taken at its last token: the end of the response.
+
+    The library finds that token as the last one that is not the model's padding, so padding is written as that.
+    """
+    inner: Any = getattr(model, "module", model)  # DDP wraps the model
+    ids = sequences.ids.masked_fill(~sequences.attention, inner.config.pad_token_id)
+    scores = model(input_ids=ids, attention_mask=sequences.attention.long(), use_cache=False).logits[:, 0]
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 # ---- sources
@@ -153,16 +171,18 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
 
 
 def load_model(
-    config: ModelConfig, *, source: str | None = None, dtype: torch.dtype | None = None, trainable: bool
+    config: ModelConfig, *, source: str | None = None, dtype: torch.dtype | None = None, trainable: bool, head: str = "lm"
 ) -> PreTrainedModel:
     """Load or build the model (float32 unless dtype says otherwise); frozen and in evaluation mode unless trainable.
+
+    head: `lm`, or `reward` for one score a sequence (a new head gets weights that are a function of build_seed).
 
     An explicit `source` is another model's folder and taken as it is; num_layers belongs to the config's own source.
     """
     check_attention(config.attn_implementation)
     folder = local_source(source) if source else model_source(config)
     dtype = dtype or torch.float32
-    model = _built(config, dtype) if folder is None else _from_folder(config, folder, dtype)
+    model = _built(config, dtype, head) if folder is None else _from_folder(config, folder, dtype, head)
     if config.num_layers is not None and source is None:
         keep_layers(model, config.num_layers)
     model.requires_grad_(trainable)
@@ -184,18 +204,37 @@ def check_attention(name: str | None) -> None:
         raise ValueError(f"{key} needs the package flash-attn, which is not installed: install it, or use sdpa")
 
 
-def _from_folder(config: ModelConfig, source: str, dtype: torch.dtype) -> PreTrainedModel:
+def _auto_class(head: str) -> Any:
+    return AutoModelForSequenceClassification if head == "reward" else AutoModelForCausalLM
+
+
+def _from_folder(config: ModelConfig, source: str, dtype: torch.dtype, head: str) -> PreTrainedModel:
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    load = AutoModelForCausalLM.from_pretrained
-    model, report = _loaded(load, source, "model", dtype=dtype, output_loading_info=True, **options)
+    if head == "reward":
+        options["num_labels"] = 1
+    with seeded(config.build_seed):
+        load = _auto_class(head).from_pretrained
+        model, report = _loaded(load, source, "model", dtype=dtype, output_loading_info=True, **options)
     # The library would fill what is missing with random weights and go on.
     missing = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
+    missing = [name for name in missing if head != "reward" or not name.startswith("score.")]
     if missing:
         raise ValueError(f"the weights in {source!r} are not whole: {len(missing)} tensors missing, e.g. {missing[0]}")
     return model
 
 
-def _built(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from the CPU's generator as from `seed`, and leave it as it was; torch.manual_seed would reseed GPUs, too."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _built(config: ModelConfig, dtype: torch.dtype, head: str) -> PreTrainedModel:
     """Build a Llama from config.build with weights that are a function of build_seed alone."""
     tokenizer = load_tokenizer(config)
     build = config.build or {}
@@ -205,17 +244,15 @@ def _built(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             raise ValueError(f"unknown key 'model.build.{key}'.{nearest(str(key), known)}")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(config.build_seed)  # torch.manual_seed would reseed GPUs, too
     try:
-        architecture = LlamaConfig(**{"vocab_size": len(tokenizer), **special, **build})
+        labels = {"num_labels": 1} if head == "reward" else {}
+        architecture = LlamaConfig(**{"vocab_size": len(tokenizer), **special, **build, **labels})
         if architecture.vocab_size < len(tokenizer):
             raise ValueError(f"vocab_size {architecture.vocab_size} is below the tokenizer's {len(tokenizer)} tokens")
-        model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **options)
+        with seeded(config.build_seed):
+            model = _auto_class(head).from_config(architecture, dtype=torch.float32, **options)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
         raise ValueError(f"model.build={build} is no Llama: {str(error).strip().splitlines()[-1].strip()}") from error
-    finally:
-        torch.set_rng_state(state)
     for parameter in model.parameters():  # model.to(dtype) would round the rotary frequencies, too
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
@@ -234,6 +271,17 @@ def keep_layers(model: PreTrainedModel, num_layers: int) -> None:
         model.config.layer_types = model.config.layer_types[:num_layers]
 
 
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """Give a reward model and its tokenizer a padding token that ends no reply, so that anybody's last token is ours."""
+    stop = stop_ids(tokenizer, model)
+    candidates = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *sorted(tokenizer.all_special_ids)]
+    free = [i for i in candidates if i is not None and i not in stop]
+    if not free:
+        raise ValueError("a reward model needs a padding token that ends no reply; this tokenizer has no special token left")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
+    model.config.pad_token_id = free[0]
+
+
 # ---- LoRA
 
 
@@ -247,16 +295,13 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
         lora_alpha=peft["lora_alpha"],
         lora_dropout=peft["lora_dropout"],
         target_modules=peft.get("target_modules") or "all-linear",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
     )
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(config.build_seed)
     try:
-        return get_peft_model(model, lora)
+        with seeded(config.build_seed):
+            return get_peft_model(model, lora)
     except ValueError as error:
         raise ValueError(f"model.peft={peft} does not fit this model: {error}") from error
-    finally:
-        torch.set_rng_state(state)
 
 
 def merged(model: Any, state_dict: dict[str, Tensor] | None = None) -> PreTrainedModel:
@@ -270,7 +315,7 @@ def merged(model: Any, state_dict: dict[str, Tensor] | None = None) -> PreTraine
     from peft import get_peft_model
 
     with init_empty_weights():
-        base = AutoModelForCausalLM.from_config(model.get_base_model().config)
+        base = type(model.get_base_model())(model.get_base_model().config)
         twin = get_peft_model(base, model.peft_config["default"])
     # Cloned, because a state dict aliases the weights, and merging writes in place.
     whole = {name: value.detach().cpu().clone() for name, value in (state_dict or model.state_dict()).items()}

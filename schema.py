@@ -101,6 +101,8 @@ class RunConfig:
     warmup: float
     cache_reference_logprobs: bool
     load_reference_logprobs: str | None
+    sync_reference: int
+    sync_reference_rate: float
     strategy: str
 
     def __post_init__(self) -> None:
@@ -111,11 +113,15 @@ class RunConfig:
         for key in ("n_examples", "n_eval_examples"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"{key}={value} must be at least 1 (or null for all)")
-        for key in ("eval_every", "save_every", "log_every", "keep_last"):
+        for key in ("eval_every", "save_every", "log_every", "keep_last", "sync_reference"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative (0 switches it off)")
+        require(
+            0 < self.sync_reference_rate <= 1,
+            f"sync_reference_rate={self.sync_reference_rate} must be in (0, 1] (1 copies the policy)",
+        )
         require(self.warmup >= 0, f"warmup={self.warmup} must not be negative (below 1: a share of the steps)")
         require(len(self.betas) == 2, f"betas={self.betas} must be two numbers")
-        one_of("optimizer", self.optimizer, ("AdamW", "Adam", "SGD"))
+        one_of("optimizer", self.optimizer, ("AdamW", "Adam", "RMSprop", "SGD"))
         one_of("scheduler", self.scheduler, ("cosine", "constant", "linear"))
         one_of("strategy", self.strategy, ("auto", "none", "ddp", "fsdp", "deepspeed"))
         require(

@@ -51,13 +51,15 @@ def entry(size: Size, k: int, advantage: bool, rng: np.random.Generator) -> Entr
 
 def trainer_of(method: str) -> Any:
     """Make a trainer with its config only: `sums` and `counts` read nothing else."""
-    configs = {
-        "sft": lambda: (sft.Trainer, sft.Config(train_on="auto")),
-        "dpo": lambda: (dpo.Trainer, dpo.Config(beta=0.1, label_smoothing=0.0, nll_weight=0.0)),
-        "dckd": lambda: (dckd.Trainer, dckd.Config("", 1.0, 0.2, 0.2, "bucket")),
-        "adpa": lambda: (adpa.Trainer, adpa.Config("", "", 1.5, 1.0, "token_mean", 0.0)),
+    ratio = {"nll_weight": 0.0, "humanline": False, "log_epsilon_P": -1.0, "log_epsilon_R": 1.5, "beta": 0.1}
+    options = {"label_smoothing": 0.0, "divergence": "reverse_kl", "alpha": 0.5, "wpo": "off", "length_normalized": False, "margin": 0.0}
+    made = {
+        "sft": lambda: (sft.SFT, sft.SFTConfig(train_on="auto")),
+        "dpo": lambda: (dpo.DPO, dpo.DPOConfig(**ratio, **options)),
+        "dckd": lambda: (dckd.DCKD, dckd.DCKDConfig("", 1.0, 0.2, 0.2, "bucket")),
+        "adpa": lambda: (adpa.ADPA, adpa.ADPAConfig("", "", 1.5, 1.0, "token_mean", 0.0)),
     }
-    cls, config = configs[method]()
+    cls, config = made[method]()
     trainer = cls.__new__(cls)
     trainer.config = config
     return trainer
@@ -71,12 +73,12 @@ def batch_of(method: str, size: Size, k: int) -> Batch:
         if method == "sft":
             items += [Item((first,)), Item((second,))]
         elif method == "dpo":
-            items.append(Item((first, second), (), (-900.0, -900.0)))
+            items.append(Item((first, second), (), tuple(np.full(size.response, -6.0, np.float32) for _ in (first, second))))
         elif method == "dckd":
             items.append(Item((first, second), (entry(size, k, False, rng), entry(size, k, False, rng))))
         else:
             items.append(Item((first, second), (None, entry(size, k, True, rng))))
-    return make_batch(items, 0, method == "dpo").to(device())
+    return make_batch(items, 0).to(device())
 
 
 def step_of(method: str, size: Size, k: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -24,7 +24,7 @@ from functional import row_sums, token_logps
 from intervals import paired_difference, score_interval
 from schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
 from tasks.generate import Reply, sample
-from trainers.basic import check_strategy
+from trainers.strategy import check_strategy
 
 Checker = Callable[[str, str], float]
 MAX_SAMPLES = 200  # replies a model in samples.jsonl

@@ -10,8 +10,9 @@ import models
 from dataloader import Example, load_examples
 from schema import Settings
 from trainers import checkpoint, reference
-from trainers.basic import BasicTrainer, check_strategy
+from trainers.basic import BasicTrainer
 from trainers.batches import Item
+from trainers.strategy import check_strategy
 
 
 def run(settings: Settings) -> None:
@@ -19,20 +20,22 @@ def run(settings: Settings) -> None:
     # Without this accelerate starts every process of a CPU run on its own, unless a variable tells it otherwise.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     running = check_strategy(settings.run.strategy, accelerator)
-    trainer_class = importlib.import_module(settings.raw["loss"]["trainer"]).Trainer
+    module, _, name = settings.raw["loss"]["trainer"].rpartition(".")
+    trainer_class = getattr(importlib.import_module(module), name)
     tokenizer = models.load_tokenizer(settings.model)
     trainer: BasicTrainer = trainer_class(settings, tokenizer, accelerator)
     train, test = _examples(settings, tokenizer)
-    accelerator.print(
-        f"loss={settings.raw['loss']['name']} {settings.loss}\nstrategy={running}, {accelerator.num_processes} process(es)"
-    )
+    objective = f"loss={settings.raw['loss']['name']}: {trainer.objective()}"
+    accelerator.print(f"{objective}\nstrategy={running}, {accelerator.num_processes} process(es)")
+    if accelerator.is_main_process:
+        (settings.run.run_dir / "objective.txt").write_text(objective + "\n", encoding="utf-8")
     _show(train[0], tokenizer, accelerator)
     items = trainer.items(train, "train")
     test_items = trainer.items(test, "test") if test else []
     ref_model = None
-    if trainer.needs_reference:
+    if trainer.needs.reference:
         ref_model, items, test_items = _reference(settings, trainer, items, test_items)
-    policy = _policy(settings, accelerator)
+    policy = _policy(settings, trainer)
     trainer.fit(policy, ref_model, items, test_items)
     trainer.save_model("FINAL")
     if accelerator.is_main_process:
@@ -57,13 +60,15 @@ def _show(example: Example, tokenizer: object, accelerator: Accelerator) -> None
         accelerator.print(f"first example ({len(tokens.ids)} tokens): {text[:400]!r}\nsupervised: {supervised[:200]!r}")
 
 
-def _policy(settings: Settings, accelerator: Accelerator) -> torch.nn.Module:
+def _policy(settings: Settings, trainer: BasicTrainer) -> torch.nn.Module:
     config = settings.model
     if config.master_dtype == "auto":  # float32 master weights: an update of 5e-7 vanishes in bfloat16
         master = torch.float32
     else:
-        master = models.resolve_dtype(config.master_dtype, accelerator.device)
-    policy = models.load_model(config, dtype=master, trainable=True)
+        master = models.resolve_dtype(config.master_dtype, trainer.accelerator.device)
+    policy = models.load_model(config, dtype=master, trainable=True, head=trainer.head)
+    if trainer.head == "reward":
+        models.set_padding(policy, trainer.tokenizer)
     return models.add_lora(policy, config) if config.use_peft else policy
 
 
@@ -79,15 +84,13 @@ def _reference(
     if not cached:
         return models.load_model(config, dtype=dtype, trainable=False), items, test_items
     # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
-    source = (
-        config.from_checkpoint or config.load_from or config.name_or_path or f"build:{config.build}:{config.build_seed}"
-    )
-    meta = reference.meta_of(source, trainer.tokenizer) if Path(source).is_dir() else {"model": source}
-    folder = (
-        Path(run.load_reference_logprobs).expanduser() if run.load_reference_logprobs else run.run_dir / "REFERENCE"
-    )
-    if not run.load_reference_logprobs and not (folder / "DONE").is_file():
+    meta = reference.meta_of(config, dtype, trainer.tokenizer)
+    shared = Path(run.cache_dir).expanduser() / "reference_logprobs"
+    folder = Path(run.load_reference_logprobs or reference.folder_of(shared, items + test_items, meta)).expanduser()
+    there = trainer.gathered([(folder / "DONE").is_file()])[0]  # what rank 0 sees: another run may be writing it
+    if not run.load_reference_logprobs and not there:
         model = models.load_model(config, dtype=dtype, trainable=False)
         reference.score(trainer, model, items + test_items, folder, meta)
         del model
+    trainer.accelerator.print(f"reference log-probabilities: {folder}")
     return None, reference.attach(items, folder, meta), reference.attach(test_items, folder, meta)

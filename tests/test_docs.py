@@ -27,7 +27,7 @@ def commands() -> list[list[str]]:
 
 
 COMMANDS = commands()
-SINGLE = [c for c in COMMANDS if not any(w.startswith("pipeline=") or w == "loss=my_hinge" for w in c)]
+SINGLE = [c for c in COMMANDS if not any(w.startswith("pipeline=") or w == "loss=my_exponential" for w in c)]
 PIPELINES = [c for c in COMMANDS if any(w.startswith("pipeline=") for w in c)]
 
 
@@ -68,12 +68,12 @@ def test_the_pipelines_of_the_readme_have_a_plan(command: list[str], tmp_path: P
 def test_the_loss_dataset_and_model_that_the_readme_adds_work(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "outputs*", "tests", "__pycache__", "*.log"))
-    for path in ("trainers/my_hinge.py", "config/loss/my_hinge.yaml", "config/datasets/mine.yaml", "config/model/mine.yaml"):
+    for path in ("trainers/my_exponential.py", "config/loss/my_exponential.yaml", "config/datasets/mine.yaml", "config/model/mine.yaml"):
         (copy / path).write_text(block(path), encoding="utf-8")
     (copy / "config/model/mine.yaml").write_text(block("config/model/mine.yaml").replace("some/hub-name", "null"), encoding="utf-8")
     (copy / "data").mkdir()
     write_pairs(copy / "data/mine_train.jsonl", 16)
-    asked = ["loss=my_hinge", "datasets=[mine]", f"cache_dir={tmp_path}", "n_steps=2", "log_every=1", "lr=1e-3"]
+    asked = ["loss=my_exponential", "datasets=[mine]", f"cache_dir={tmp_path}", "n_steps=2", "log_every=1", "lr=1e-3"]
     # The README's model is a hub name; the same file with the tiny architecture in its place needs no network.
     tiny = yaml.safe_load((copy / "config/model/tiny.yaml").read_text(encoding="utf-8"))
     build = "{" + ", ".join(f"{k}: {v}" for k, v in tiny["build"].items()).replace("True", "true") + "}"

@@ -7,7 +7,6 @@ import torch
 
 from functional import entropies, expected_advantage, gather_logps, row_sums, token_logps, topk_kl, topk_logps
 from trainers.adpa import floored
-from trainers.dpo import dpo_loss
 
 N, V, K = 7, 11, 4
 
@@ -93,18 +92,6 @@ def test_no_float32_copy_of_all_logits_is_kept_for_the_backward_pass():
 
 def test_row_sums_add_by_row():
     assert row_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2]), 4).tolist() == [1, 0, 6, 0]
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_dpo_equals_its_twin_and_is_ln_2_at_the_start(smoothing):
-    values = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    ours = dpo_loss(*values, beta=0.3, label_smoothing=smoothing)
-    for i in range(5):
-        w, r, rw, rr = (float(v) for v in values[:, i])
-        good = 1 / (1 + math.exp(-0.3 * (w - rw - r + rr)))
-        assert float(ours[i]) == pytest.approx(-(1 - smoothing) * math.log(good) - smoothing * math.log(1 - good), abs=1e-12)
-    same = dpo_loss(values[0], values[1], values[0], values[1], 0.3, smoothing)
-    torch.testing.assert_close(same, torch.full((5,), math.log(2), dtype=torch.float64))
 
 
 def test_the_floor_removes_positive_advantages_of_improbable_tokens_only():

@@ -47,7 +47,7 @@ FILES = module_files()
 IMPORTS = {name: imports_of(path) for name, path in FILES.items()}
 OURS = {name: {other for other in found if other in FILES} for name, found in IMPORTS.items()}
 LOSSES = sorted((ROOT / "config" / "loss").glob("*.yaml"))
-METHODS = sorted({yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"] for path in LOSSES})
+METHODS = sorted({yaml.safe_load(path.read_text(encoding="utf-8")).get("trainer", "").rpartition(".")[0] for path in LOSSES} - {""})
 
 
 def rank(name: str) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import launch as launcher
+import models
 from schema import ModelConfig, RunConfig, typed
 from tests.helpers import composed, launch, rows_of, write_pairs
 
@@ -115,18 +116,59 @@ def test_a_run_leaves_model_config_command_versions_and_metrics_and_a_second_one
 
 
 def test_cached_reference_equals_live_reference_and_lora_starts_at_ln_2(tmp_path, data):
-    common = base(tmp_path, data, "loss=dpo", "n_steps=3", "log_every=1", "lr=1e-3")
-    launcher.run_task(composed(*common, "exp_name=live"))
-    launcher.run_task(composed(*common, "exp_name=cached", "++cache_reference_logprobs=true"))
-    launcher.run_task(
-        composed(*common, "exp_name=loaded", f"++load_reference_logprobs={tmp_path}/runs/cached/REFERENCE")
-    )
-    launcher.run_task(composed(*common, "exp_name=lora", "++model.use_peft=true", "++model.peft.lora_r=4"))
-    rows = {n: rows_of(tmp_path / "runs" / n / "metrics.jsonl") for n in ("live", "cached", "loaded", "lora")}
-    for a, b, c in zip(rows["live"], rows["cached"], rows["loaded"], strict=True):
-        # one batch scores 12 rows, the other 8: sums of float32 in another padding, measured 1e-7
-        assert a["loss/train"] == pytest.approx(b["loss/train"], abs=2e-6)
-        assert b["loss/train"] == c["loss/train"]
-    assert rows["lora"][0]["loss/train"] == pytest.approx(0.693147, abs=1e-5)
+    common = base(tmp_path, data, "n_steps=3", "log_every=1", "lr=1e-3")
+    for method in ("dpo", "kto"):  # kto scores mismatched responses, too
+        loss = f"loss={method}"
+        launcher.run_task(composed(*common, loss, f"exp_name={method}_live"))
+        launcher.run_task(composed(*common, loss, f"exp_name={method}_cached", "++cache_reference_logprobs=true"))
+        live, cached = (rows_of(tmp_path / f"runs/{method}_{name}/metrics.jsonl") for name in ("live", "cached"))
+        for a, b in zip(live, cached, strict=True):
+            # one batch scores 12 rows, the other 8: sums of float32 in another padding, measured 1e-7
+            assert a["loss/train"] == pytest.approx(b["loss/train"], abs=2e-6)
+    launcher.run_task(composed(*common, "loss=dpo", "exp_name=lora", "++model.use_peft=true", "++model.peft.lora_r=4"))
+    assert rows_of(tmp_path / "runs/lora/metrics.jsonl")[0]["loss/train"] == pytest.approx(0.693147, abs=1e-5)
     config = json.loads((tmp_path / "runs/lora/FINAL/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]  # merged: no adapter is left
+
+
+def test_runs_share_the_reference_of_the_same_data_and_refuse_another(tmp_path, data, capsys):
+    cached = ["n_steps=1", "log_every=1", "++cache_reference_logprobs=true"]
+    shared = tmp_path / "runs" / "reference_logprobs"
+    for name, loss in (("a", "dpo"), ("b", "hinge"), ("c", "ipo")):
+        launcher.run_task(composed(*base(tmp_path, data, f"loss={loss}", f"exp_name={name}", *cached)))
+    assert capsys.readouterr().err.count("reference:") > 0
+    folder, *others = shared.iterdir()
+    assert not others and {p.name for p in folder.iterdir()} == {"DONE", "meta.json", "logps.safetensors"}
+    launcher.run_task(composed(*base(tmp_path, data, "loss=kto", "exp_name=d", *cached)))
+    assert len(list(shared.iterdir())) == 2  # its mismatched sequences are others: another artefact
+    load = [f"++load_reference_logprobs={folder}", "n_steps=1"]
+    launcher.run_task(composed(*base(tmp_path, data, "loss=dpo", "exp_name=e", *load)))
+    other_model = refused(composed(*base(tmp_path, data, "loss=dpo", "exp_name=f", "++model.build_seed=9", *load)))
+    assert "another model" in other_model
+    other_rows = write_pairs(tmp_path / "other.jsonl", 4, start=500)
+    assert "lacks 8 of 8 sequences" in refused(composed(*base(tmp_path, other_rows, "loss=dpo", "exp_name=g", *load)))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("loss=simpo ++cache_reference_logprobs=true", "no reference model"),
+        ("loss=tdpo ++cache_reference_logprobs=true", "whole distributions"),
+        ("loss=ra-dpo load_reference_logprobs=x", "whole distributions"),
+        ("loss=orpo sync_reference=1", "no reference model to move"),
+        ("loss=dpo sync_reference=1 ++cache_reference_logprobs=true", "stand still"),
+        ("loss=dpo sync_reference=1 model.use_peft=true", "without its adapter"),
+        ("loss=dpo loss.log_epsilon_P=0.5", "both sides of 0"),
+        ("loss=exo loss.label_smoothing=0", "infinite"),
+        ("loss=simpo ++loss.humanline=true", "unknown key 'loss.humanline'"),
+        ("loss=ra-dpo loss.risk=papers", "choose one of paper, reference"),
+        ("loss=dpo model.attn_implementation=flash_attention_2", "GPUs only"),
+        ("loss=dpo ++config.intermediate_checkpoints=true", "without `config.`"),
+        ("loss=dpo ++train_datasets=[ultrabin]", "datasets=[NAME]"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_loads(tmp_path, data, overrides, message, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    if "attn" in overrides:  # this one is refused where the model would be loaded
+        monkeypatch.undo()
+    assert message in refused(composed(*base(tmp_path, data, *overrides.split())))

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import launch
-from tests.helpers import ROOT, composed, rows_of, write_pairs
+from tests.chain import chain_of
+from tests.helpers import ROOT, composed, rows_of
 
 STEPS = 3
 # Sums over 8 ragged rows in another order: measured up to 2e-6 on parameters after 3 AdamW steps at lr 1e-3.
@@ -20,21 +21,7 @@ ATOL = 2e-5
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> dict[str, str]:
-    """A started student, a teacher cache, generations and an advantage cache, all on 22 ragged pairs."""
-    base = tmp_path_factory.mktemp("layout")
-    data = write_pairs(base / "pairs.jsonl", 22)
-    common = [f"cache_dir={base}", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", "cache.top_k=6"]
-    launch.run_task(composed(*common, "exp_name=start", "n_steps=2", "lr=1e-3"))
-    launch.run_task(composed(*common, "exp_name=teacher", "n_steps=4", "lr=3e-3"))
-    start, teacher = f"model.load_from={base}/start/FINAL", f"model.load_from={base}/teacher/FINAL"
-    launch.run_task(composed(*common, "exp_name=cache", "task=cache", teacher))
-    launch.run_task(composed(*common, "exp_name=gen", "task=generate", start, "generation.max_new_tokens=9"))
-    generations = f"{base}/gen/generations.jsonl"
-    reference = f"cache.reference={base}/start/FINAL"
-    launch.run_task(
-        composed(*common, "exp_name=adv", "task=cache", teacher, reference, f"cache.generations={generations}")
-    )
-    return {"base": str(base), "data": str(data), "start": start, "generations": generations}
+    return chain_of(tmp_path_factory.mktemp("layout"))
 
 
 def loss_overrides(method: str, world: dict[str, str]) -> list[str]:

@@ -13,7 +13,10 @@ from schema import settings_from
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {
-    "loss": ["sft", "dpo", "dckd", "adpa"],
+    "loss": [
+        "sft", "dpo", "dckd", "adpa", "cdpo", "robust-dpo", "ipo", "hinge", "slic", "simpo", "orpo", "cpo", "exo", "nca", "sppo-hard",
+        "apo-zero", "apo-down", "aot", "discopop", "bco", "tdpo", "ra-dpo", "kto", "kto-zero", "csft", "bradley-terry",
+    ],
     "model": [
         "base_model", "llama", "mistral", "qwen", "gemma", "pythia", "danube", "smollm2", "smollm2_pruned", "tiny",
         "quickstart_teacher", "quickstart_student",

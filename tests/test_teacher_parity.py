@@ -16,7 +16,7 @@ from functional import topk_kl, topk_logps
 from models import response_logits
 from tests.helpers import ROOT, composed, write_pairs
 from trainers.batches import Item, make_batch
-from trainers.dckd import Trainer
+from trainers.dckd import DCKD
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,15 @@ def setup(tmp_path_factory):
     raw = composed(*common, "loss=dckd", f"loss.teacher_cache={base}/cache/CACHE", "loss.tail=bucket")
     settings = launch.settings_of(raw)
     tokenizer = models.load_tokenizer(settings.model)
-    trainer = Trainer(settings, tokenizer, Accelerator(cpu=True))
+    trainer = DCKD(settings, tokenizer, Accelerator(cpu=True))
     items = trainer.items(load_examples(settings.datasets, "train", tokenizer, settings.model), "train")
     student = models.load_model(settings.model, trainable=False)
     teacher = models.load_model(settings.model, source=f"{base}/teacher/FINAL", trainable=False)
     return trainer, items, student, teacher, tokenizer
 
 
-def loss_terms(trainer: Trainer, student: torch.nn.Module, items: list[Item], pad_to: int = 0) -> dict[str, float]:
-    batch = make_batch(items, trainer.tokenizer.pad_token_id, False)
+def loss_terms(trainer: DCKD, student: torch.nn.Module, items: list[Item], pad_to: int = 0) -> dict[str, float]:
+    batch = make_batch(items, trainer.tokenizer.pad_token_id)
     if pad_to:
         widen = torch.nn.functional.pad
         ids, attention, response = batch.sequences
@@ -71,8 +71,8 @@ def test_padding_and_order_change_nothing(setup):
 
 def test_a_filler_counts_nowhere(setup):
     trainer, items, student, *_ = setup
-    alone, filled = loss_terms(trainer, student, items[:3]), make_batch([*items[:3], items[3].filler()], 0, False)
-    assert trainer.counts(filled) == trainer.counts(make_batch(items[:3], 0, False))
+    alone, filled = loss_terms(trainer, student, items[:3]), make_batch([*items[:3], items[3].filler()], 0)
+    assert trainer.counts(filled) == trainer.counts(make_batch(items[:3], 0))
     with torch.no_grad():
         sums, _ = trainer.sums(response_logits(student, filled.sequences, trainer.vocab_size), filled)
     for name, value in alone.items():

@@ -16,11 +16,12 @@ from schema import one_of, require
 from trainers.basic import BasicTrainer, supervised_sequence
 from trainers.batches import Batch, Item
 from trainers.metrics import Mean
+from trainers.needs import Needs
 from trainers.teacher import generations_by_prompt, open_cache
 
 
 @dataclass(frozen=True)
-class Config:
+class ADPAConfig:
     """Values of config/loss/adpa.yaml."""
 
     generations: str
@@ -43,10 +44,17 @@ def floored(advantages: Tensor, teacher_logps: Tensor, floor: float) -> Tensor:
     return advantages.masked_fill(absurd, 0.0)
 
 
-class Trainer(BasicTrainer):
+class ADPA(BasicTrainer):
     """Units: tokens (sequence_sum: sequences). Slots: chosen, generated."""
 
-    config: Config
+    config: ADPAConfig
+    Config = ADPAConfig
+    needs = Needs("responses", teacher="advantage")
+    formula = (
+        "{sft_weight} NLL(y_w) − {gamma} · {reduction} of Σ_a π_θ(a|s_t) A(s_t, a) on ŷ, A = log π_dpo/π_ref on the teacher's top k, "
+        "positive A dropped where π_dpo(a) < {advantage_floor}"
+    )
+    source = "2502.17927"
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Join each row with every response generated for the very ids of its prompt, and their advantages."""

@@ -1,4 +1,4 @@
-"""BasicTrainer: the one loop. A method says what an item is, counts its units and returns sums; the rest is here.
+"""BasicTrainer: the one loop. A method says what it needs and what an item is, counts its units and returns sums.
 
 Per optimizer step: count every term's units over all micro-batches and ranks, scale each term's SUM by 1 / global
 count, back-propagate, clip, update. So 1x8, 8x1 and two ranks give the gradient of the same global mean.
@@ -7,63 +7,39 @@ Data order, dropout and learning rate are functions of (seed, step): a resumed r
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 import models
-from dataloader import Example, Tokens, epoch_order, local_micro_batches
-from functional import row_sums, token_logps
-from models import ResponseLogits, response_logits
+from dataloader import Example, Sequences, Tokens, epoch_order, local_micro_batches
+from functional import token_logps
+from models import response_logits
 from schema import Settings
 from teacher_cache import content_key
 from trainers import checkpoint
 from trainers.batches import Batch, Item, make_batch
-from trainers.metrics import Mean, MetricsFile, Window, means
-
-
-def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> float:
-    """Return the factor on the peak rate at `step` (from 0): linear warm-up from 0, then cosine, linear or constant."""
-    if step < warmup:
-        return step / max(1, warmup)
-    progress = (step - warmup) / max(1, total - warmup)
-    if schedule == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-    return max(0.0, 1.0 - progress) if schedule == "linear" else 1.0
-
-
-def check_strategy(asked: str, accelerator: Accelerator) -> str:
-    """Return the strategy that runs; raise ValueError if another one was asked for (accelerate drops FSDP on CPU)."""
-    kind = accelerator.distributed_type.value
-    running = {"NO": "none", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(kind, "ddp")
-    asks_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    wanted = "fsdp" if asked == "auto" and asks_fsdp else asked
-    if wanted not in ("auto", running):
-        raise ValueError(
-            f"strategy {wanted!r} was asked for, {running!r} is running ({accelerator.num_processes} processes on "
-            f"{accelerator.device.type}). accelerate runs FSDP on GPUs only; use accelerate_config/cpu_2.yaml on CPU"
-        )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != accelerator.num_processes:
-        raise ValueError(
-            f"{world} processes were started but each runs alone and would write the same folder. On CPU start with "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N launch.py ..., not `use_cpu: true`"
-        )
-    return running
+from trainers.metrics import Mean, MetricsFile, Window, means, named, tracker
+from trainers.needs import Needs
+from trainers.strategy import learning_rate_scale
 
 
 class BasicTrainer:
-    """Train a policy on items. Subclasses set `needs_reference` and define items, counts and sums."""
+    """Train a policy on items. Subclasses set Config, needs, formula and source, and define items, counts and sums."""
 
     VERSION: ClassVar[int] = 1  # raise it when a method's numbers change: pipelines then run its stages again
-    needs_reference: ClassVar[bool] = False
+    Config: ClassVar[type]  # the dataclass of config/loss/NAME.yaml
+    needs: ClassVar[Needs]
+    formula: ClassVar[str]  # what is minimised, with the config's keys in {braces}
+    source: ClassVar[str]  # arXiv number or author
+    head: ClassVar[str] = "lm"  # lm | reward: what the model ends in
 
     def __init__(self, settings: Settings, tokenizer: Any, accelerator: Accelerator) -> None:
         self.settings, self.run_config, self.model_config = settings, settings.run, settings.model
@@ -78,6 +54,7 @@ class BasicTrainer:
             )
         self.micro_size = settings.model.batch_size // (world * accum)
         self.reference: torch.nn.Module | None = None
+        self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
     # ---- what a method defines
 
@@ -89,39 +66,79 @@ class BasicTrainer:
         """Count the units of each term in a batch."""
         raise NotImplementedError
 
-    def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+    def sums(self, out: Any, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return each term's weighted SUM over the batch, and metrics."""
         raise NotImplementedError
 
+    def forward(self, model: torch.nn.Module, sequences: Sequences) -> Any:
+        """Return what `sums` works on: the logits at response tokens."""
+        return response_logits(model, sequences, self.vocab_size)
+
+    def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
+        """Set `shared` where a method must know something of the whole global batch before its parts; all ranks call it."""
+        return batches
+
+    def objective(self) -> str:
+        """Return the formula with the run's numbers."""
+        return "L = " + self.formula.format(**vars(self.config))
+
     # ---- shared pieces
 
-    def sequence_logps(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        """Return log pi(y|x) of every row, [S*B]; policy and reference go through this same function."""
-        with self._autocast(model):
-            out = response_logits(model, batch.sequences, self.vocab_size)
-        return row_sums(token_logps(out.logits, out.targets), out.rows, len(batch.sequences.ids))
+    def token_logps_of(self, model: torch.nn.Module, sequences: Sequences) -> Tensor:
+        """Return log pi of every response token [N]; policy and reference go through this same function."""
+        with self.autocast(model):
+            out = response_logits(model, sequences, self.vocab_size)
+        return token_logps(out.logits, out.targets)
+
+    @contextmanager
+    def reference_model(self) -> Iterator[torch.nn.Module]:
+        """Yield the reference: a model of its own, or with LoRA the policy with its adapter off."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with self.accelerator.unwrap_model(self.policy).disable_adapter():
+                yield self.policy
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """Return the reference's log pi_0 of every response token [N]: from the batch if cached, else live."""
+        return self._reference_scores(batch.sequences, batch.reference_logps)
+
+    def scored_reference_logps(self, batch: Batch) -> Tensor:
+        """Return the same of the sequences that are scored without learning."""
+        assert batch.scored is not None
+        return self._reference_scores(batch.scored, batch.scored_reference_logps)
 
     @torch.no_grad()
-    def reference_logps(self, batch: Batch) -> Tensor:
-        """Return the reference's log pi_0(y|x) [S*B]: from the batch if cached, else live."""
-        if batch.reference_logps is not None:
-            return batch.reference_logps
-        if self.reference is not None:
-            return self.sequence_logps(self.reference, batch)
-        with self.accelerator.unwrap_model(self.policy).disable_adapter():  # LoRA: the base model is the reference
-            return self.sequence_logps(self.policy, batch)
+    def _reference_scores(self, sequences: Sequences, cached: Tensor | None) -> Tensor:
+        if cached is not None:
+            return cached
+        with self.reference_model() as model:
+            return self.token_logps_of(model, sequences)
 
-    def _autocast(self, model: torch.nn.Module) -> Any:
+    @torch.no_grad()
+    def reference_logits(self, batch: Batch) -> Tensor:
+        """Return the reference's logits [N, V] at the response tokens."""
+        with self.reference_model() as model, self.autocast(model):
+            return response_logits(model, batch.sequences, self.vocab_size).logits
+
+    def global_sum(self, *values: Tensor) -> list[float]:
+        """Sum scalars over all ranks, in float64."""
+        return self._reduce(torch.stack([value.detach().double().cpu() for value in values])).tolist()
+
+    def gathered(self, values: list[Any]) -> list[Any]:
+        """Join the lists of all ranks, in the order of ranks."""
+        return gather_object(values)
+
+    def autocast(self, model: torch.nn.Module) -> Any:
+        """Return the context in which a model of this precision is run."""
         device = self.accelerator.device
         dtype = models.resolve_dtype(self.model_config.policy_dtype, device)
         stored = next(model.parameters()).dtype
-        return nullcontext() if stored == dtype else torch.autocast(device.type, dtype)
+        return nullcontext() if stored in (dtype, torch.float64) else torch.autocast(device.type, dtype)
 
     def batch_of(self, items: list[Item]) -> Batch:
         """Pad items onto this rank's device."""
-        pad = self.tokenizer.pad_token_id
-        with_reference = self.needs_reference and items[0].reference_logps is not None
-        return make_batch(items, pad, with_reference).to(self.accelerator.device)
+        return make_batch(items, self.tokenizer.pad_token_id).to(self.accelerator.device)
 
     # ---- the loop
 
@@ -130,7 +147,7 @@ class BasicTrainer:
     ) -> dict[str, float]:
         """Train to the end, resuming from the newest whole checkpoint; return the last evaluation's metrics."""
         run, accelerator = self.run_config, self.accelerator
-        self.reference = reference if reference is None else self._place_reference(reference)
+        self.reference = reference if reference is None else self.place_reference(reference)
         optimizer = self._optimizer(policy)
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
         self.train_items, self.test_items = train, test
@@ -141,7 +158,7 @@ class BasicTrainer:
         step = self._resume()
         first = step + 1
         self.rows = MetricsFile(run.run_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
-        self.tracker = _tracker(self.settings) if accelerator.is_main_process else None
+        self.tracker = tracker(self.settings) if accelerator.is_main_process else None
         if run.do_first_eval and step == 0:
             self._evaluate_and_log(0)
         started, tokens = time.perf_counter(), 0
@@ -168,7 +185,9 @@ class BasicTrainer:
             self.tracker.finish()
         return last_eval
 
-    def _place_reference(self, reference: torch.nn.Module) -> torch.nn.Module:
+    def place_reference(self, reference: torch.nn.Module) -> torch.nn.Module:
+        """Put the frozen reference on this rank's device, sharded as the policy is."""
+        reference.eval()
         if self.accelerator.distributed_type.value == "FSDP":
             return self.accelerator.prepare_model(reference, evaluation_mode=True)
         return reference.to(self.accelerator.device)
@@ -176,8 +195,9 @@ class BasicTrainer:
     def _optimizer(self, policy: torch.nn.Module) -> torch.optim.Optimizer:
         run = self.run_config
         params = [p for p in policy.parameters() if p.requires_grad]
-        if run.optimizer == "SGD":
-            return torch.optim.SGD(params, lr=run.lr, weight_decay=run.weight_decay)
+        if run.optimizer in ("SGD", "RMSprop"):
+            simple = torch.optim.SGD if run.optimizer == "SGD" else torch.optim.RMSprop
+            return simple(params, lr=run.lr, weight_decay=run.weight_decay)
         cls = torch.optim.AdamW if run.optimizer == "AdamW" else torch.optim.Adam
         return cls(params, lr=run.lr, betas=(run.betas[0], run.betas[1]), eps=1e-8, weight_decay=run.weight_decay)
 
@@ -188,14 +208,16 @@ class BasicTrainer:
         order = epoch_order(len(self.train_items), self.run_config.seed, epoch)
         chosen = order[index * size : (index + 1) * size]
         self.examples_seen += len(chosen)
-        return list(self._deal(self.train_items, chosen, self.micro_size, world))
+        return list(self.deal(self.train_items, chosen, self.micro_size, world))
 
-    def _deal(self, items: list[Item], indices: list[int], micro_size: int, world: int) -> Iterator[Batch]:
+    def deal(self, items: list[Item], indices: list[int], micro_size: int, world: int) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of the items at `indices`, the same number on every rank."""
         micro_steps = math.ceil(math.ceil(len(indices) / world) / micro_size)
         for micro in local_micro_batches(indices, micro_size, micro_steps, self.accelerator.process_index, world):
             yield self.batch_of([items[i] for i in micro] or [items[indices[0]].filler()])
 
-    def _global_counts(self, batches: list[Batch]) -> dict[str, float]:
+    def global_counts(self, batches: list[Batch]) -> dict[str, float]:
+        """Count the units of each term over all micro-batches and ranks."""
         counted = [self.counts(batch) for batch in batches]
         names = list(counted[0])
         local = torch.tensor([float(sum(c[name] for c in counted)) for name in names], dtype=torch.float64)
@@ -206,10 +228,10 @@ class BasicTrainer:
             return table
         return self.accelerator.reduce(table.to(self.accelerator.device), "sum").cpu()
 
-    def _terms(self, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, dict[str, Mean]]:
+    def terms(self, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, dict[str, Mean]]:
         """Return a batch's share of the global mean loss, and its metrics with the terms among them."""
-        with self._autocast(self.policy):
-            out = response_logits(self.policy, batch.sequences, self.vocab_size)
+        with self.autocast(self.policy):
+            out = self.forward(self.policy, batch.sequences)
         sums, metrics = self.sums(out, batch)
         units = self.counts(batch)
         # A term without a unit anywhere adds nothing; its sum (zero) stays in the graph so that ranks agree.
@@ -222,12 +244,12 @@ class BasicTrainer:
         run, accelerator = self.run_config, self.accelerator
         _seed_step(run.seed, step, accelerator.process_index)
         self.policy.train()
-        batches = self._micro_batches(step)
-        counts = self._global_counts(batches)
+        batches = self.prepared(self._micro_batches(step), True)
+        counts = self.global_counts(batches)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.policy):
-                loss, metrics = self._terms(batch, counts)
+                loss, metrics = self.terms(batch, counts)
                 # DDP and FSDP average gradients over ranks; the counts are already global.
                 accelerator.backward(loss * accelerator.num_processes)
             self.window.add(metrics)
@@ -241,8 +263,18 @@ class BasicTrainer:
             group["lr"] = run.lr * scale
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if run.sync_reference and step % run.sync_reference == 0:
+            self._sync_reference()
         self.window.add({"grad_norm": Mean(norm, 1.0)})
         return sum(int(batch.sequences.response.sum()) for batch in batches)
+
+    @torch.no_grad()
+    def _sync_reference(self) -> None:
+        """Move the reference towards the policy by sync_reference_rate (1: copy it), after the optimizer's step."""
+        assert self.reference is not None, "checked before the model was loaded"
+        policy = self.accelerator.unwrap_model(self.policy)
+        for old, new in zip(self.reference.parameters(), policy.parameters(), strict=True):
+            old.lerp_(new.to(old.dtype), self.run_config.sync_reference_rate)
 
     # ---- evaluation and logging
 
@@ -251,14 +283,14 @@ class BasicTrainer:
         """Return the global means over the test items, `loss/eval` among them."""
         window = Window()
         self.policy.eval()
-        world = self.accelerator.num_processes
-        for start in range(0, len(self.test_items), self.model_config.eval_batch_size * world):
-            stop = min(start + self.model_config.eval_batch_size * world, len(self.test_items))
-            for batch in self._deal(
-                self.test_items, list(range(start, stop)), self.model_config.eval_batch_size, world
-            ):
-                window.add(self._terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
-        return _named(means(window.reduced(self._reduce)), "eval")
+        size, world = self.model_config.eval_batch_size, self.accelerator.num_processes
+        batches: list[Batch] = []
+        for start in range(0, len(self.test_items), size * world):
+            indices = list(range(start, min(start + size * world, len(self.test_items))))
+            batches += self.deal(self.test_items, indices, size, world)
+        for batch in self.prepared(batches, False):
+            window.add(self.terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
+        return named(means(window.reduced(self._reduce)), "eval")
 
     def _evaluate_and_log(self, step: int) -> dict[str, float]:
         if not self.test_items:
@@ -268,7 +300,7 @@ class BasicTrainer:
         return row
 
     def _log_train(self, step: int, tokens: int, seconds: float) -> None:
-        row = _named(means(self.window.reduced(self._reduce)), "train")
+        row = named(means(self.window.reduced(self._reduce)), "train")
         total = float(self._reduce(torch.tensor([float(tokens)], dtype=torch.float64))[0])
         lr = self.optimizer.param_groups[0]["lr"]
         speed = {"tokens_per_second": round(total / max(seconds, 1e-9), 1)}
@@ -287,7 +319,7 @@ class BasicTrainer:
         """Hash the training sequences in their order: a resume on other data is refused."""
         digest = hashlib.sha256()
         for item in self.train_items:
-            for tokens in item.sequences:
+            for tokens in (*item.sequences, *item.scored):
                 digest.update(content_key(tokens.ids, tokens.response))
         return digest.hexdigest()[:16]
 
@@ -300,13 +332,14 @@ class BasicTrainer:
         state = {
             "examples": self.examples_seen,
             "window": sums,
+            "method": self.state,
             "data": self.data_digest(),
             "total_steps": self.total_steps,
         }
         run = self.run_config
-        checkpoint.save(
-            run.run_dir, step, self.policy, self.optimizer, state, self.accelerator.is_main_process, run.keep_last
-        )
+        synced = self.reference if run.sync_reference else None
+        main = self.accelerator.is_main_process
+        checkpoint.save(run.run_dir, step, self.policy, self.optimizer, synced, state, main, run.keep_last)
         if run.intermediate_checkpoints:
             self.save_model(f"step-{step}")
         self.accelerator.wait_for_everyone()
@@ -315,14 +348,15 @@ class BasicTrainer:
         folder = checkpoint.newest(self.run_config.run_dir)
         if folder is None:
             return 0
-        state = checkpoint.load(folder, self.policy, self.optimizer)
+        synced = self.reference if self.run_config.sync_reference else None
+        state = checkpoint.load(folder, self.policy, self.optimizer, synced)
         for key, now in (("data", self.data_digest()), ("total_steps", self.total_steps)):
             if state[key] != now:
                 raise ValueError(
                     f"{folder} was written with {key}={state[key]}, this run has {now}. Use the same data and schedule, "
                     "another exp_name, or remove the folder"
                 )
-        self.examples_seen = state["examples"]
+        self.examples_seen, self.state = state["examples"], state["method"]
         if self.accelerator.is_main_process:
             self.window.sums = state["window"]
         self.accelerator.print(f"resumed from {folder}")
@@ -344,32 +378,6 @@ def supervised_sequence(tokens: Tokens | None, what: str, method: str) -> Tokens
     return tokens
 
 
-def _named(values: dict[str, float], split: str) -> dict[str, float]:
-    """Sum the terms to loss/SPLIT and give every name its split."""
-    terms = {k: v for k, v in values.items() if k.startswith("term/")}
-    row = {f"loss/{split}": sum(terms.values())}
-    for name, value in values.items():
-        head, _, tail = name.partition("/")
-        row[name if name == "grad_norm" else (f"{head}_{split}/{tail}" if tail else f"{name}/{split}")] = value
-    return row
-
-
 def _seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout by (seed, step, rank), so that it needs no state in a checkpoint."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
-
-
-def _tracker(settings: Settings) -> Any:
-    """Start wandb if it is enabled; offline unless asked for, and never waiting for a login."""
-    if not settings.wandb["enabled"]:
-        return None
-    import wandb
-
-    mode = settings.wandb["mode"]
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        raise ValueError("wandb.mode=online needs WANDB_API_KEY in the environment; or use wandb.mode=offline")
-    run_dir = settings.run.run_dir
-    return wandb.init(
-        project=settings.wandb["project"], entity=settings.wandb["entity"], group=settings.wandb["group"],
-        name=str(run_dir.relative_to(run_dir.parents[1])), mode=mode, dir=str(run_dir), config=settings.raw,
-    )  # fmt: skip

@@ -5,8 +5,9 @@ slot: rows 0..B-1 are slot 0 of the B items, rows B..2B-1 slot 1, so every respo
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,24 +16,46 @@ from teacher_cache import Entry
 
 
 class Item(NamedTuple):
-    """One example: a sequence per slot, the teacher's entries per slot (or None), reference log-probs per slot."""
+    """One example: a sequence per slot, and what belongs to it.
+
+    entries: the teacher's entries per slot (or None). reference_logps: the reference's log-probability of every
+    response token, an array per slot, then one per `scored` sequence. label: 1 desirable, 0 undesirable, or a reward.
+    scored: sequences that are scored without learning from them (KTO's mismatched response).
+    """
 
     sequences: tuple[Tokens, ...]
     entries: tuple[Entry | None, ...] = ()
-    reference_logps: tuple[float, ...] | None = None
+    reference_logps: tuple[np.ndarray, ...] | None = None
+    label: float | None = None
+    scored: tuple[Tokens, ...] = ()
 
     def filler(self) -> "Item":
         """Return the same shapes with nothing supervised: all ranks step together, this one counts nowhere."""
-        return Item(tuple(unsupervised(s) for s in self.sequences), (), tuple(0.0 for _ in self.sequences))
+        nothing = np.zeros(0, np.float32)
+        return Item(
+            tuple(unsupervised(s) for s in self.sequences),
+            reference_logps=None if self.reference_logps is None else tuple(nothing for _ in self.reference_logps),
+            label=self.label,
+            scored=tuple(unsupervised(s) for s in self.scored),
+        )
 
 
 class Batch(NamedTuple):
-    """S*B padded rows, slot after slot; teacher entries flat over the tokens of the slots that have them."""
+    """S*B padded rows, slot after slot, and what belongs to them.
+
+    teacher: entries, flat over the tokens of the slots that have them. reference_logps [N]: flat over the response
+    tokens. labels [B]. scored: rows without learning, with their reference_logps. shared: what a method found out
+    over the whole global batch (KTO's z_0, the rank partners of AOT, ...).
+    """
 
     sequences: Sequences
     num_items: int
-    teacher: TopK | None
-    reference_logps: Tensor | None
+    teacher: TopK | None = None
+    reference_logps: Tensor | None = None
+    labels: Tensor | None = None
+    scored: Sequences | None = None
+    scored_reference_logps: Tensor | None = None
+    shared: Tensor | None = None
 
     def supervised(self, slot: int) -> Tensor:
         """Return a [B] mask of the items whose `slot` has a supervised token (fillers have none)."""
@@ -46,31 +69,37 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """Move every tensor."""
-        return Batch(
-            Sequences(*(t.to(device) for t in self.sequences)),
-            self.num_items,
-            None if self.teacher is None else _moved(self.teacher, device),
-            None if self.reference_logps is None else self.reference_logps.to(device),
-        )
+        return Batch._make(_moved(part, device) for part in self)
 
 
-def _moved(teacher: TopK, device: torch.device) -> TopK:
-    logps = None if teacher.teacher_logps is None else teacher.teacher_logps.to(device)
-    return TopK(teacher.ids.to(device), teacher.values.to(device), logps)
+def _moved(part: Any, device: torch.device) -> Any:
+    if isinstance(part, tuple):
+        return type(part)._make(_moved(tensor, device) for tensor in part)  # type: ignore[attr-defined]
+    return part.to(device) if isinstance(part, Tensor) else part
 
 
-def make_batch(items: Sequence[Item], pad_id: int, with_reference: bool) -> Batch:
+def make_batch(items: Sequence[Item], pad_id: int) -> Batch:
     """Pad the items and lay them slot after slot."""
-    slots = range(len(items[0].sequences))
-    sequences = collate([item.sequences[slot] for slot in slots for item in items], pad_id)
+    first = items[0]
+    slots = range(len(first.sequences))
     entries = [
         item.entries[slot] for slot in slots for item in items if item.entries and item.entries[slot] is not None
     ]
-    reference = None
-    if with_reference:
-        values = [item.reference_logps[slot] for slot in slots for item in items if item.reference_logps is not None]
-        reference = torch.tensor(values, dtype=torch.float32)
-    return Batch(sequences, len(items), _top_k([e for e in entries if e is not None]), reference)
+    scored = [tokens for item in items for tokens in item.scored]
+    labels = None if first.label is None else torch.tensor([float(item.label or 0.0) for item in items])
+    return Batch(
+        collate([item.sequences[slot] for slot in slots for item in items], pad_id),
+        len(items),
+        _top_k([e for e in entries if e is not None]),
+        _joined([item.reference_logps[slot] for slot in slots for item in items if item.reference_logps is not None]),
+        labels,
+        collate(scored, pad_id) if scored else None,
+        _joined([a for item in items if item.reference_logps is not None for a in item.reference_logps[len(slots) :]]),
+    )
+
+
+def _joined(arrays: list[np.ndarray]) -> Tensor | None:
+    return torch.from_numpy(np.concatenate(arrays)) if arrays else None
 
 
 def _top_k(entries: list[Entry]) -> TopK | None:

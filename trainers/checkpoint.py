@@ -26,12 +26,13 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def save(
-    run_dir: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any],
-    is_main: bool, keep_last: int,
+    run_dir: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+    reference: torch.nn.Module | None, state: dict[str, Any], is_main: bool, keep_last: int,
 ) -> None:  # fmt: skip
-    """Write checkpoint-{step}; all ranks call it, rank 0 writes."""
+    """Write checkpoint-{step}; all ranks call it, rank 0 writes. A reference is given where it moves with the policy."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
+    reference_weights = None if reference is None else get_model_state_dict(reference, options=options)
     moments = get_optimizer_state_dict(model, optimizer, options=options)
     if not is_main:
         return
@@ -41,6 +42,8 @@ def save(
     part.mkdir(parents=True)
     torch.save(weights, part / "model.pt")
     torch.save(moments, part / "optimizer.pt")
+    if reference_weights is not None:
+        torch.save(reference_weights, part / "reference.pt")
     (part / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
     (part / "DONE").touch()
     part.rename(whole)
@@ -51,13 +54,18 @@ def save(
             shutil.rmtree(done.parent, ignore_errors=True)
 
 
-def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore model and optimizer in place and return the trainer's state."""
+def load(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, reference: torch.nn.Module | None
+) -> dict[str, Any]:
+    """Restore model, optimizer and (where it moves) reference in place and return the trainer's state."""
     options = StateDictOptions(full_state_dict=True)
     weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
     moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     set_model_state_dict(model, weights, options=options)
     set_optimizer_state_dict(model, optimizer, moments, options=options)
+    if reference is not None:
+        moved = torch.load(folder / "reference.pt", map_location="cpu", weights_only=True)
+        set_model_state_dict(reference, moved, options=options)
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 

@@ -17,11 +17,12 @@ from teacher_cache import content_key
 from trainers.basic import BasicTrainer, supervised_sequence
 from trainers.batches import Batch, Item
 from trainers.metrics import Mean
+from trainers.needs import Needs
 from trainers.teacher import open_cache
 
 
 @dataclass(frozen=True)
-class Config:
+class DCKDConfig:
     """Values of config/loss/dckd.yaml."""
 
     teacher_cache: str
@@ -40,10 +41,17 @@ class Config:
         )
 
 
-class Trainer(BasicTrainer):
+class DCKD(BasicTrainer):
     """Unit: tokens. Slots: chosen, rejected."""
 
-    config: Config
+    config: DCKDConfig
+    Config = DCKDConfig
+    needs = Needs("pairs", teacher="logprob")
+    formula = (
+        "{sft_weight} NLL(y_w) + {chosen_weight} KL_w + {rejected_weight} KL_l, KL = mean over response tokens of KL(π_dpo‖π_θ) "
+        "on the teacher's top k (rest: {tail})"
+    )
+    source = "2502.17927"
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Take both responses with the teacher's entries.

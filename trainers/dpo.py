@@ -1,77 +1,106 @@
-"""Direct preference optimization (arXiv 2305.18290, eq. 7), with label smoothing (cDPO) and an optional NLL term."""
+"""Direct preference optimization (arXiv 2305.18290, eq. 7) with its options.
+
+Label smoothing makes it cDPO; other f-divergences in place of reverse KL (2309.16240); WPO's weights (2406.11827);
+log-ratios averaged over tokens; a margin that the chosen response has to win by.
+"""
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataloader import Example
-from functional import row_sums, token_logps
+from functional import log_collision, row_sums, token_logps
 from models import ResponseLogits
-from schema import require
-from trainers.basic import BasicTrainer, supervised_sequence
-from trainers.batches import Batch, Item
-from trainers.metrics import Mean
+from schema import one_of, require
+from trainers.batches import Batch
+from trainers.paired import BetaConfig, PairedTrainer, Pairs, logistic_loss
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "alpha", "js")
 
 
 @dataclass(frozen=True)
-class Config:
+class DPOConfig(BetaConfig):
     """Values of config/loss/dpo.yaml."""
 
-    beta: float
     label_smoothing: float
-    nll_weight: float
+    divergence: str
+    alpha: float
+    wpo: str
+    length_normalized: bool
+    margin: float
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, f"loss.beta={self.beta} must be above 0")
+        super().__post_init__()
         require(0 <= self.label_smoothing < 0.5, f"loss.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
-        require(self.nll_weight >= 0, f"loss.nll_weight={self.nll_weight} must not be negative")
+        one_of("loss.divergence", self.divergence, DIVERGENCES)
+        require(self.alpha > 0, f"loss.alpha={self.alpha} must be above 0 (towards 0: reverse KL, 1: forward KL)")
+        one_of("loss.wpo", self.wpo, ("off", "clamped", "unclamped"))
 
 
 def dpo_loss(
-    chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-    beta: float, label_smoothing: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """Return -(1-e) log s(D) - e log s(-D) per pair [B], D = beta (log-ratio of chosen - log-ratio of rejected)."""
-    margin = beta * ((chosen_logps - ref_chosen) - (rejected_logps - ref_rejected))
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float, label_smoothing: float = 0.0, margin: float = 0.0
+) -> Tensor:
+    """Return -(1-e) log s(D) - e log s(-D) per pair [B], D = beta (chosen ratio - rejected ratio - margin)."""
+    return logistic_loss(beta * (chosen_ratio - rejected_ratio - margin), label_smoothing)
 
 
-class Trainer(BasicTrainer):
+def divergence_score(ratio: Tensor, divergence: str, alpha: float = 1.0) -> Tensor:
+    """Return f'(pi_theta / pi_0) up to a constant [B], from log-ratios (2309.16240, table 1).
+
+    alpha: (1 - u^-alpha) / alpha; 1 is the forward KL, towards 0 the reverse KL. js: log u - log(1 + u).
+    """
+    if divergence == "reverse_kl":
+        return ratio
+    if divergence == "js":
+        return F.logsigmoid(ratio)
+    alpha = 1.0 if divergence == "forward_kl" else alpha
+    return -torch.exp(-alpha * ratio) / alpha
+
+
+def wpo_weights(alignment: Tensor, clamp: bool) -> Tensor:
+    """Return exp(alignment) [B] (WPO, 2406.11827); `clamp` bounds it by 1, as its authors' code does.
+
+    alignment: the two responses' token means of log pi - log sum_v pi(v)^2, added.
+    """
+    weights = torch.exp(alignment)
+    return weights.clamp(max=1.0) if clamp else weights
+
+
+class DPO(PairedTrainer):
     """Unit: pairs (the NLL term: tokens). Slots: chosen, rejected."""
 
-    config: Config
-    needs_reference = True
+    config: DPOConfig
+    Config = DPOConfig
+    formula = (
+        "mean over pairs of −(1−{label_smoothing}) log σ(D) − {label_smoothing} log σ(−D), D = {beta}(f(u) − f(v) − {margin}), "
+        "u = log π_θ/π_0 of y_w, v of y_l, f of {divergence}"
+    )
+    source = "2305.18290; label smoothing: Mitchell 2023; f: 2309.16240; WPO: 2406.11827"
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
-        """Take chosen and rejected."""
-        return [
-            Item((supervised_sequence(e.chosen, "chosen", "dpo"), supervised_sequence(e.rejected, "rejected", "dpo")))
-            for e in examples
-        ]
+    def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
+        """Return dpo_loss of the scores."""
+        config, ratios = self.config, [pairs.chosen_ratio, pairs.rejected_ratio]
+        if config.length_normalized:
+            tokens = (pairs.chosen_tokens, pairs.rejected_tokens)
+            ratios = [ratio / count.clamp_min(1) for ratio, count in zip(ratios, tokens, strict=True)]
+        chosen, rejected = (divergence_score(ratio, config.divergence, config.alpha) for ratio in ratios)
+        return dpo_loss(chosen, rejected, config.beta, config.label_smoothing, config.margin)
 
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """Count pairs and, for the NLL term, chosen tokens."""
-        counts = {"dpo": int(batch.supervised(0).sum())}
-        return {**counts, "nll": batch.num_tokens(0)} if self.config.nll_weight else counts
+    @torch.no_grad()
+    def weights(self, out: ResponseLogits, batch: Batch) -> Tensor | None:
+        """Return WPO's weight of each pair [B]: how likely the policy itself would have written both responses."""
+        if self.config.wpo == "off":
+            return None
+        size = batch.num_items
+        aligned = token_logps(out.logits, out.targets) - log_collision(out.logits)
+        tokens = row_sums(torch.ones_like(aligned), out.rows, 2 * size).clamp_min(1)
+        chosen, rejected = (row_sums(aligned, out.rows, 2 * size) / tokens).split(size)
+        return wpo_weights(chosen + rejected, self.config.wpo == "clamped")
 
-    def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
-        """Return the preference sum (and the NLL sum), with rewards beta * (log pi - log pi_0)."""
-        size, beta = batch.num_items, self.config.beta
-        logps = token_logps(out.logits, out.targets)
-        chosen, rejected = row_sums(logps, out.rows, 2 * size).split(size)
-        ref_chosen, ref_rejected = self.reference_logps(batch).to(chosen).split(size)
-        real = batch.supervised(0).to(chosen)
-        losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, self.config.label_smoothing)
-        sums = {"dpo": (losses * real).sum()}
-        if self.config.nll_weight:
-            sums["nll"] = -self.config.nll_weight * logps[out.rows < size].sum()
-        reward_chosen = beta * (chosen - ref_chosen).detach()
-        reward_rejected = beta * (rejected - ref_rejected).detach()
-        num_pairs = real.sum()
-        return sums, {
-            "rewards/chosen": Mean((reward_chosen * real).sum(), num_pairs),
-            "rewards/rejected": Mean((reward_rejected * real).sum(), num_pairs),
-            "rewards/margins": Mean(((reward_chosen - reward_rejected) * real).sum(), num_pairs),
-            "rewards/accuracies": Mean(((reward_chosen > reward_rejected).to(real) * real).sum(), num_pairs),
-        }
+    def objective(self) -> str:
+        """Return the formula with the run's numbers, and the options that change it."""
+        text, config = super().objective(), self.config
+        text += "; u and v averaged over tokens" if config.length_normalized else ""
+        text += f"; alpha = {config.alpha}" if config.divergence == "alpha" else ""
+        return text + (f"; pairs weighted by WPO ({config.wpo})" if config.wpo != "off" else "")

@@ -11,10 +11,11 @@ from schema import one_of
 from trainers.basic import BasicTrainer, supervised_sequence
 from trainers.batches import Batch, Item
 from trainers.metrics import Mean
+from trainers.needs import Needs
 
 
 @dataclass(frozen=True)
-class Config:
+class SFTConfig:
     """Values of config/loss/sft.yaml."""
 
     train_on: str
@@ -23,10 +24,14 @@ class Config:
         one_of("loss.train_on", self.train_on, ("auto", "response", "chosen"))
 
 
-class Trainer(BasicTrainer):
+class SFT(BasicTrainer):
     """Unit: tokens."""
 
-    config: Config
+    config: SFTConfig
+    Config = SFTConfig
+    needs = Needs("responses")
+    formula = "mean over response tokens of −log π_θ(y_t|s_t)"
+    source = "supervised fine-tuning"
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Take the response, or the chosen one of a pair."""

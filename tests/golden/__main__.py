@@ -6,23 +6,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.golden.adapters import Skip, outputs_of
-from tests.golden.cases_io import compare, load
+from tests.golden.cases_io import compare, load, tolerance_of
 
 
 class Tally(NamedTuple):
-    """Failures as lines, and how many passed and were skipped by reason."""
+    """Names of what passed, failures as lines, and how many were skipped by reason."""
 
-    passed: int
+    passed: list[str]
     failures: list[str]
     skipped: Counter[str]
 
 
 def run_folder(folder: Path) -> Tally:
     """Run every variant of every case; a variant without numbers of ours is skipped, never passed."""
-    passed, failures, skipped = 0, [], Counter[str]()
+    passed, failures, skipped = [], [], Counter[str]()
     for path in sorted(folder.glob("*.json")):
         case = load(path)
-        tolerance = case["tolerance"]
         by_name = {variant["name"]: variant for variant in case["variants"]}
         for variant in case["variants"]:
             variant["all"] = by_name
@@ -32,11 +31,11 @@ def run_folder(folder: Path) -> Tally:
                 skipped[str(reason)] += 1
                 continue
             assert ours, f"{path.stem}/{variant['name']}: an adapter must return numbers"
-            wrong = compare(variant["outputs"], ours, tolerance.get("atol", 0.0), tolerance.get("rtol", 0.0))
+            wrong = compare(variant["outputs"], ours, *tolerance_of(case, variant))
             if wrong:
                 failures.append(f"{path.stem}/{variant['name']}: {wrong}")
             else:
-                passed += 1
+                passed.append(f"{path.stem.split('_seed')[0]}/{variant['name']}")
     return Tally(passed, failures, skipped)
 
 
@@ -49,7 +48,7 @@ def main() -> None:
         print(f"failed  {line}")
     for reason, count in sorted(tally.skipped.items()):
         print(f"skipped {count:4d}  {reason}")
-    print(f"{tally.passed} passed, {len(tally.failures)} failed, {sum(tally.skipped.values())} skipped")
+    print(f"{len(tally.passed)} passed, {len(tally.failures)} failed, {sum(tally.skipped.values())} skipped")
     sys.exit(bool(tally.failures))
 
 

@@ -1,6 +1,7 @@
 """Read a golden-v1 case: tensors in float64 (float32 inputs are cast to float32 first), and compare outputs."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ def load(path: Path) -> dict[str, Any]:
         variant["inputs"] = {**case.get("inputs", {}), **variant.get("inputs", {})}
         variant["params"] = {**case.get("params", {}), **variant.get("params", {})}
     return case
+
+
+def tolerance_of(case: dict[str, Any], variant: dict[str, Any]) -> tuple[float, float]:
+    """Return (atol, rtol): the case's, or those that a variant's notes name (a reference without a float64 path)."""
+    noted = re.search(r"atol=([0-9.e-]+), rtol=([0-9.e-]+)", str(variant.get("notes") or ""))
+    if noted:
+        return float(noted[1]), float(noted[2])
+    return case["tolerance"].get("atol", 0.0), case["tolerance"].get("rtol", 0.0)
 
 
 def compare(expected: dict[str, Any], ours: dict[str, Any], atol: float, rtol: float) -> str | None:

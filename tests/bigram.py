@@ -1,0 +1,123 @@
+"""The smallest language model, in float64: logits of the next token are a row of a table. What every loss is proven on.
+
+`trainer_of` puts it under a method's real trainer, with ragged items; `loss_of` and `gradient_of` go through the loop's
+own steps (prepared, global counts, terms), for any split into micro-batches.
+"""
+
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import launch
+import models
+from conversations import Conversation
+from dataloader import Example, Tokens
+from teacher_cache import Entry
+from tests.helpers import composed
+from trainers.basic import BasicTrainer
+from trainers.batches import Item
+from trainers.csft import with_control
+
+VOCAB, PAD, TOP_K = 11, 0, 3
+PATHS = {"dckd": ["loss.teacher_cache=none"], "adpa": ["loss.generations=none", "loss.advantages=none"]}
+
+
+class Bigram(torch.nn.Module):
+    """table [V, V]: row i holds the logits after token i. A reward model reads the first column at the last token."""
+
+    def __init__(self, seed: int, reward: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.nn.Parameter(torch.randn(VOCAB, VOCAB, dtype=torch.float64, generator=generator))
+        self.reward, self.config = reward, SimpleNamespace(pad_token_id=PAD)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool, logits_to_keep: Tensor | None = None):
+        """Return an object with logits [B, kept, V], or a reward model's [B, 1]."""
+        input_ids = input_ids.clamp_max(VOCAB - 1)  # the tokenizer's padding lies beyond this vocabulary
+        if self.reward:
+            last = (input_ids != self.config.pad_token_id).long().cumsum(1).argmax(1)
+            return SimpleNamespace(logits=self.table[input_ids.gather(1, last[:, None]).squeeze(1), :1])
+        return SimpleNamespace(logits=self.table[input_ids[:, logits_to_keep]])
+
+
+def tokens(prompt: list[int], reply: list[int]) -> Tokens:
+    return Tokens(prompt + reply, [False] * len(prompt) + [True] * len(reply))
+
+
+def examples() -> list[Example]:
+    """Six pairs with replies of 1 to 5 tokens."""
+    rng = np.random.default_rng(3)
+    pairs = []
+    for i in range(6):
+        prompt = [1 + i, 1 + int(rng.integers(9))]
+        replies = [rng.integers(1, VOCAB, size=int(rng.integers(1, 6))).tolist() for _ in range(2)]
+        pairs.append(Example(prompt, tokens(prompt, replies[0]), tokens(prompt, replies[1]), None, Conversation([], None, None, None, {})))
+    return pairs
+
+
+def entries(sequence: Tokens, rng: np.random.Generator, advantage: bool) -> Entry:
+    """Draw a teacher's entries for one response: TOP_K ids a token with log-probabilities, or advantages beside them."""
+    count = sum(sequence.response)
+    ids = np.argsort(rng.random((count, VOCAB)), axis=1)[:, :TOP_K]
+    logps = np.log(0.9 * rng.dirichlet(np.ones(TOP_K), count)).astype(np.float32)
+    tail = np.full(count, 0.1, np.float32)
+    values = rng.normal(size=logps.shape).astype(np.float32)
+    return Entry(ids, values, tail, logps) if advantage else Entry(ids, logps, tail, None)
+
+
+def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
+    """Make the method's own items; the two methods with a teacher get drawn entries instead of a cache on disk."""
+    rng = np.random.default_rng(4)
+    if name == "dckd":
+        return [Item((e.chosen, e.rejected), (entries(e.chosen, rng, False), entries(e.rejected, rng, False))) for e in examples()]
+    if name == "adpa":
+        return [Item((e.chosen, e.rejected), (None, entries(e.rejected, rng, True))) for e in examples()]
+    if name == "csft":  # the tokens of its control texts lie beyond this vocabulary
+        sides = [(len(e.prompt), side, ids) for e in examples() for side, ids in ((e.chosen, [9, 8]), (e.rejected, [7]))]
+        return [Item((with_control(side, length, ids, 99),)) for length, side, ids in sides]
+    return trainer.items(examples(), "train")
+
+
+@cache
+def settings_and_tokenizer(name: str, overrides: tuple[str, ...]):
+    settings = launch.settings_of(composed(f"loss={name}", "model=tiny", *PATHS.get(name, []), *overrides))
+    return settings, tokenizer()
+
+
+@cache
+def tokenizer():
+    return models.load_tokenizer(launch.settings_of(composed("model=tiny")).model)
+
+
+def trainer_of(name: str, *overrides: str) -> BasicTrainer:
+    """Make the trainer of loss=name over two bigram models; the reference is another one than the policy."""
+    settings, byte_tokenizer = settings_and_tokenizer(name, overrides)
+    method = launch.method_of(settings.raw)
+    trainer = method(settings, byte_tokenizer, Accelerator(cpu=True))
+    trainer.vocab_size = VOCAB
+    trainer.policy, trainer.reference = Bigram(1, method.head == "reward"), Bigram(2)
+    return trainer
+
+
+def split(trainer: BasicTrainer, items: list[Item], parts: int) -> list:
+    size = -(-len(items) // parts)
+    return [trainer.batch_of(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def loss_of(trainer: BasicTrainer, items: list[Item], parts: int = 1) -> Tensor:
+    """Return the global mean loss of the items, computed in `parts` micro-batches."""
+    state = dict(trainer.state)
+    batches = trainer.prepared(split(trainer, items, parts), True)
+    trainer.state = state  # one evaluation of the same step, not the next step
+    counts = trainer.global_counts(batches)
+    return torch.stack([trainer.terms(batch, counts)[0] for batch in batches]).sum()
+
+
+def gradient_of(trainer: BasicTrainer, items: list[Item], parts: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the loss and its gradient in the policy's table [V, V]."""
+    loss = loss_of(trainer, items, parts)
+    return loss.detach(), torch.autograd.grad(loss, trainer.policy.table)[0]

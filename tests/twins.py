@@ -1,0 +1,213 @@
+"""A slow twin of every loss: plain Python floats, sums over lists, no torch, each written from the formula.
+
+A twin gets the trainer's config, the items, and two functions: p(model, previous token) -> probabilities of the next
+one, for `policy` and `reference`. It returns the global mean loss.
+"""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+LOG_SIGMOID = lambda x: -math.log(1 + math.exp(-x))  # noqa: E731
+SIGMOID = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+
+
+class World:
+    """What a twin sees."""
+
+    def __init__(self, config: Any, items: list, policy: list[list[float]], reference: list[list[float]]) -> None:
+        self.config, self.items = config, items
+        self.tables = {"policy": policy, "reference": reference}
+
+    def p(self, model: str, previous: int) -> list[float]:
+        weights = [math.exp(x) for x in self.tables[model][previous]]
+        return [w / sum(weights) for w in weights]
+
+    def steps(self, sequence) -> list[tuple[int, int]]:
+        """Return (previous token, token) of the supervised ones."""
+        return [(sequence.ids[t - 1], sequence.ids[t]) for t in range(len(sequence.ids)) if sequence.response[t]]
+
+    def logp(self, model: str, sequence) -> float:
+        return sum(math.log(self.p(model, before)[token]) for before, token in self.steps(sequence))
+
+    def ratio(self, sequence) -> float:
+        bounds = (self.config.log_epsilon_P, self.config.log_epsilon_R) if getattr(self.config, "humanline", False) else (-9e9, 9e9)
+        parts = (math.log(self.p("policy", b)[t] / self.p("reference", b)[t]) for b, t in self.steps(sequence))
+        return sum(min(max(part, bounds[0]), bounds[1]) for part in parts)
+
+    def mean(self, sequence, value: Callable) -> float:
+        return value(sequence) / len(self.steps(sequence))
+
+    def nll(self, slot: int = 0) -> float:
+        tokens = sum(len(self.steps(item.sequences[slot])) for item in self.items)
+        return -sum(self.logp("policy", item.sequences[slot]) for item in self.items) / tokens
+
+    def pairs(self) -> list[SimpleNamespace]:
+        found = []
+        for item in self.items:
+            w, l = item.sequences  # noqa: E741
+            pair = SimpleNamespace(w=w, l=l, u=self.ratio(w), v=self.ratio(l), c=self.logp("policy", w), r=self.logp("policy", l))
+            pair.rc, pair.rr = self.logp("reference", w), self.logp("reference", l)
+            pair.mc, pair.mr = pair.c / len(self.steps(w)), pair.r / len(self.steps(l))
+            found.append(pair)
+        return found
+
+
+def paired(formula: Callable) -> Callable[[World], float]:
+    """Average formula(pair, config) over pairs and add the NLL term."""
+
+    def twin(world: World) -> float:
+        losses = [formula(pair, world.config) for pair in world.pairs()]
+        return sum(losses) / len(losses) + world.config.nll_weight * world.nll()
+
+    return twin
+
+
+def smoothed(delta: float, e: float) -> float:
+    return -(1 - e) * LOG_SIGMOID(delta) - e * LOG_SIGMOID(-delta)
+
+
+def dpo(pair, config) -> float:
+    f = {
+        "reverse_kl": lambda x: x, "forward_kl": lambda x: -math.exp(-x),
+        "alpha": lambda x: (1 - math.exp(x) ** -config.alpha) / config.alpha,
+        "js": lambda x: x - math.log(1 + math.exp(x)),
+    }[config.divergence]  # fmt: skip
+    return smoothed(config.beta * (f(pair.u) - f(pair.v) - config.margin), config.label_smoothing)
+
+
+def robust(pair, config) -> float:
+    delta, e = config.beta * (pair.u - pair.v), config.label_smoothing
+    return (-(1 - e) * LOG_SIGMOID(delta) + e * LOG_SIGMOID(-delta)) / (1 - 2 * e)
+
+
+def ipo(world: World) -> float:
+    losses = [(world.mean(p.w, world.ratio) - world.mean(p.l, world.ratio) - 0.5 / world.config.tau) ** 2 for p in world.pairs()]
+    return sum(losses) / len(losses) + world.config.nll_weight * world.nll()
+
+
+def exo(pair, config) -> float:
+    q, e = SIGMOID(config.beta * (pair.u - pair.v)), config.label_smoothing
+    return q * math.log(q / (1 - e)) + (1 - q) * math.log((1 - q) / e)
+
+
+def nca(pair, config) -> float:
+    return -LOG_SIGMOID(config.beta * pair.u) - (LOG_SIGMOID(-config.beta * pair.u) + LOG_SIGMOID(-config.beta * pair.v)) / 2
+
+
+def discopop(pair, config) -> float:
+    delta = config.beta * (pair.u - pair.v)
+    weight = SIGMOID(delta / config.temperature)
+    return -(1 - weight) * LOG_SIGMOID(delta) + weight * math.exp(-delta)
+
+
+def aot(world: World) -> float:
+    config, pairs = world.config, world.pairs()
+    if config.variant == "paired":
+        a, b = sorted(p.c - p.r for p in pairs), sorted((p.c - p.r) - (p.u - p.v) for p in pairs)
+    else:
+        a, b = sorted(p.u for p in pairs), sorted(p.v for p in pairs)
+    losses = [smoothed(config.beta * (x - y), config.label_smoothing) for x, y in zip(a, b, strict=True)]
+    return sum(losses) / len(losses) + config.nll_weight * world.nll()
+
+
+def bco(world: World) -> float:
+    beta, pairs = world.config.beta, world.pairs()
+    shift = sum(beta * (p.u + p.v) for p in pairs) / (2 * len(pairs))
+    losses = [-LOG_SIGMOID(beta * p.u - shift) - LOG_SIGMOID(-(beta * p.v - shift)) for p in pairs]
+    return sum(losses) / len(losses) + world.config.nll_weight * world.nll()
+
+
+def orpo(pair, config) -> float:
+    odds = [math.exp(m) / (1 - math.exp(m)) for m in (pair.mc, pair.mr)]
+    return -config.beta * LOG_SIGMOID(math.log(odds[0] / odds[1]))
+
+
+def tail_risk(world: World, before: int) -> float:
+    """CVaR by taking the vocabulary in the order of z until the level's mass is full; or the published form."""
+    config, policy, reference = world.config, world.p("policy", before), world.p("reference", before)
+    rows = sorted(((math.log(p0 / p), p0) for p, p0 in zip(policy, reference, strict=True)), reverse=True)
+    if config.risk == "paper":
+        left, total = config.confidence_level, 0.0
+        for z, mass in rows:
+            taken = min(mass, left)
+            total, left = total + taken * z, left - taken
+        return total / config.confidence_level
+    z_values = sorted(z for z, _ in rows)
+    position = (1 - config.confidence_level) * (len(z_values) - 1)
+    low = int(position)
+    quantile = z_values[low] + (position - low) * (z_values[min(low + 1, len(z_values) - 1)] - z_values[low])
+    return sum(mass * z for z, mass in rows if z > quantile)
+
+
+def token_level(divergence: Callable[[World, int], float]) -> Callable[[World], float]:
+    def twin(world: World) -> float:
+        config, losses = world.config, []
+        for pair in world.pairs():
+            chosen, rejected = (sum(divergence(world, before) for before, _ in world.steps(s)) for s in (pair.w, pair.l))
+            d = (rejected - chosen) * (1 if config.variant == 1 else config.alpha)  # the stop-gradient changes no value
+            losses.append(-LOG_SIGMOID(config.beta * (pair.u - pair.v - d)))
+        return sum(losses) / len(losses) + config.nll_weight * world.nll()
+
+    return twin
+
+
+def kl(world: World, before: int) -> float:
+    return sum(p0 * math.log(p0 / p) for p, p0 in zip(world.p("policy", before), world.p("reference", before), strict=True))
+
+
+def kto(world: World) -> float:
+    config, losses, point = world.config, [], 0.0
+    if not config.zero_reference_point:
+        point = max(0.0, sum(world.ratio(item.scored[0]) for item in world.items) / len(world.items))
+    for item in world.items:
+        gain = config.beta * (world.ratio(item.sequences[0]) - point)
+        weight, value = (config.desirable_weight, gain) if item.label > 0 else (config.undesirable_weight, -gain)
+        losses.append(weight * (1 - SIGMOID(value)))
+    return sum(losses) / len(losses)
+
+
+def bradley_terry(world: World) -> float:
+    config, losses = world.config, []
+    for item in world.items:
+        good, bad = (world.tables["policy"][s.ids[-1]][0] for s in item.sequences)
+        losses.append(-LOG_SIGMOID(good - bad - config.margin) + config.center_weight * (good + bad) ** 2)
+    return sum(losses) / len(losses)
+
+
+def dckd(world: World) -> float:
+    config, sums, counts = world.config, [0.0, 0.0], [0, 0]
+    for item in world.items:
+        for slot, (sequence, entry) in enumerate(zip(item.sequences, item.entries, strict=True)):
+            for (before, _), ids, logps in zip(world.steps(sequence), entry.ids, entry.values, strict=True):
+                teacher = [math.exp(float(x)) for x in logps]
+                student = [world.p("policy", before)[int(i)] for i in ids]
+                for t, s in zip([*teacher, 1 - sum(teacher)], [*student, 1 - sum(student)], strict=True):
+                    sums[slot] += t * math.log(t / s)
+                counts[slot] += 1
+    return config.sft_weight * world.nll() + config.chosen_weight * sums[0] / counts[0] + config.rejected_weight * sums[1] / counts[1]
+
+
+def adpa(world: World) -> float:
+    config, total, count = world.config, 0.0, 0
+    for item in world.items:
+        entry = item.entries[1]
+        for (before, _), ids, advantages in zip(world.steps(item.sequences[1]), entry.ids, entry.values, strict=True):
+            total += sum(world.p("policy", before)[int(i)] * float(a) for i, a in zip(ids, advantages, strict=True))
+            count += 1
+    return config.sft_weight * world.nll() - config.gamma * total / count
+
+
+TWINS: dict[str, Callable[[World], float]] = {
+    "sft": World.nll, "csft": World.nll, "dckd": dckd, "adpa": adpa, "dpo": paired(dpo), "cdpo": paired(dpo),
+    "robust-dpo": paired(robust), "ipo": ipo, "exo": paired(exo), "nca": paired(nca), "discopop": paired(discopop),
+    "hinge": paired(lambda p, c: max(0.0, 1 - c.beta * (p.u - p.v))), "aot": aot, "bco": bco,
+    "sppo-hard": paired(lambda p, c: (p.u - 0.5 / c.beta) ** 2 + (p.v + 0.5 / c.beta) ** 2),
+    "apo-zero": paired(lambda p, c: 1 - SIGMOID(c.beta * p.u) + SIGMOID(c.beta * p.v)),
+    "apo-down": paired(lambda p, c: SIGMOID(c.beta * p.u) + 1 - SIGMOID(c.beta * (p.u - p.v))),
+    "slic": paired(lambda p, c: max(0.0, c.beta - p.c + p.r)),
+    "simpo": paired(lambda p, c: smoothed(c.beta * (p.mc - p.mr) - c.gamma, c.label_smoothing)),
+    "cpo": paired(lambda p, c: smoothed(c.beta * (p.c - p.r), c.label_smoothing)), "orpo": paired(orpo),
+    "tdpo": token_level(kl), "ra-dpo": token_level(tail_risk), "kto": kto, "kto-zero": kto, "bradley-terry": bradley_terry,
+}  # fmt: skip

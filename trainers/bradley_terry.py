@@ -1,0 +1,65 @@
+"""Bradley-Terry reward model: -log s(s(x, y_w) - s(x, y_l) - margin), s a scalar head at the last response token."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dataloader import Example, Sequences
+from models import last_token_scores
+from schema import require
+from trainers.basic import BasicTrainer, supervised_sequence
+from trainers.batches import Batch, Item
+from trainers.metrics import Mean
+from trainers.needs import Needs
+from trainers.paired import logistic_loss
+
+
+@dataclass(frozen=True)
+class BradleyTerryConfig:
+    """Values of config/loss/bradley-terry.yaml."""
+
+    margin: float
+    center_weight: float
+
+    def __post_init__(self) -> None:
+        require(self.center_weight >= 0, f"loss.center_weight={self.center_weight} must not be negative")
+
+
+class BradleyTerry(BasicTrainer):
+    """Unit: pairs. Slots: chosen, rejected. Saved as an ordinary AutoModelForSequenceClassification folder."""
+
+    config: BradleyTerryConfig
+    Config = BradleyTerryConfig
+    needs = Needs("pairs")
+    formula = "mean over pairs of −log σ(s(y_w) − s(y_l) − {margin}) + {center_weight}(s(y_w) + s(y_l))², s the score at the last token"
+    source = "Bradley and Terry 1952; 2203.02155; centring: 2312.09244"
+    head = "reward"
+
+    def items(self, examples: list[Example], split: str) -> list[Item]:
+        """Take chosen and rejected."""
+        name = "bradley-terry"
+        return [
+            Item((supervised_sequence(e.chosen, "chosen", name), supervised_sequence(e.rejected, "rejected", name)))
+            for e in examples
+        ]
+
+    def forward(self, model: torch.nn.Module, sequences: Sequences) -> Tensor:
+        """Return the score of every row [2B]."""
+        return last_token_scores(model, sequences)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count pairs."""
+        return {"preference": int(batch.supervised(0).sum())}
+
+    def sums(self, out: Tensor, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+        """Return the preference sum, scores and accuracies."""
+        chosen, rejected = out.split(batch.num_items)
+        real = batch.supervised(0)
+        losses = logistic_loss(chosen - rejected - self.config.margin) + self.config.center_weight * (chosen + rejected) ** 2
+        values = {
+            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen),
+        }  # fmt: skip
+        metrics = {name: Mean(torch.where(real, value.detach(), 0.0).sum(), real.sum()) for name, value in values.items()}
+        return {"preference": torch.where(real, losses, 0.0).sum()}, metrics

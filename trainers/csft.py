@@ -1,0 +1,63 @@
+"""Conditional supervised fine-tuning: chosen and rejected responses, each behind a control token that says which it is."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dataloader import Example, Tokens
+from functional import token_logps
+from models import ResponseLogits
+from schema import require
+from trainers.basic import BasicTrainer, supervised_sequence
+from trainers.batches import Batch, Item
+from trainers.metrics import Mean
+from trainers.needs import Needs
+
+
+@dataclass(frozen=True)
+class CSFTConfig:
+    """Values of config/loss/csft.yaml."""
+
+    chosen_token: str
+    rejected_token: str
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.chosen_token) and bool(self.rejected_token) and self.chosen_token != self.rejected_token,
+            f"loss.chosen_token={self.chosen_token!r} and loss.rejected_token={self.rejected_token!r} must be two different texts",
+        )
+
+
+def with_control(tokens: Tokens, prompt_length: int, control: list[int], max_length: int) -> Tokens:
+    """Put the control ids between prompt and response, supervised with it, and cut to max_length."""
+    ids = [*tokens.ids[:prompt_length], *control, *tokens.ids[prompt_length:]]
+    mask = [*tokens.response[:prompt_length], *(True for _ in control), *tokens.response[prompt_length:]]
+    return Tokens(ids[:max_length], mask[:max_length])
+
+
+class CSFT(BasicTrainer):
+    """Unit: tokens. Each pair is two items. At inference the reply begins with the control text of chosen ones."""
+
+    config: CSFTConfig
+    Config = CSFTConfig
+    needs = Needs("pairs")
+    formula = "mean over response tokens of −log π_θ(y_t|s_t), y_w behind {chosen_token}, y_l behind {rejected_token}"
+    source = "2402.01306 (baseline)"
+
+    def items(self, examples: list[Example], split: str) -> list[Item]:
+        """Take chosen and rejected as items of their own, with the ids of their control text."""
+        encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        controls = {"chosen": encode(self.config.chosen_token), "rejected": encode(self.config.rejected_token)}
+        return [
+            Item((with_control(supervised_sequence(getattr(e, side), side, "csft"), len(e.prompt), ids, self.model_config.max_length),))
+            for e in examples
+            for side, ids in controls.items()
+        ]
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count response tokens, control tokens among them."""
+        return {"nll": batch.num_tokens(0)}
+
+    def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+        """Return the NLL sum."""
+        return {"nll": -token_logps(out.logits, out.targets).sum()}, {}

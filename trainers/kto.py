@@ -1,0 +1,149 @@
+"""Kahneman-Tversky optimization (arXiv 2402.01306): single responses, each desirable or not.
+
+z_0 = max(0, mean over the global batch of log pi_theta/pi_0 of a response to another prompt), without gradient.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloader import Example, Tokens
+from functional import row_sums, token_logps
+from models import ResponseLogits
+from schema import require
+from trainers.basic import BasicTrainer
+from trainers.batches import Batch, Item
+from trainers.metrics import Mean
+from trainers.needs import Needs
+from trainers.paired import check_humanline, humanline
+
+
+@dataclass(frozen=True)
+class KTOConfig:
+    """Values of config/loss/kto.yaml."""
+
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    zero_reference_point: bool
+    frac_unique_desirable: float
+    frac_unique_undesirable: float
+    humanline: bool
+    log_epsilon_P: float
+    log_epsilon_R: float
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, f"loss.beta={self.beta} must be above 0")
+        for key in ("desirable_weight", "undesirable_weight"):
+            require(getattr(self, key) > 0, f"loss.{key}={getattr(self, key)} must be above 0")
+        for key in ("frac_unique_desirable", "frac_unique_undesirable"):
+            require(0 <= getattr(self, key) <= 1, f"loss.{key}={getattr(self, key)} must be in [0, 1]")
+        check_humanline(self)
+
+
+def kto_loss(
+    ratios: Tensor, desirable: Tensor, reference_point: Tensor | float, beta: float, desirable_weight: float, undesirable_weight: float
+) -> Tensor:  # fmt: skip
+    """Return w_D (1 - s(beta (u - z_0))) or w_U (1 - s(beta (z_0 - u))) per sequence [B]; ratios u, desirable bool [B]."""
+    gain = beta * (ratios - reference_point)
+    return torch.where(desirable, desirable_weight * (1 - gain.sigmoid()), undesirable_weight * (1 - (-gain).sigmoid()))
+
+
+def kept(count: int, share: float, seed: int, last: bool) -> set[int]:
+    """Choose a share of the pairs whose chosen (or, `last`, rejected) response is used: from opposite ends of one shuffle.
+
+    So shares that add up to at most 1 leave no prompt with both of its responses.
+    """
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    number = round(share * count)
+    return set(order[count - number :] if last else order[:number])
+
+
+def mismatched(examples: list[tuple[list[int], Tokens]], max_length: int) -> list[Tokens]:
+    """Join each prompt's ids with the response of the next example that has another prompt, cut to max_length."""
+    joined = []
+    for i, (prompt, _) in enumerate(examples):
+        others = (examples[(i + step) % len(examples)] for step in range(1, len(examples)))
+        other = next((tokens for other_prompt, tokens in others if other_prompt != prompt), None)
+        if other is None:
+            raise ValueError("loss=kto needs responses to at least two different prompts: z_0 is taken on mismatched ones")
+        reply = [token for token, on in zip(other.ids, other.response, strict=True) if on]
+        ids = (prompt + reply)[:max_length]
+        joined.append(Tokens(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt))))
+    return joined
+
+
+class KTO(BasicTrainer):
+    """Unit: sequences. Slot: the response; scored beside it: the mismatched one."""
+
+    config: KTOConfig
+    Config = KTOConfig
+    needs = Needs("feedback", reference="logps")
+    formula = (
+        "mean over responses of {desirable_weight}(1 − σ({beta}(u − z_0))) if desirable, {undesirable_weight}(1 − σ({beta}(z_0 − u))) if not; "
+        "u = log π_θ/π_0 of y, z_0 = max(0, global mean of u on mismatched responses), 0 if zero_reference_point={zero_reference_point}"
+    )
+    source = "2402.01306"
+
+    def items(self, examples: list[Example], split: str) -> list[Item]:
+        """Take labelled responses; of a pair the chosen one is desirable, the rejected one is not."""
+        config, seed = self.config, self.run_config.seed
+        good = kept(len(examples), config.frac_unique_desirable, seed, False)
+        bad = kept(len(examples), config.frac_unique_undesirable, seed, True)
+        rows: list[tuple[list[int], Tokens, float]] = []
+        for i, example in enumerate(examples):
+            if example.chosen is not None and i in good:
+                rows.append((example.prompt, example.chosen, 1.0))
+            if example.rejected is not None and i in bad:
+                rows.append((example.prompt, example.rejected, 0.0))
+            if example.response is not None:
+                rows.append((example.prompt, example.response, self._label(example)))
+        if not rows:
+            raise ValueError("loss=kto has no response left: raise loss.frac_unique_desirable or loss.frac_unique_undesirable")
+        if config.zero_reference_point:
+            return [Item((tokens,), label=label) for _, tokens, label in rows]
+        others = mismatched([(prompt, tokens) for prompt, tokens, _ in rows], self.model_config.max_length)
+        return [Item((tokens,), label=label, scored=(other,)) for (_, tokens, label), other in zip(rows, others, strict=True)]
+
+    def _label(self, example: Example) -> float:
+        label = example.conversation.meta.get("label")
+        if not isinstance(label, (bool, int, float)):
+            raise ValueError(f"loss=kto needs pairs, or a column `label` (true or false) beside each response; this row has {label!r}")
+        return float(label > 0)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count sequences."""
+        return {"kto": int(batch.supervised(0).sum())}
+
+    @torch.no_grad()
+    def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
+        """Estimate z_0 on the mismatched responses of the whole global batch."""
+        if self.config.zero_reference_point:
+            return batches
+        total, count = torch.zeros(()), torch.zeros(())
+        for batch in batches:
+            assert batch.scored is not None
+            logps = self.token_logps_of(self.policy, batch.scored)
+            ratios = logps - self.scored_reference_logps(batch).to(logps)
+            total = total + humanline(ratios, self.config).sum().double().cpu()
+            count = count + batch.scored.response.any(dim=1).sum().cpu()
+        total_sum, number = self.global_sum(total, count)
+        point = torch.tensor(max(0.0, total_sum / max(1.0, number)))
+        return [batch._replace(shared=point.to(batch.sequences.ids.device)) for batch in batches]
+
+    def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+        """Return the loss sum, rewards of either kind, and z_0."""
+        config = self.config
+        logps = token_logps(out.logits, out.targets)
+        ratios = row_sums(humanline(logps - self.reference_logps(batch).to(logps), config), out.rows, batch.num_items)
+        assert batch.labels is not None
+        desirable, real = batch.labels > 0, batch.supervised(0)
+        point = torch.zeros_like(ratios[0]) if batch.shared is None else batch.shared.to(ratios)
+        losses = kto_loss(ratios, desirable, point, config.beta, config.desirable_weight, config.undesirable_weight)
+        rewards = config.beta * ratios.detach()
+        metrics = {"reference_point": Mean(point * real.sum(), real.sum())}
+        for name, chosen in (("desirable", real & desirable), ("undesirable", real & ~desirable)):
+            metrics[f"rewards/{name}"] = Mean(torch.where(chosen, rewards, 0.0).sum(), chosen.sum())
+        return {"kto": torch.where(real, losses, 0.0).sum()}, metrics

@@ -1,0 +1,36 @@
+"""How a run is laid out: the strategy that runs against the one asked for, and the learning rate over steps."""
+
+import math
+import os
+
+from accelerate import Accelerator
+
+
+def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Return the factor on the peak rate at `step` (from 0): linear warm-up from 0, then cosine, linear or constant."""
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return max(0.0, 1.0 - progress) if schedule == "linear" else 1.0
+
+
+def check_strategy(asked: str, accelerator: Accelerator) -> str:
+    """Return the strategy that runs; raise ValueError if another one was asked for (accelerate drops FSDP on CPU)."""
+    kind = accelerator.distributed_type.value
+    running = {"NO": "none", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(kind, "ddp")
+    asks_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    wanted = "fsdp" if asked == "auto" and asks_fsdp else asked
+    if wanted not in ("auto", running):
+        raise ValueError(
+            f"strategy {wanted!r} was asked for, {running!r} is running ({accelerator.num_processes} processes on "
+            f"{accelerator.device.type}). accelerate runs FSDP on GPUs only; use accelerate_config/cpu_2.yaml on CPU"
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise ValueError(
+            f"{world} processes were started but each runs alone and would write the same folder. On CPU start with "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N launch.py ..., not `use_cpu: true`"
+        )
+    return running
