@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from docs import losses_table
 from launch import settings_of
 from tests.helpers import ROOT, composed, launch, rows_of, write_pairs
 
@@ -84,6 +85,12 @@ def test_the_loss_dataset_and_model_that_the_readme_adds_work(tmp_path: Path) ->
     rows = rows_of(tmp_path / "added/metrics.jsonl")
     assert rows[0]["loss/train"] == pytest.approx(1.0, abs=1e-5)  # the margin is 0 where policy and reference are one
     assert "rewards_train/margins" in rows[0] and (tmp_path / "added/FINAL/model.safetensors").is_file()
+
+
+def test_the_table_of_losses_is_the_code() -> None:
+    page = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
+    written = page.split(losses_table.BEGIN)[1].split(losses_table.END)[0].strip()
+    assert written == losses_table.table(), "run: python -m docs.losses_table"
 
 
 def test_linked_files_exist() -> None:

@@ -1,0 +1,62 @@
+"""The table of all losses in docs/losses.md, generated from the code: `python -m docs.losses_table` writes it.
+
+Cost counts passes: every learnt sequence 3 (forward, and a backward pass twice as dear), every scored one 1, by watching the
+models while the loss is computed on six pairs; SFT on the chosen responses is 1.
+"""
+
+from pathlib import Path
+
+import torch
+
+import launch
+from tests.bigram import items_of, loss_of, trainer_of
+from tests.golden.coverage import LOSS_CASES
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- losses-table: written by python -m docs.losses_table -->", "<!-- /losses-table -->"
+DATA = {"responses": "responses", "pairs": "pairs", "feedback": "pairs, or responses with a label"}
+REFERENCE = {"": "", "logps": "; reference log-probs (live or cached)", "distributions": "; a live reference"}
+TEACHER = {"": "", "logprob": "; teacher cache", "advantage": "; generations and an advantage cache"}
+
+
+def passes(name: str) -> int:
+    """Count the passes of one evaluation of the loss and its gradient on the six pairs."""
+    trainer = trainer_of(name)
+    items = items_of(trainer, name)
+    counted = 0
+
+    def watch(module: torch.nn.Module, arguments: tuple, keywords: dict, output: object) -> None:
+        nonlocal counted
+        counted += len(keywords["input_ids"]) * (3 if torch.is_grad_enabled() and module is trainer.policy else 1)
+
+    for model in (trainer.policy, trainer.reference):
+        model.register_forward_hook(watch, with_kwargs=True)
+    loss_of(trainer, items)
+    return counted
+
+
+def table() -> str:
+    """Return the table in Markdown."""
+    names = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
+    sft = passes("sft")
+    rows = ["| loss | minimised (values: the defaults) | needs | source | cost | golden cases |", "|---|---|---|---|---|---|"]
+    for name in names:
+        trainer = trainer_of(name)
+        method = launch.method_of({"loss": {"trainer": f"{type(trainer).__module__}.{type(trainer).__name__}"}})
+        needs = DATA[method.needs.data] + REFERENCE[method.needs.reference] + TEACHER[method.needs.teacher]
+        cases = ", ".join(f"`{case}`" for case in LOSS_CASES[name])
+        formula = trainer.objective().removeprefix("L = ").replace("|", "\\|")
+        rows.append(f"| `{name}` | {formula} | {needs} | {method.source} | {passes(name) / sft:.2f} | {cases} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Write the table between its marks in docs/losses.md."""
+    page = ROOT / "docs" / "losses.md"
+    text = page.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    page.write_text(f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
