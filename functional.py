@@ -2,20 +2,48 @@
 
 Letters: N response tokens of a whole batch (flat), V vocabulary, K teacher entries, B rows. Logits come in the model's
 dtype; maths is done in float32 (float64 stays float64), chunk by chunk, and each chunk is computed again in the
-backward pass, so that no float32 [N, V] tensor is ever held.
+backward pass: no float32 [N, V] tensor is ever held.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**25  # entries of one chunk of [n, V]: 128 MiB in float32, whatever the vocabulary
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+class _Chunks(torch.autograd.Function):
+    """Apply a function to chunks of rows; the backward pass runs each chunk again and writes its gradient in place.
+
+    So beside logits and their one gradient nothing of size [N, V] is ever held (split and cat would hold it twice).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], chunk: int, logits: Tensor, *others: Tensor) -> Tensor:
+        """Return the joined results [N, ...]."""
+        ctx.function, ctx.chunk = function, chunk
+        ctx.save_for_backward(logits, *others)
+        pieces = zip(logits.split(chunk), *(other.split(chunk) for other in others), strict=True)
+        return torch.cat([function(*piece) for piece in pieces])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of logits [N, V]; the other inputs are data."""
+        logits, *others = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        tensors = (logits, gradients[0], result, *others)
+        for part, gradient, into, *rest in zip(*(tensor.split(ctx.chunk) for tensor in tensors), strict=True):
+            leaf = part.detach().requires_grad_()
+            with torch.enable_grad():
+                out = ctx.function(leaf, *rest)
+            into.copy_(torch.autograd.grad(out, leaf, gradient)[0])
+        return (None, None, result, *(None for _ in others))
 
 
 def _chunked(
@@ -25,14 +53,7 @@ def _chunked(
 
     `held` says how many tensors as large as the chunk the function needs at once: the chunk shrinks by it.
     """
-    chunk = chunk or max(1, CHUNK_ELEMENTS // (held * logits.shape[-1]))
-    parts = []
-    for pieces in zip(logits.split(chunk), *(other.split(chunk) for other in others), strict=True):
-        if torch.is_grad_enabled() and logits.requires_grad:
-            parts.append(checkpoint(function, *pieces, use_reentrant=False))
-        else:
-            parts.append(function(*pieces))
-    return torch.cat(parts)
+    return _Chunks.apply(function, chunk or max(1, CHUNK_ELEMENTS // (held * logits.shape[-1])), logits, *others)
 
 
 def token_logps(logits: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:

@@ -329,6 +329,12 @@ def merged(model: Any, state_dict: dict[str, Tensor] | None = None) -> PreTraine
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write an ordinary Hugging Face folder (LoRA merged): into folder.tmp first, renamed when whole."""
+    if state_dict is not None:  # gathered weights have lost their ties: one tensor under two names again
+        first: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            shared = first.setdefault(id(parameter), name)
+            if shared in state_dict and name in state_dict:
+                state_dict[name] = state_dict[shared]
     part = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -160,6 +160,7 @@ class ModelConfig:
     build: dict[str, Any] | None
     build_seed: int
     num_layers: int | None
+    block_class: str | None
 
     def __post_init__(self) -> None:
         for key in ("policy_dtype", "reference_dtype", "master_dtype"):

@@ -24,7 +24,7 @@ from functional import token_logps
 from models import response_logits
 from schema import Settings
 from teacher_cache import content_key
-from trainers import checkpoint
+from trainers import checkpoint, sharding
 from trainers.batches import Batch, Item, make_batch
 from trainers.metrics import Mean, MetricsFile, Window, means, named, tracker
 from trainers.needs import Needs
@@ -53,6 +53,7 @@ class BasicTrainer:
                 f"model.gradient_accumulation_steps={accum}; a multiple of {world * accum} works"
             )
         self.micro_size = settings.model.batch_size // (world * accum)
+        self.own_sharding = sharding.is_ours(settings.run.strategy, accelerator)
         self.reference: torch.nn.Module | None = None
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
@@ -148,8 +149,11 @@ class BasicTrainer:
         """Train to the end, resuming from the newest whole checkpoint; return the last evaluation's metrics."""
         run, accelerator = self.run_config, self.accelerator
         self.reference = reference if reference is None else self.place_reference(reference)
-        optimizer = self._optimizer(policy)
-        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        if self.own_sharding:
+            self.policy = sharding.shard(policy, accelerator.device, self.model_config.block_class)
+            self.optimizer = self._optimizer(self.policy)
+        else:
+            self.policy, self.optimizer = accelerator.prepare(policy, self._optimizer(policy))
         self.train_items, self.test_items = train, test
         self.steps_per_epoch = math.ceil(len(train) / self.model_config.batch_size)
         self.total_steps = run.n_steps or run.n_epochs * self.steps_per_epoch
@@ -188,6 +192,8 @@ class BasicTrainer:
     def place_reference(self, reference: torch.nn.Module) -> torch.nn.Module:
         """Put the frozen reference on this rank's device, sharded as the policy is."""
         reference.eval()
+        if self.own_sharding:
+            return sharding.shard(reference, self.accelerator.device, self.model_config.block_class)
         if self.accelerator.distributed_type.value == "FSDP":
             return self.accelerator.prepare_model(reference, evaluation_mode=True)
         return reference.to(self.accelerator.device)
@@ -248,12 +254,12 @@ class BasicTrainer:
         counts = self.global_counts(batches)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.policy):
+            with self._unsynced(last):
                 loss, metrics = self.terms(batch, counts)
                 # DDP and FSDP average gradients over ranks; the counts are already global.
                 accelerator.backward(loss * accelerator.num_processes)
             self.window.add(metrics)
-        norm = float(accelerator.clip_grad_norm_(self.policy.parameters(), self.model_config.max_grad_norm))
+        norm = float(sharding.plain(accelerator.clip_grad_norm_(self.policy.parameters(), self.model_config.max_grad_norm)))
         if not math.isfinite(norm):
             raise ValueError(
                 f"step {step}: the gradient norm is {norm}; the update was not made. Lower lr or check the data"
@@ -267,6 +273,13 @@ class BasicTrainer:
             self._sync_reference()
         self.window.add({"grad_norm": Mean(norm, 1.0)})
         return sum(int(batch.sequences.response.sum()) for batch in batches)
+
+    def _unsynced(self, last: bool) -> Any:
+        """Return the context of a micro-batch: gradients are reduced over ranks with the last one only."""
+        if self.own_sharding:
+            sharding.set_gradient_sync(self.policy, last)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(self.policy)
 
     @torch.no_grad()
     def _sync_reference(self) -> None:
@@ -337,19 +350,21 @@ class BasicTrainer:
             "total_steps": self.total_steps,
         }
         run = self.run_config
-        synced = self.reference if run.sync_reference else None
         main = self.accelerator.is_main_process
-        checkpoint.save(run.run_dir, step, self.policy, self.optimizer, synced, state, main, run.keep_last)
+        checkpoint.save(run.run_dir, step, self._moving_models(), self.optimizer, state, main, run.keep_last)
         if run.intermediate_checkpoints:
             self.save_model(f"step-{step}")
         self.accelerator.wait_for_everyone()
+
+    def _moving_models(self) -> dict[str, torch.nn.Module]:
+        synced = {"reference": self.reference} if self.run_config.sync_reference and self.reference is not None else {}
+        return {"model": self.policy, **synced}
 
     def _resume(self) -> int:
         folder = checkpoint.newest(self.run_config.run_dir)
         if folder is None:
             return 0
-        synced = self.reference if self.run_config.sync_reference else None
-        state = checkpoint.load(folder, self.policy, self.optimizer, synced)
+        state = checkpoint.load(folder, self._moving_models(), self.optimizer)
         for key, now in (("data", self.data_digest()), ("total_steps", self.total_steps)):
             if state[key] != now:
                 raise ValueError(
@@ -364,7 +379,8 @@ class BasicTrainer:
 
     def save_model(self, name: str) -> None:
         """Write the policy as an ordinary Hugging Face folder run_dir/name (LoRA merged); all ranks call it."""
-        state = self.accelerator.get_state_dict(self.policy)
+        own = self.own_sharding
+        state = sharding.whole_state_dict(self.policy) if own else self.accelerator.get_state_dict(self.policy)
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.policy)
             models.save_model(model, self.tokenizer, self.run_config.run_dir / name, state_dict=state)

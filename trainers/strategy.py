@@ -5,6 +5,8 @@ import os
 
 from accelerate import Accelerator
 
+from trainers.sharding import is_ours
+
 
 def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> float:
     """Return the factor on the peak rate at `step` (from 0): linear warm-up from 0, then cosine, linear or constant."""
@@ -20,17 +22,20 @@ def check_strategy(asked: str, accelerator: Accelerator) -> str:
     """Return the strategy that runs; raise ValueError if another one was asked for (accelerate drops FSDP on CPU)."""
     kind = accelerator.distributed_type.value
     running = {"NO": "none", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(kind, "ddp")
+    if is_ours(asked, accelerator):
+        running = "fsdp"  # trainers/sharding.py
     asks_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     wanted = "fsdp" if asked == "auto" and asks_fsdp else asked
     if wanted not in ("auto", running):
         raise ValueError(
             f"strategy {wanted!r} was asked for, {running!r} is running ({accelerator.num_processes} processes on "
-            f"{accelerator.device.type}). accelerate runs FSDP on GPUs only; use accelerate_config/cpu_2.yaml on CPU"
+            f"{accelerator.device.type}). accelerate runs FSDP on GPUs only; anywhere, `torchrun --nproc_per_node N launch.py "
+            "strategy=fsdp ...` shards by itself"
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise ValueError(
             f"{world} processes were started but each runs alone and would write the same folder. On CPU start with "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N launch.py ..., not `use_cpu: true`"
+            "torchrun --nproc_per_node N launch.py ..., not `use_cpu: true`"
         )
     return running

@@ -1,0 +1,100 @@
+"""strategy=fsdp on two CPU processes (gloo): the run of one process, clipping and odd sizes included, and its checkpoints."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import launch
+import models
+from tests.helpers import ROOT, composed, rows_of, write_pairs
+from trainers.sharding import blocks_of
+
+# Sums over 8 ragged rows in another order, three to ten AdamW steps at lr 1e-3 (see test_layout.py).
+ATOL = 2e-5
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def two(overrides: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "launch.py"]
+    return subprocess.Popen(
+        [*command, *overrides, "strategy=fsdp"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> list[str]:
+    data = write_pairs(tmp_path / "pairs.jsonl", 22)
+    # 265 tokens do not divide by 2: the embedding is sharded unevenly. The clip is far below the gradient's norm.
+    odd = "++model.build={hidden_size: 48, intermediate_size: 80, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, vocab_size: 265}"
+    return [
+        "loss=dpo", "model=tiny", odd, "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "lr=1e-3", "log_every=1",
+        "model.batch_size=8", "model.max_grad_norm=0.05", "loss.nll_weight=0.3",
+    ]  # fmt: skip
+
+
+def close(one: Path, other: Path) -> None:
+    first, second = (load_file(folder / "FINAL" / "model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(value, second[key], atol=ATOL, rtol=0)
+    assert json.loads((one / "FINAL/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.distributed
+def test_two_shards_train_the_model_of_one_process(tmp_path, overrides):
+    sharded = two([*overrides, "exp_name=two", "n_steps=3", "model.gradient_accumulation_steps=2"])
+    launch.run_task(composed(*overrides, "exp_name=one", "n_steps=3"))
+    out, errors = sharded.communicate(timeout=240)
+    assert sharded.returncode == 0, errors[-3000:]
+    assert "strategy=fsdp, 2 process(es)" in out
+    close(tmp_path / "two", tmp_path / "one")
+    rows = [rows_of(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for one, other in zip(*rows, strict=True):
+        for key in ("loss/train", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=2e-5)
+        assert one["grad_norm"] > 0.05  # clipped, on the norm over both shards
+
+
+@pytest.mark.distributed
+def test_a_sharded_checkpoint_resumes_on_one_process_and_on_two(tmp_path, overrides):
+    schedule = ["n_steps=24", "save_every=4"]
+    launch.run_task(composed(*overrides, *schedule, "exp_name=whole"))
+    for name in ("to_one", "to_two"):
+        run, folder, deadline = two([*overrides, *schedule, f"exp_name={name}"]), tmp_path / name, time.time() + 120
+        while not list(folder.glob("checkpoint-*/DONE")) and time.time() < deadline and run.poll() is None:
+            time.sleep(0.02)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+        checkpoint = next(folder.glob("checkpoint-*/DONE")).parent
+        assert len(list((checkpoint / "shards").glob("*.distcp"))) == 2  # each rank wrote its part
+        assert not (folder / "FINAL").exists()
+    launch.run_task(composed(*overrides, *schedule, "exp_name=to_one"))
+    again = two([*overrides, *schedule, "exp_name=to_two"])
+    out, errors = again.communicate(timeout=240)
+    assert again.returncode == 0 and "resumed from" in out, errors[-3000:]
+    for name in ("to_one", "to_two"):
+        close(tmp_path / name, tmp_path / "whole")
+        assert [row["step"] for row in rows_of(tmp_path / name / "metrics.jsonl")] == list(range(1, 25))
+
+
+def test_the_blocks_are_found_from_the_model_and_a_wrong_class_is_refused():
+    model = models.load_model(launch.settings_of(composed("model=tiny")).model, trainable=True)
+    assert blocks_of(model) == list(model.model.layers)
+    assert blocks_of(model, "LlamaMLP") == [layer.mlp for layer in model.model.layers]
+    with pytest.raises(ValueError, match="model.block_class to one of .*LlamaDecoderLayer"):
+        blocks_of(model, "GPT2Block")
