@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,7 +32,7 @@ def two(overrides: list[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "launch.py"]
     return subprocess.Popen(
         [*command, *overrides, "strategy=fsdp"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -78,7 +78,8 @@ def test_a_sharded_checkpoint_resumes_on_one_process_and_on_two(tmp_path, overri
         run, folder, deadline = two([*overrides, *schedule, f"exp_name={name}"]), tmp_path / name, time.time() + 120
         while not list(folder.glob("checkpoint-*/DONE")) and time.time() < deadline and run.poll() is None:
             time.sleep(0.02)
-        os.killpg(run.pid, signal.SIGKILL)
+        for process in [*psutil.Process(run.pid).children(recursive=True), run]:  # torchrun's workers have groups of their own
+            process.kill()
         run.communicate()
         checkpoint = next(folder.glob("checkpoint-*/DONE")).parent
         assert len(list((checkpoint / "shards").glob("*.distcp"))) == 2  # each rank wrote its part
