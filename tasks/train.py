@@ -9,7 +9,7 @@ from accelerate import Accelerator
 import models
 from dataloader import Example, load_examples
 from schema import Settings
-from trainers import checkpoint, reference
+from trainers import checkpoint, reference, signals
 from trainers.basic import BasicTrainer, check_strategy
 from trainers.batches import Item
 
@@ -33,8 +33,9 @@ def run(settings: Settings) -> None:
     if trainer.needs_reference:
         ref_model, items, test_items = _reference(settings, trainer, items, test_items)
     policy = _policy(settings, accelerator)
-    trainer.fit(policy, ref_model, items, test_items)
-    trainer.save_model("FINAL")
+    with signals.watched():
+        trainer.fit(policy, ref_model, items, test_items)
+        trainer.save_model("FINAL")
     if accelerator.is_main_process:
         checkpoint.remove_all(settings.run.run_dir)
     if accelerator.num_processes > 1:

@@ -24,7 +24,7 @@ from functional import row_sums, token_logps
 from models import ResponseLogits, response_logits
 from schema import Settings
 from teacher_cache import content_key
-from trainers import checkpoint
+from trainers import checkpoint, signals
 from trainers.batches import Batch, Item, make_batch
 from trainers.metrics import Mean, MetricsFile, Window, means
 
@@ -161,8 +161,11 @@ class BasicTrainer:
                 started, tokens = time.perf_counter(), 0
             if step == self.total_steps or (run.eval_every and step % run.eval_every == 0):
                 last_eval = self._evaluate_and_log(step)
-            if run.save_every and step % run.save_every == 0 and step < self.total_steps:
+            stop = step < self.total_steps and signals.stop_agreed(self._reduce)
+            if stop or (run.save_every and step % run.save_every == 0 and step < self.total_steps):
                 self._save(step)
+            if stop:
+                signals.leave(step)
         bar.close()
         if self.tracker is not None:
             self.tracker.finish()
