@@ -102,6 +102,7 @@ class RunConfig:
     cache_reference_logprobs: bool
     load_reference_logprobs: str | None
     strategy: str
+    sweep: str | None
 
     def __post_init__(self) -> None:
         require(bool(self.exp_name), "exp_name must not be empty")
