@@ -36,10 +36,13 @@ def fixed_keys(arguments: list[str]) -> list[str] | None:
 
 def with_fixed_keys(arguments: list[str]) -> list[str]:
     """Return a sweep's command line with the keys that do not vary named for Hydra; any other line as it is."""
-    if not {"-m", "--multirun"} & set(arguments):
+    fixed = fixed_keys(arguments) if {"-m", "--multirun"} & set(arguments) else None
+    if fixed is None:
         return arguments
-    fixed = fixed_keys(arguments)
-    return arguments if fixed is None else [*arguments, f"{EXCLUDE}=[{','.join(repr(key) for key in [*fixed, EXCLUDE])}]"]
+    # Beside another override: argparse takes them in one stretch only.
+    place = next((i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
+    named = f"{EXCLUDE}=[{','.join(repr(key) for key in [*fixed, EXCLUDE])}]"
+    return [*arguments[:place], named, *arguments[place:]]
 
 
 def folder_name(varied: list[str]) -> str:

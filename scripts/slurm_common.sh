@@ -8,7 +8,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 load_cluster() { # sets PYTHON and what cluster.env holds
     local file="${CLUSTER_ENV:-$ROOT/scripts/cluster.env}" name
     # shellcheck source=/dev/null
-    if [[ -f $file ]]; then source "$file"; elif [[ -n ${CLUSTER_ENV:-} ]]; then fail "CLUSTER_ENV=$file is not there"; fi
+    if [[ -e $file ]]; then source "$file"; elif [[ -n ${CLUSTER_ENV:-} ]]; then fail "CLUSTER_ENV=$file is not there"; fi
     for name in ${MODULES:-}; do module load "$name" || fail "module load $name (from $file) failed"; done
     PYTHON="${VENV:-$ROOT/.venv}/bin/python"
     [[ -x $PYTHON ]] || fail "no Python at $PYTHON: run ./install.sh, or set VENV in $file"
