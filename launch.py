@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from schema import Settings, nearest, settings_from
-from sweeps import job_folder, with_fixed_keys
+from sweeps import as_sweep, job_folder
 
 TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise", "report")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
@@ -189,5 +189,5 @@ def guarded(work: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = with_fixed_keys(sys.argv[1:])
+    sys.argv[1:] = as_sweep(sys.argv[1:])
     guarded(composed)

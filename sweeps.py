@@ -5,13 +5,16 @@ not vary travel in the place that Hydra has for them: exclude_keys of hydra.job.
 """
 
 import hashlib
+import os
 import re
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 
+ROOT = Path(__file__).resolve().parent
 MAX_NAME = 150  # characters; file systems end at 255 bytes
 NAMING = ("exp_name", "run_count")
 EXCLUDE = "hydra.job.config.override_dirname.exclude_keys"
@@ -35,14 +38,24 @@ def fixed_keys(arguments: list[str]) -> list[str] | None:
 
 
 def with_fixed_keys(arguments: list[str]) -> list[str]:
-    """Return a sweep's command line with the keys that do not vary named for Hydra; any other line as it is."""
-    fixed = fixed_keys(arguments) if {"-m", "--multirun"} & set(arguments) else None
+    """Return a sweep's command line with the keys that do not vary named for Hydra."""
+    fixed = fixed_keys(arguments)
     if fixed is None:
         return arguments
     # Beside another override: argparse takes them in one stretch only.
     place = next((i for i, a in enumerate(arguments) if "=" in a and not a.startswith("-")), len(arguments))
     named = f"{EXCLUDE}=[{','.join(repr(key) for key in [*fixed, EXCLUDE])}]"
     return [*arguments[:place], named, *arguments[place:]]
+
+
+def as_sweep(arguments: list[str]) -> list[str]:
+    """Make a sweep's command line ready for any launcher and return it; return any other line as it is."""
+    if not {"-m", "--multirun"} & set(arguments):
+        return arguments
+    # Processes that Submitit starts on other machines find our modules by this.
+    known = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{known}" if known else str(ROOT)
+    return with_fixed_keys(arguments)
 
 
 def folder_name(varied: list[str]) -> str:

@@ -1,5 +1,6 @@
 """task=train: load data and models, hand them to the method's trainer, save FINAL."""
 
+import gc
 import importlib
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def run(settings: Settings) -> None:
     if accelerator.is_main_process:
         checkpoint.remove_all(settings.run.run_dir)
     if accelerator.num_processes > 1:
+        # DDP goes before its process group: as the group's last owner it would join gloo's thread with Python's lock
+        # held, and that thread may be waiting for the lock (seen as a rank that never ends).
+        del trainer
+        accelerator.free_memory()
+        gc.collect()  # DDP and its hooks refer to each other
         accelerator.end_training()
 
 

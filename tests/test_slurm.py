@@ -19,9 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import launch as launcher
-from tests.helpers import ROOT, composed, launch, write_pairs
+from tests.helpers import ROOT, composed, launch, rows_of, write_pairs
 from tests.test_layout import assert_same
-from tests.helpers import rows_of
 from trainers.signals import REQUEUE
 
 pytestmark = pytest.mark.slurm
@@ -81,11 +80,15 @@ def facts(job: str) -> dict[str, str]:
 
 
 def wait_for(job: str, states: tuple[str, ...], timeout: float) -> dict[str, str]:
-    """Wait until a job is in one of the states; a requeued one need not wait its two minutes."""
+    """Wait until a job is in one of the states; a requeued one waits 5 seconds instead of Slurm's two minutes.
+
+    At once would be too early: the nodes still revoke the credentials of its first run.
+    """
     deadline = time.time() + timeout
     while (found := facts(job))["JobState"] not in states:
         assert time.time() < deadline, found
         if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            time.sleep(5)
             subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True, timeout=30)
         time.sleep(0.3)
     return found
@@ -118,11 +121,17 @@ def test_two_nodes_give_the_parameters_of_one_process(slurm, data):
     assert_same(result(slurm, "one"), result(slurm, "two"))
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(slurm, data) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The result of 120 steps on two nodes."""
+    finished(slurm, sbatch(slurm, MULTI_NODE, *run_overrides(slurm, data, "whole", "n_steps=120")))
+    return result(slurm, "whole")
+
+
 @pytest.mark.parametrize("to", ["batch", "steps"])
-def test_a_warned_job_is_requeued_and_ends_with_the_bits_of_the_uninterrupted_one(slurm, data, to):
+def test_a_warned_job_is_requeued_and_ends_with_the_bits_of_the_uninterrupted_one(slurm, data, uninterrupted, to):
     """`to`: Slurm's own --signal=B:USR1 reaches the batch script; scancel --signal the ranks themselves."""
-    steps = "n_steps=120"
-    job = sbatch(slurm, MULTI_NODE, *run_overrides(slurm, data, f"warned_{to}", steps))
+    job = sbatch(slurm, MULTI_NODE, *run_overrides(slurm, data, f"warned_{to}", "n_steps=120"))
     metrics, deadline = slurm / "runs" / f"warned_{to}" / "metrics.jsonl", time.time() + 200
     while not (metrics.is_file() and len(rows_of(metrics)) >= 3):
         assert time.time() < deadline and facts(job)["JobState"] in ("PENDING", "RUNNING"), log(slurm, job)[-3000:]
@@ -133,9 +142,7 @@ def test_a_warned_job_is_requeued_and_ends_with_the_bits_of_the_uninterrupted_on
     assert len(saved) == 1 and 3 <= int(saved[0].split("-")[1]) < 120
     finished(slurm, job)
     assert facts(job)["Restarts"] == "1" and "resumed from" in log(slurm, job) and f"{REQUEUE}" in log(slurm, job)
-    whole = sbatch(slurm, MULTI_NODE, *run_overrides(slurm, data, f"whole_{to}", steps))
-    finished(slurm, whole)
-    (one, rows), (other, other_rows) = result(slurm, f"whole_{to}"), result(slurm, f"warned_{to}")
+    (one, rows), (other, other_rows) = uninterrupted, result(slurm, f"warned_{to}")
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert [r["loss/train"] for r in rows] == [r["loss/train"] for r in other_rows]
 

@@ -10,7 +10,7 @@ import yaml
 
 import launch as launcher
 from intervals import seed_interval
-from sweeps import fixed_keys, folder_name, with_fixed_keys
+from sweeps import as_sweep, fixed_keys, folder_name
 from tasks.report import best_rows, read_jobs, rows_of, table
 from tests.helpers import composed, launch, write_pairs
 
@@ -29,9 +29,10 @@ def test_what_varies_is_read_off_the_command_line(line, fixed):
     assert fixed_keys(line) == fixed
 
 
-def test_only_a_sweep_gets_names():
-    assert with_fixed_keys(["lr=1"]) == ["lr=1"]
-    line = with_fixed_keys(["-m", "lr=1,2", "--cfg", "job"])
+def test_only_a_sweep_gets_names(monkeypatch):
+    assert as_sweep(["lr=1"]) == ["lr=1"]
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    line = as_sweep(["-m", "lr=1,2", "--cfg", "job"])
     assert line[1].startswith("hydra.job.config.override_dirname.exclude_keys=[") and line[2:] == ["lr=1,2", "--cfg", "job"]
 
 
