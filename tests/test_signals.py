@@ -33,7 +33,7 @@ def wait_for_rows(process: subprocess.Popen, file: Path, rows: int, timeout: flo
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("warning", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_warned_run_leaves_with_the_code_that_requeues_and_resumes_to_the_same_bits(tmp_path, warning):
     data = write_pairs(tmp_path / "pairs.jsonl", 30)
     whole, warned = start(command(tmp_path, data, "whole")), start(command(tmp_path, data, "warned"))

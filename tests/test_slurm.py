@@ -75,8 +75,9 @@ def sbatch(slurm: Path, *words: str | Path) -> str:
 
 def facts(job: str) -> dict[str, str]:
     """Return what scontrol says of a job."""
-    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=30).stdout
-    return dict(re.findall(r"(\w+)=(\S*)", shown))
+    shown = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    return dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
 
 
 def wait_for(job: str, states: tuple[str, ...], timeout: float) -> dict[str, str]:

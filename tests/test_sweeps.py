@@ -32,8 +32,8 @@ def test_what_varies_is_read_off_the_command_line(line, fixed):
 def test_only_a_sweep_gets_names(monkeypatch):
     assert as_sweep(["lr=1"]) == ["lr=1"]
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    line = as_sweep(["-m", "lr=1,2", "--cfg", "job"])
-    assert line[1].startswith("hydra.job.config.override_dirname.exclude_keys=[") and line[2:] == ["lr=1,2", "--cfg", "job"]
+    line = as_sweep(["-m", "lr=1,2", "--config-dir", "more"])
+    assert line[1].startswith("hydra.job.config.override_dirname.exclude_keys=[") and line[2:] == ["lr=1,2", "--config-dir", "more"]
 
 
 def test_folder_names_are_single_short_and_distinct():
@@ -51,6 +51,7 @@ def overrides(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sweep_fills_a_folder_a_job_and_a_second_call_skips_all(tmp_path):
     line = ["-m", *overrides(tmp_path), "loss=sft,dpo", "seed=1,2"]
     first = launch(*line)
@@ -83,7 +84,7 @@ def test_joblib_runs_the_jobs_side_by_side_and_they_share_one_teacher_cache(tmp_
 @pytest.mark.parametrize("name", ["joblib_local", "submitit_slurm_cpu", "submitit_slurm_gpu"])
 def test_the_launcher_groups_compose(name, tmp_path):
     pytest.importorskip(f"hydra_plugins.hydra_{name.split('_')[0]}_launcher")
-    shown = launch("-m", f"hydra/launcher={name}", *overrides(tmp_path), "--cfg", "hydra", "--package", "hydra.launcher")
+    shown = launch(f"hydra/launcher={name}", *overrides(tmp_path), "--cfg", "hydra", "--package", "hydra.launcher")
     assert shown.returncode == 0 and "_target_" in yaml.safe_load(shown.stdout), shown.stderr[-2000:]
 
 
