@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from schema import Settings, nearest, settings_from
+from sweeps import as_sweep, job_folder
 from trainers.needs import check_needs
 
-TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise")
+TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise", "report")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
 UNIMPORTANT = (
     "debug", "wandb", "dry_run", "strategy", "log_every", "save_every", "keep_last", "intermediate_checkpoints",
@@ -116,6 +117,9 @@ def open_run_dir(settings: Settings) -> bool:
 def run_task(raw: dict[str, Any]) -> None:
     """Run one task into its folder; DONE is written last."""
     settings = settings_of(raw)
+    if settings.run.task == "report":  # it reads finished runs: no folder of its own, and new at every call
+        importlib.import_module("tasks.report").run(settings)
+        return
     if not open_run_dir(settings):
         print(f"already done: {settings.run.run_dir}")
         return
@@ -137,6 +141,9 @@ def run(config: DictConfig) -> None:
     assert isinstance(raw, dict)
     plain: dict[str, Any] = {str(k): v for k, v in raw.items()}
     plain["datasets"] = plain.get("datasets") or {}
+    varied = job_folder()
+    if varied:
+        plain["run_count"] = f"{plain['run_count']}/{varied}" if plain["run_count"] else varied
     if plain.get("pipeline"):
         from pipeline import run_pipeline
 
@@ -187,4 +194,5 @@ def guarded(work: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = as_sweep(sys.argv[1:])
     guarded(composed)

@@ -40,10 +40,7 @@ def run_pipeline(config: dict[str, Any], overrides: list[str]) -> int:
     if config["dry_run"]:
         print_plan(stages)
         return 0
-    # Without a name of its own the run is called like the pipeline.
-    named = any(o.lstrip("+").startswith("exp_name=") for o in overrides)
-    run_dir = Path(config["cache_dir"]).expanduser() / (config["exp_name"] if named else config["pipeline"]["name"])
-    run_dir = run_dir / config["run_count"] if config.get("run_count") else run_dir
+    run_dir = run_folder(config, overrides)
     try:
         stages[0].folder.parent.mkdir(parents=True, exist_ok=True)
         describe(stages, run_dir, overrides)
@@ -55,6 +52,13 @@ def run_pipeline(config: dict[str, Any], overrides: list[str]) -> int:
     if code == 0:
         publish(stages[-1], run_dir)
     return code
+
+
+def run_folder(config: dict[str, Any], overrides: list[str]) -> Path:
+    """Return the folder of the pipeline's own run; without a name of its own it is called like the pipeline."""
+    named = any(o.lstrip("+").startswith("exp_name=") for o in overrides)
+    run_dir = Path(config["cache_dir"]).expanduser() / (config["exp_name"] if named else config["pipeline"]["name"])
+    return run_dir / config["run_count"] if config.get("run_count") else run_dir
 
 
 def print_plan(stages: list[Stage]) -> None:

@@ -331,7 +331,7 @@ def page(title: str, body: str) -> str:
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
     links = {"results": "Scores", "curves": "Training", "responses": "Responses", "advantages": "Advantages"}
-    menu = "".join(f'<a href="#{name}">{label}</a>' for name, label in links.items())
+    menu = "".join(f'<a href="#{name}">{label}</a>' for name, label in links.items() if f'id="{name}"' in body)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

@@ -104,6 +104,7 @@ class RunConfig:
     sync_reference: int
     sync_reference_rate: float
     strategy: str
+    sweep: str | None
 
     def __post_init__(self) -> None:
         require(bool(self.exp_name), "exp_name must not be empty")

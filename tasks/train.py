@@ -1,5 +1,6 @@
 """task=train: load data and models, hand them to the method's trainer, save FINAL."""
 
+import gc
 import importlib
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 import models
 from dataloader import Example, load_examples
 from schema import Settings
-from trainers import checkpoint, reference
+from trainers import checkpoint, reference, signals
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
 from trainers.strategy import check_strategy
@@ -36,11 +37,17 @@ def run(settings: Settings) -> None:
     if trainer.needs.reference:
         ref_model, items, test_items = _reference(settings, trainer, items, test_items)
     policy = _policy(settings, trainer)
-    trainer.fit(policy, ref_model, items, test_items)
-    trainer.save_model("FINAL")
+    with signals.watched():
+        trainer.fit(policy, ref_model, items, test_items)
+        trainer.save_model("FINAL")
     if accelerator.is_main_process:
         checkpoint.remove_all(settings.run.run_dir)
     if accelerator.num_processes > 1:
+        # DDP goes before its process group: as the group's last owner it would join gloo's thread with Python's lock
+        # held, and that thread may be waiting for the lock (seen as a rank that never ends).
+        del trainer
+        accelerator.free_memory()
+        gc.collect()  # DDP and its hooks refer to each other
         accelerator.end_training()
 
 

@@ -31,7 +31,7 @@ ACCELERATE = {
 # Pipelines say what a stage does in a line above it; their settings are keys explained elsewhere.
 COMMENTED = sorted(
     path
-    for folder in ("config", "config/loss", "config/model", "config/datasets", "accelerate_config")
+    for folder in ("config", "config/loss", "config/model", "config/datasets", "config/hydra/launcher", "accelerate_config")
     for path in (ROOT / folder).glob("*.yaml")
 )
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))

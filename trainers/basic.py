@@ -24,11 +24,11 @@ from functional import token_logps
 from models import response_logits
 from schema import Settings
 from teacher_cache import content_key
-from trainers import checkpoint, sharding
+from trainers import checkpoint, sharding, signals
 from trainers.batches import Batch, Item, make_batch
 from trainers.metrics import Mean, MetricsFile, Window, means, named, tracker
 from trainers.needs import Needs
-from trainers.strategy import learning_rate_scale
+from trainers.strategy import learning_rate_scale, optimizer_of
 
 
 class BasicTrainer:
@@ -151,9 +151,9 @@ class BasicTrainer:
         self.reference = reference if reference is None else self.place_reference(reference)
         if self.own_sharding:
             self.policy = sharding.shard(policy, accelerator.device, self.model_config.block_class)
-            self.optimizer = self._optimizer(self.policy)
+            self.optimizer = optimizer_of(self.policy, run)
         else:
-            self.policy, self.optimizer = accelerator.prepare(policy, self._optimizer(policy))
+            self.policy, self.optimizer = accelerator.prepare(policy, optimizer_of(policy, run))
         self.train_items, self.test_items = train, test
         self.steps_per_epoch = math.ceil(len(train) / self.model_config.batch_size)
         self.total_steps = run.n_steps or run.n_epochs * self.steps_per_epoch
@@ -182,8 +182,11 @@ class BasicTrainer:
                 started, tokens = time.perf_counter(), 0
             if step == self.total_steps or (run.eval_every and step % run.eval_every == 0):
                 last_eval = self._evaluate_and_log(step)
-            if run.save_every and step % run.save_every == 0 and step < self.total_steps:
+            stop = step < self.total_steps and signals.stop_agreed(self._reduce)
+            if stop or (run.save_every and step % run.save_every == 0 and step < self.total_steps):
                 self._save(step)
+            if stop:
+                signals.leave(step)
         bar.close()
         if self.tracker is not None:
             self.tracker.finish()
@@ -197,15 +200,6 @@ class BasicTrainer:
         if self.accelerator.distributed_type.value == "FSDP":
             return self.accelerator.prepare_model(reference, evaluation_mode=True)
         return reference.to(self.accelerator.device)
-
-    def _optimizer(self, policy: torch.nn.Module) -> torch.optim.Optimizer:
-        run = self.run_config
-        params = [p for p in policy.parameters() if p.requires_grad]
-        if run.optimizer in ("SGD", "RMSprop"):
-            simple = torch.optim.SGD if run.optimizer == "SGD" else torch.optim.RMSprop
-            return simple(params, lr=run.lr, weight_decay=run.weight_decay)
-        cls = torch.optim.AdamW if run.optimizer == "AdamW" else torch.optim.Adam
-        return cls(params, lr=run.lr, betas=(run.betas[0], run.betas[1]), eps=1e-8, weight_decay=run.weight_decay)
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """Return this rank's micro-batches of a step; ranks without a row get an uncounted filler."""

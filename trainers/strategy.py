@@ -1,11 +1,23 @@
-"""How a run is laid out: the strategy that runs against the one asked for, and the learning rate over steps."""
+"""How a run is laid out: the strategy that runs against the one asked for, the optimizer, the learning rate over steps."""
 
 import math
 import os
 
+import torch
 from accelerate import Accelerator
 
+from schema import RunConfig
 from trainers.sharding import is_ours
+
+
+def optimizer_of(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
+    """Return the optimizer that the run names, over the parameters that are trained."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if run.optimizer in ("SGD", "RMSprop"):
+        simple = torch.optim.SGD if run.optimizer == "SGD" else torch.optim.RMSprop
+        return simple(params, lr=run.lr, weight_decay=run.weight_decay)
+    cls = torch.optim.AdamW if run.optimizer == "AdamW" else torch.optim.Adam
+    return cls(params, lr=run.lr, betas=(run.betas[0], run.betas[1]), eps=1e-8, weight_decay=run.weight_decay)
 
 
 def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> float:

@@ -1,0 +1,215 @@
+"""task=report sweep=DIR: one table of all runs below DIR, seeds pooled; writes DIR/summary.md and DIR/report.html.
+
+Runs whose configurations differ in the seed alone are one row: mean and 95 % interval over seeds (Student's t). The
+best value of a column is marked only where its interval lies apart from every other one; losses are compared only
+between rows whose loss is the same, since another method or another weight has another scale.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from intervals import Interval, seed_interval
+from report import curves_section, page, section, text
+from report_charts import Plotted, interval_chart, is_number, read_curves
+from schema import Settings
+
+# What a column says of a run, in this order, and whether more is better.
+TRAINING = (("rewards_eval/accuracies", True), ("loss/eval", False), ("rewards_train/accuracies", True), ("loss/train", False))
+EVALUATION = (("score", True), ("win_rate", True), ("reward_accuracy", True))
+# Keys that may differ within a row: where a run lands, what it shows, and its seed.
+NOT_COMPARED = (
+    "seed", "exp_name", "run_count", "cache_dir", "sweep", "debug", "wandb", "dry_run", "strategy", "log_every",
+    "save_every", "keep_last", "intermediate_checkpoints",
+)  # fmt: skip
+
+
+class Job(NamedTuple):
+    """A run of the sweep; values: {column: last value}, empty for an unfinished one."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    done: bool
+    values: dict[str, float]
+
+
+class Row(NamedTuple):
+    """Runs that differ in the seed alone; values: {column: {seed: value}}."""
+
+    name: str
+    loss: str
+    jobs: list[Job]
+    values: dict[str, dict[int, float]]
+
+
+# ---- reading
+
+
+def values_of(folder: Path) -> dict[str, float]:
+    """Return what a finished run says of itself: the last of its metrics, and the scores of an evaluation."""
+    curves = read_curves(folder / "metrics.jsonl").points
+    values = {name: curves[name][-1][1] for name, _ in TRAINING if name in curves}
+    file = folder / "results.json"
+    models = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
+    for model, entry in models.items():
+        for kind, _ in EVALUATION:
+            if is_number(entry.get(kind)):
+                values[kind if len(models) == 1 else f"{kind} {model}"] = float(entry[kind])
+    return values
+
+
+def read_jobs(sweep: Path) -> list[Job]:
+    """Return every run below the sweep's folder, finished or not, by name; ValueError if there is none."""
+    jobs = []
+    for file in sorted(sweep.rglob("config.yaml")):
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and {"task", "seed", "loss"} <= config.keys():
+            folder, done = file.parent, (file.parent / "DONE").is_file()
+            jobs.append(Job(folder, str(folder.relative_to(sweep)), config, done, values_of(folder) if done else {}))
+    if not jobs:
+        raise ValueError(f"sweep={sweep} holds no run (no config.yaml below it): give the folder of a sweep, cache_dir/exp_name")
+    return jobs
+
+
+def compared_config(config: dict[str, Any]) -> str:
+    """Return what has to be equal in the runs of a row."""
+    return json.dumps({k: v for k, v in config.items() if k not in NOT_COMPARED}, sort_keys=True, default=str)
+
+
+def row_name(jobs: list[Job]) -> str:
+    """Return what the names of a row's runs share, without the seed."""
+    names = {re.sub(r"(^|,)seed=\d+", "", job.name).strip(",") for job in jobs}
+    return (names.pop() if len(names) == 1 else os.path.commonprefix(sorted(names)).rstrip("_-/,=")) or "run"
+
+
+def rows_of(jobs: list[Job]) -> list[Row]:
+    """Pool the finished runs over seeds; ValueError if a seed stands twice in a row."""
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.done:
+            groups.setdefault(compared_config(job.config), []).append(job)
+    rows = []
+    for group in groups.values():
+        seeds = [job.config["seed"] for job in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"the same run stands twice: {', '.join(str(job.folder) for job in group)}. Remove one of them")
+        names = dict.fromkeys(name for job in group for name in job.values)
+        values = {name: {j.config["seed"]: j.values[name] for j in group if name in j.values} for name in names}
+        loss = json.dumps(group[0].config["loss"], sort_keys=True) if group[0].config["task"] == "train" else ""
+        rows.append(Row(row_name(group), loss, group, values))
+    return rows
+
+
+# ---- comparing
+
+
+def columns_of(rows: list[Row]) -> list[str]:
+    """Return the columns that some row fills, training's first."""
+    known = [name for name, _ in TRAINING]
+    found = dict.fromkeys(name for row in rows for name in row.values)
+    return [name for name in known if name in found] + [name for name in found if name not in known]
+
+
+def more_is_better(column: str) -> bool:
+    """Tell in which direction a column is read."""
+    return dict((*TRAINING, *EVALUATION))[column.split(" ")[0]]
+
+
+def spread(row: Row, column: str) -> Interval | None:
+    """Return a row's interval over seeds; None for one seed, or a row without this column."""
+    return seed_interval(list(row.values.get(column, {}).values()))
+
+
+def mean(row: Row, column: str) -> float:
+    """Return a row's mean over seeds."""
+    values = row.values[column].values()
+    return sum(values) / len(values)
+
+
+def best_rows(rows: list[Row], column: str) -> list[Row]:
+    """Return the rows whose interval lies on the better side of every other comparable one; at most one a loss."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if column in row.values:
+            groups.setdefault(row.loss if column.startswith("loss/") else "", []).append(row)
+    sign, found = 1.0 if more_is_better(column) else -1.0, []
+    for group in groups.values():
+        intervals = [spread(row, column) for row in group]
+        signed = [sorted((sign * i[0], sign * i[1])) for i in intervals if i is not None]
+        if len(group) < 2 or len(signed) < len(group):
+            continue
+        top = max(range(len(group)), key=lambda i: signed[i][0])
+        if all(signed[top][0] > high for i, (_, high) in enumerate(signed) if i != top):
+            found.append(group[top])
+    return found
+
+
+# ---- writing
+
+
+def cell(row: Row, column: str) -> str:
+    """Write mean and interval; a dash where the row says nothing."""
+    if column not in row.values:
+        return "-"
+    interval = spread(row, column)
+    return f"{mean(row, column):.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
+
+
+def table(rows: list[Row], unfinished: list[Job]) -> str:
+    """Return the sweep as Markdown: a row for each configuration, the best of a column in bold where it is separated."""
+    columns = columns_of(rows)
+    best = {column: best_rows(rows, column) for column in columns}
+    lines = [["run", "seeds", *columns], ["---"] * (len(columns) + 2)]
+    for row in rows:
+        cells = [f"**{cell(row, c)}**" if row in best[c] else cell(row, c) for c in columns]
+        lines.append([row.name, " ".join(str(s) for s in sorted(j.config["seed"] for j in row.jobs)), *cells])
+    written = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+    written += "Mean [95 % interval over seeds]. "
+    marked = any(best.values())
+    written += "Bold: the interval lies apart from every other one.\n" if marked else "No interval lies apart from all others: none is marked.\n"
+    if any(len(row.jobs) < 2 for row in rows):
+        written += "A run of one seed has no interval: add e.g. seed=1,2,3 to the sweep.\n"
+    return written + "".join(f"Unfinished, left out: {job.folder}\n" for job in unfinished)
+
+
+def html(title: str, rows: list[Row], unfinished: list[Job]) -> str:
+    """Return the report: a chart and a table for each column, then the training curves."""
+    body = ""
+    for column in columns_of(rows):
+        filled, best = [row for row in rows if column in row.values], best_rows(rows, column)
+        plotted = [Plotted(text(r.name), mean(r, column), None, spread(r, column), None, list(r.values[column].values())) for r in filled]
+        lines = "".join(
+            f'<tr{" class=best" if row in best else ""}><th scope="row">{text(row.name)}'
+            f'{" <span class=badge>separated</span>" if row in best else ""}</th><td>{len(row.jobs)}</td><td>{text(cell(row, column))}</td></tr>'
+            for row in filled
+        )
+        head = '<th scope="col">run</th><th scope="col">seeds</th><th scope="col">mean [95 % over seeds]</th>'
+        body += (
+            f"<h3>{text(column)} ({'more' if more_is_better(column) else 'less'} is better)</h3>{interval_chart(plotted)}"
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{text(column)}"><table class="results">'
+            f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
+        )
+    body += "".join(f'<p class="note">Unfinished, left out: {text(job.folder)}</p>' for job in unfinished)
+    files = {f"seed_{j.config['seed']}/{r.name}": j.folder / "metrics.jsonl" for r in rows for j in r.jobs if (j.folder / "metrics.jsonl").is_file()}
+    return page(title, section("results", "Runs of the sweep", body) + curves_section(files))
+
+
+def run(settings: Settings) -> None:
+    """Compare the runs of a sweep; print the table and write it, with the report, into the sweep's folder."""
+    if not settings.run.sweep:
+        raise ValueError("task=report needs sweep=DIR, the folder that holds the runs of a sweep")
+    sweep = Path(settings.run.sweep).expanduser()
+    jobs = read_jobs(sweep)
+    rows, unfinished = rows_of(jobs), [job for job in jobs if not job.done]
+    written = table(rows, unfinished)
+    print(written)
+    for name, content in (("summary.md", written), ("report.html", html(f"Sweep {sweep.name}", rows, unfinished))):
+        part = sweep / f"{name}.{os.getpid()}"
+        part.write_text(content, encoding="utf-8")
+        part.replace(sweep / name)
+        print(sweep / name, flush=True)
