@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from schema import Settings, nearest, settings_from
 
-TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise")
+TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise", "select")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
 UNIMPORTANT = (
     "debug", "wandb", "dry_run", "strategy", "log_every", "save_every", "keep_last", "intermediate_checkpoints",
