@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import models
-from checkers import prompt_text, scored
+from checkers import prompt_text, scored, vote_of
 from dataloader import Example, Sequences, collate, load_examples
 from functional import row_sums, token_logps
 from intervals import paired_difference, score_interval
@@ -369,6 +369,8 @@ def run(settings: Settings) -> None:
     config = settings.evaluation
     check_request(config)
     checker = resolve_checker(config.checker) if config.checker else None
+    if config.majority and checker:
+        vote_of(checker)  # refuses a module without one
     accelerator = Accelerator()
     check_strategy(settings.run.strategy, accelerator)
     names = list(config.models)
