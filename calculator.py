@@ -20,7 +20,7 @@ TOO_LARGE = 10**15
 
 TOKEN = re.compile(r"\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*(?![,\d])|\.\d+|[-+*/()%])")
 MARK = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
-OPEN_MARK = re.compile(r"<<([^<>=]*)=([^<>=]*)$")
+OPEN_MARK = re.compile(r"<<([^<>=]*)=([^<>=]*>?)$")
 
 
 class _Nonsense(Exception):

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 from calculator import MAX_LENGTH, completion
 
 PAUSE = "="  # the stop string of a backend that goes on after the calculator
+LEADS = (PAUSE, "0", "x", "\n")
 WINDOW = 2 * MAX_LENGTH  # tokens looked back: each character of a mark is at most one token
 
 
@@ -28,19 +29,19 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 def ids_that_add(tokenizer: Any, before: Sequence[int], text: str) -> list[int]:
     """Return ids that, after the ids `before`, decode to `text`; empty where no way of writing it does.
 
-    Some tokenizers put a space before what they encode alone: then the text is encoded behind a `=` and cut off, or
-    character by character. Every candidate is decoded; one that differs in spaces only (words as tokens) comes last.
+    Some tokenizers put a space before what they encode alone: then the text is encoded behind another character that
+    it does not merge with, and that one's ids are cut off. Every candidate is decoded; one that differs in spaces only
+    (words as tokens) comes last.
     """
 
     def encode(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"]
 
     candidates = [encode(text)]
-    lead, both = encode(PAUSE), encode(PAUSE + text)
-    if both[: len(lead)] == lead:
-        candidates.append(both[len(lead) :])
-    tail = [encode(PAUSE + character)[len(lead) :] for character in text]
-    candidates.append([token for ids in tail for token in ids])
+    for lead in LEADS:
+        alone, both = encode(lead), encode(lead + text)
+        if both[: len(alone)] == alone:
+            candidates.append(both[len(alone) :])
     start = text_of(tokenizer, before)
     for exact in (True, False):
         for ids in candidates:

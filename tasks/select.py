@@ -140,14 +140,16 @@ def draw_pairs(question: Question, limit: int, rng: random.Random) -> list[Row]:
 
 
 def make_pairs(questions: list[Question], limit: int, holdout: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return pairs to train on and pairs of other questions to evaluate on; each question draws from its own seed."""
-    train: list[Row] = []
-    test: list[Row] = []
-    for question in questions:
-        rng = random.Random(f"{seed} {question.key}")
-        side = test if rng.random() < holdout else train
-        side += draw_pairs(question, limit, rng)
-    return train, test
+    """Return pairs to train on and pairs of other questions (a share `holdout`, at least one) to evaluate on.
+
+    Each question draws from a seed of its own, so it keeps its pairs whatever the other questions are.
+    """
+    draws = {q.key: (q, random.Random(f"{seed} {q.key}")) for q in questions if q.correct and q.incorrect}
+    order = sorted(draws, key=lambda key: random.Random(f"holdout {seed} {key}").random())
+    held_out = set(order[: min(len(order) - 1, max(1, round(holdout * len(order))))] if holdout and order else [])
+    pairs = {key: draw_pairs(question, limit, rng) for key, (question, rng) in draws.items()}
+    train = [row for key, rows in pairs.items() if key not in held_out for row in rows]
+    return train, [row for key, rows in pairs.items() if key in held_out for row in rows]
 
 
 # ---- distinct replies

@@ -25,7 +25,7 @@ SECOND = ("all", "buys", "gives", "costs", "bags")  # what is asked
 DISTRACTED = 0.5  # share of questions with a number that does not matter
 
 # Test questions are drawn first: another number of training rows leaves them as they are.
-TEST, TRAIN, QUESTIONS_TRAIN = 1_000, 400, 3_000
+TEST, TRAIN, QUESTIONS_TRAIN = 1_000, 1_500, 2_000
 
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 CHAT_TEMPLATE = (
@@ -62,7 +62,7 @@ def draw(rng: random.Random) -> Problem:
         one, two, three = rng.sample(NAMES, 3)
         item, other = rng.sample(list(ITEMS), 2)
         first, second = rng.choice(FIRST), rng.choice(SECOND)
-        numbers = (rng.randint(3, 30), rng.randint(2, 5 if first == "times" else 20), rng.randint(2, 9))
+        numbers = (rng.randint(2, 20), rng.randint(2, 9), rng.randint(2, 9))
         bystander = (three, other, rng.randint(2, 30)) if rng.random() < DISTRACTED else None
         problem = Problem((one, two), item, numbers, (first, second), bystander)
         divides = second != "bags" or middle(problem) % numbers[2] == 0
