@@ -90,8 +90,6 @@ def find_format(row: dict[str, Any], where: str) -> str:
     """Name the format of a row from its columns: generation, messages, strings, hh, shp or gsm8k."""
     if "prompt_ids" in row and ("response_ids" in row or "chosen_ids" in row):
         return "generation"
-    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
-        return "gsm8k"
     if {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys():
         return "shp"
     chosen = row.get("chosen")
@@ -101,6 +99,8 @@ def find_format(row: dict[str, Any], where: str) -> str:
         return "messages"
     if "prompt" in row and (isinstance(chosen, str) or "response" in row or "chosen" not in row):
         return "strings"
+    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+        return "gsm8k"
     raise ValueError(
         f"{where}: cannot tell the format from the columns {sorted(row)}. Known: `messages`; `chosen` and `rejected` "
         "lists of role/content; `prompt` with `response`, or with `chosen` and `rejected`; `prompt` alone; "
