@@ -234,8 +234,7 @@ def run(settings: Settings) -> None:
         files = {"distinct.jsonl": make_distinct(questions, originals_of(settings), earlier, config.max_similarity, counts)}
     if not all(files.values()):
         raise ValueError(
-            f"nothing to write: {counts['different correct replies']} of {counts['replies']} replies of "
-            f"{config.generations} are correct. Sample more (generation.n) or start from a better model"
+            f"nothing to write of {config.generations}: {dict(counts)}. Sample more (generation.n), warmer, or from another model"
         )
     for name, selected in files.items():
         write_rows(folder / name, selected)
