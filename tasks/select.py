@@ -228,7 +228,7 @@ def run(settings: Settings) -> None:
     files: dict[str, list[Row]] = {}
     if config.make == "pairs":
         train, test = make_pairs(questions, config.pairs_per_prompt, config.holdout, settings.run.seed)
-        files = {"pairs_train.jsonl": train} | ({"pairs_test.jsonl": test} if test else {})
+        files = {"pairs_train.jsonl": train} | ({"pairs_test.jsonl": test} if config.holdout else {})
     else:
         earlier = [row for path in config.earlier for row in read_generated(Path(path).expanduser())]
         files = {"distinct.jsonl": make_distinct(questions, originals_of(settings), earlier, config.max_similarity, counts)}
