@@ -127,6 +127,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(ValueError, match="nothing to write"):
         run(tmp_path, "none", "select.checker=tests.test_select:never")
+    with pytest.raises(ValueError, match="nothing to write"):  # one question has pairs: it cannot be on both sides
+        run(tmp_path, "one", "select.checker=tests.test_select:only_six", "select.holdout=0.5")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 1: no finish_reason"):
         run(tmp_path, "broken", f"select.generations={tmp_path}/broken.jsonl")
@@ -135,3 +137,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 def never(prompt: str, response: str) -> float:
     """Find no reply correct."""
     return 0.0
+
+
+def only_six(prompt: str, response: str) -> float:
+    """Find one question's replies correct."""
+    return float("six" in response)
