@@ -1,7 +1,7 @@
 """Rows from files, folders and the hub, turned into conversations (lists of role/content messages).
 
 Nothing here knows tokens: `dataloader.py` does. A source is a local JSONL/JSON/Parquet file, a folder written by
-`datasets.save_to_disk`, or `hub_name:split`. A format is found from the columns unless the config names it.
+`datasets.save_to_disk`, or `hub_name:split` (`hub_name#config:split` where it has several). A format is found from the columns unless the config names it.
 """
 
 import json
@@ -67,9 +67,10 @@ def read_rows(source: str, key: str = "datasets") -> list[dict[str, Any]]:
         return loaded.to_list()
     if ":" not in source:
         raise ValueError(f"{key}={source}: no such file or folder; a hub data set is written hub_name:split")
-    name, split = source.rsplit(":", 1)
+    hub, split = source.rsplit(":", 1)
+    name, _, config = hub.partition("#")
     try:
-        return datasets.load_dataset(name, split=split).to_list()
+        return datasets.load_dataset(name, config or None, split=split).to_list()
     except Exception as error:
         raise ValueError(
             f"{key}={source}: could not be had from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
@@ -86,8 +87,8 @@ def _existing(path: Path, key: str) -> Path:
 
 
 def find_format(row: dict[str, Any], where: str) -> str:
-    """Name the format of a row from its columns: generation, messages, strings, hh or shp."""
-    if "response_ids" in row and "prompt_ids" in row:
+    """Name the format of a row from its columns: generation, messages, strings, hh, shp or gsm8k."""
+    if "prompt_ids" in row and ("response_ids" in row or "chosen_ids" in row):
         return "generation"
     if {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys():
         return "shp"
@@ -98,9 +99,12 @@ def find_format(row: dict[str, Any], where: str) -> str:
         return "messages"
     if "prompt" in row and (isinstance(chosen, str) or "response" in row or "chosen" not in row):
         return "strings"
+    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+        return "gsm8k"
     raise ValueError(
         f"{where}: cannot tell the format from the columns {sorted(row)}. Known: `messages`; `chosen` and `rejected` "
-        "lists of role/content; `prompt` with `response`, or with `chosen` and `rejected`; `prompt` alone"
+        "lists of role/content; `prompt` with `response`, or with `chosen` and `rejected`; `prompt` alone; "
+        "`question` with `answer`"
     )
 
 
@@ -133,7 +137,10 @@ def _reply(text: str) -> list[Message]:
 
 
 def _meta(row: dict[str, Any]) -> dict[str, Any]:
-    heavy = ("messages", "chosen", "rejected", "prompt", "response", "prompt_ids", "response_ids", "history")
+    heavy = (
+        "messages", "chosen", "rejected", "prompt", "response", "history",
+        "prompt_ids", "response_ids", "chosen_ids", "rejected_ids",
+    )  # fmt: skip
     return {k: v for k, v in row.items() if k not in heavy}
 
 
@@ -186,7 +193,18 @@ def _from_shp(row: dict[str, Any]) -> Conversation:
     return Conversation(_checked(row["history"]), _reply(chosen), _reply(rejected), None, _meta(row))
 
 
+def _from_gsm8k(row: dict[str, Any]) -> Conversation:
+    """Take the question as the prompt and the whole solution as the response; the number after #### goes to meta."""
+    _, mark, final = row["answer"].rpartition("####")
+    if not mark or not final.strip():
+        raise ValueError(f"a gsm8k answer ends with '#### number', this one with {row['answer'][-60:]!r}")
+    rest = {k: v for k, v in row.items() if k != "question"}
+    return Conversation(_checked(row["question"]), None, None, _reply(row["answer"]), _meta({**rest, "answer": final.strip()}))
+
+
 def _from_generation(row: dict[str, Any]) -> Conversation:
+    if "chosen_ids" in row:
+        return Conversation(_checked(row["prompt"]), _reply(row["chosen"]), _reply(row["rejected"]), None, _meta(row))
     return Conversation(_checked(row["prompt"]), None, None, _reply(row["response"]), _meta(row))
 
 
@@ -195,5 +213,6 @@ _PARSERS = {
     "strings": _from_strings,
     "hh": _from_hh,
     "shp": _from_shp,
+    "gsm8k": _from_gsm8k,
     "generation": _from_generation,
 }

@@ -245,12 +245,15 @@ def _from_ids(
     row: dict[str, Any], conversation: Conversation, config: ModelConfig, counts: Counter[str]
 ) -> Example | None:
     """Take the ids that a generator wrote instead of tokenising its text again."""
-    prompt, response = row["prompt_ids"], row["response_ids"][: max(0, config.max_length - len(row["prompt_ids"]))]
-    if not response:
-        counts["dropped: no supervised token"] += 1
-        return None
-    tokens = Tokens(prompt + response, [False] * len(prompt) + [True] * len(response))
-    return Example(prompt, None, None, tokens, conversation)
+    prompt, room = row["prompt_ids"], max(0, config.max_length - len(row["prompt_ids"]))
+    found: dict[str, Tokens] = {}
+    for name in ("chosen", "rejected") if "chosen_ids" in row else ("response",):
+        ids = row[f"{name}_ids"][:room]
+        if not ids:
+            counts["dropped: no supervised token"] += 1
+            return None
+        found[name] = Tokens(prompt + ids, [False] * len(prompt) + [True] * len(ids))
+    return Example(prompt, found.get("chosen"), found.get("rejected"), found.get("response"), conversation)
 
 
 # ---- data sets

@@ -19,11 +19,12 @@ SECTIONS = {
     "cache": ("model", "datasets", "cache"),
     "generate": ("model", "datasets", "generation"),
     "evaluate": ("model", "datasets", "evaluation"),
-    "world": (),
+    "world": ("world",),
     "summarise": ("evaluation",),
+    "select": ("datasets", "select"),
 }
 # Of the run section; training reads all of it, cache and generate by their split.
-RUN_KEYS = {"world": ("seed",), "summarise": (), "evaluate": ("seed", "n_eval_examples")}
+RUN_KEYS = {"world": ("seed",), "select": ("seed",), "summarise": (), "evaluate": ("seed", "n_eval_examples")}
 SCORING_RUN_KEYS = ("seed", "n_examples", "n_eval_examples")
 # Where a run lands and what it shows on the way; how it evaluates itself while training changes no weight.
 UNIMPORTANT = (
@@ -91,7 +92,7 @@ def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
     for name, entry in kept.get("datasets", {}).items():
         kept["datasets"][name] = entry | {k: _by_content(entry.get(k), stages_dir) for k in ("train", "test")}
     modules = [raw["loss"]["trainer"].rpartition(".")[0], "trainers.basic"] if task == "train" else [f"tasks.{task}"]
-    source = content_digest(ROOT / "worlds" / "shop.py") if task == "world" else None
+    source = content_digest(ROOT / "worlds" / f"{raw['world']['name']}.py") if task == "world" else None
     payload = {"task": task, "versions": [version_of(m) for m in modules], "source": source, "config": kept}
     # Folders of other stages carry their digests; where cache_dir lies does not matter.
     text = json.dumps(payload, sort_keys=True, default=str).replace(json.dumps(f"{stages_dir}/")[1:-1], "stages/")

@@ -199,7 +199,7 @@ class DatasetConfig:
     supervise: str = "last"
 
     def __post_init__(self) -> None:
-        one_of("datasets.*.format", self.format, ("auto", "messages", "strings", "hh", "shp"))
+        one_of("datasets.*.format", self.format, ("auto", "messages", "strings", "hh", "shp", "gsm8k"))
         one_of("datasets.*.supervise", self.supervise, ("last", "all"))
         require(self.weight > 0, f"datasets.*.weight={self.weight} must be above 0")
 
@@ -217,6 +217,7 @@ class GenerationConfig:
     batch_size: int
     split: str
     seed: int
+    calculator: bool
 
     def __post_init__(self) -> None:
         one_of("generation.backend", self.backend, ("hf",))
@@ -263,6 +264,8 @@ class EvaluationConfig:
     opponent: str | None
     reward_accuracy: bool
     reference: dict[str, str]
+    majority: int
+    calculator: bool
 
     def __post_init__(self) -> None:
         require(
@@ -271,6 +274,37 @@ class EvaluationConfig:
         )
         for name in self.reference:
             require(name in self.models, f"evaluation.reference.{name} names no model of evaluation.models")
+        require(self.majority >= 0 and self.majority != 1, f"evaluation.majority={self.majority}: 0 is none, else at least 2 votes")
+        require(not self.majority or self.checker is not None, f"evaluation.majority={self.majority} needs evaluation.checker")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """The `select` section: what is made of sampled replies."""
+
+    make: str
+    generations: str | None
+    checker: str | None
+    pairs_per_prompt: int
+    holdout: float
+    max_similarity: float
+    earlier: list[str]
+
+    def __post_init__(self) -> None:
+        one_of("select.make", self.make, ("pairs", "distinct"))
+        require(self.pairs_per_prompt >= 1, f"select.pairs_per_prompt={self.pairs_per_prompt} must be at least 1")
+        require(0 <= self.holdout < 1, f"select.holdout={self.holdout} must be in [0, 1): a share of the questions")
+        require(0 < self.max_similarity <= 1, f"select.max_similarity={self.max_similarity} must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The `world` section: which generated world task=world writes."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        one_of("world.name", self.name, ("shop", "arithmetic"))
 
 
 @dataclass(frozen=True)
@@ -284,11 +318,13 @@ class Settings:
     generation: GenerationConfig
     cache: CacheConfig
     evaluation: EvaluationConfig
+    select: SelectConfig
+    world: WorldConfig
     wandb: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
 
 
-SECTIONS = ("model", "loss", "datasets", "generation", "cache", "evaluation", "wandb", "pipeline", "dry_run")
+SECTIONS = ("model", "loss", "datasets", "generation", "cache", "evaluation", "select", "world", "wandb", "pipeline", "dry_run")
 
 
 def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
@@ -316,6 +352,8 @@ def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
         generation=typed(raw["generation"], GenerationConfig, "generation."),
         cache=typed(raw["cache"], CacheConfig, "cache."),
         evaluation=typed(raw["evaluation"], EvaluationConfig, "evaluation."),
+        select=typed(raw["select"], SelectConfig, "select."),
+        world=typed(raw["world"], WorldConfig, "world."),
         wandb=dict(raw["wandb"]),
         raw=raw,
     )

@@ -19,14 +19,16 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import models
-from dataloader import Example, Message, Sequences, collate, load_examples
+from checkers import prompt_text, scored, vote_of
+from dataloader import Example, Sequences, collate, load_examples
 from functional import row_sums, token_logps
 from intervals import paired_difference, score_interval
 from schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
 from tasks.generate import Reply, sample
+from tasks.majority import majority_figures, majority_scores, majority_temperature, vote_settings
 from trainers.strategy import check_strategy
 
-Checker = Callable[[str, str], float]
+Checker = Callable[..., float]  # (prompt, response) or (prompt, response, meta)
 MAX_SAMPLES = 200  # replies a model in samples.jsonl
 
 
@@ -52,6 +54,7 @@ class Judged(NamedTuple):
     prompts: list[str]
     replies: dict[float, Replies]
     pair_figures: dict[str, Any]
+    majority_scores: list[float] = []  # of the most frequent answer to each prompt, where it was asked for
 
 
 # ---- inputs
@@ -92,6 +95,10 @@ def check_request(config: EvaluationConfig) -> None:
         raise ValueError("nothing to evaluate: give evaluation.temperatures, or evaluation.reward_accuracy=true")
     if config.opponent and not config.checker:
         raise ValueError(f"evaluation.opponent={config.opponent!r} needs evaluation.checker: it decides who wins")
+    if config.majority and not any(config.temperatures):
+        raise ValueError(
+            f"evaluation.majority={config.majority} needs a temperature above 0 in evaluation.temperatures to sample at"
+        )
 
 
 def held_out(settings: Settings, tokenizer: Any) -> HeldOut:
@@ -112,12 +119,6 @@ def held_out(settings: Settings, tokenizer: Any) -> HeldOut:
     return HeldOut(prompts or rows, pairs)
 
 
-def prompt_text(messages: list[Message]) -> str:
-    """Return what a checker gets as the prompt: the last message of the user."""
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    return asked[-1] if asked else messages[-1]["content"]
-
-
 def main_temperature(temperatures: Sequence[float]) -> float | None:
     """Return the temperature of the top-level score: 1 where it was asked for, else the first; None without any."""
     return 1.0 if 1.0 in temperatures else next(iter(temperatures), None)
@@ -133,7 +134,7 @@ def answer(
     config, seed = settings.evaluation, settings.run.seed
     generation: GenerationConfig = replace(
         settings.generation, n=1, temperature=temperature, top_p=1.0, top_k=0,
-        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, seed=seed,
+        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, seed=seed, calculator=config.calculator,
     )  # fmt: skip
     stop = models.stop_ids(tokenizer, model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].prompt))
@@ -152,8 +153,7 @@ def judge_replies(samples: list[Reply], tokenizer: Any, prompts: list[Example], 
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in bodies]
     scores = []
     if checker is not None:
-        asked = [prompt_text(row.conversation.prompt) for row in prompts]
-        scores = [float(checker(prompt, text)) for prompt, text in zip(asked, texts, strict=True)]
+        scores = [scored(checker, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
     return Replies(texts, [len(ids) for ids, _ in samples], [reason == "stop" for _, reason in samples], scores)
 
 
@@ -214,6 +214,14 @@ def judge(settings: Settings, name: str, accelerator: Accelerator, checker: Chec
     for temperature in config.temperatures:
         samples = answer(settings, model, tokenizer, data.prompts, temperature, name)
         replies[temperature] = judge_replies(samples, tokenizer, data.prompts, checker)
+    votes: list[float] = []
+    if config.majority and checker is not None:
+        voting = majority_temperature(config.temperatures)
+        passes = [replies[voting].texts]  # the main pass votes, too
+        for k in range(1, config.majority):
+            samples = answer(vote_settings(settings, k), model, tokenizer, data.prompts, voting, f"{name} vote {k + 1}")
+            passes.append(judge_replies(samples, tokenizer, data.prompts, None).texts)
+        votes = majority_scores(passes, [row.conversation for row in data.prompts], checker)
     figures: dict[str, Any] = {}
     if config.reward_accuracy:
         size = settings.model.eval_batch_size
@@ -224,7 +232,7 @@ def judge(settings: Settings, name: str, accelerator: Accelerator, checker: Chec
             pair_logps(load(reference), tokenizer, data.pairs, size, f"{name}, reference") if reference else None
         )
         figures = rank_pairs(logps, reference_logps, reference)
-    return Judged([prompt_text(row.conversation.prompt) for row in data.prompts], replies, figures)
+    return Judged([prompt_text(row.conversation.prompt) for row in data.prompts], replies, figures, votes)
 
 
 # ---- results
@@ -269,6 +277,8 @@ def results_of(settings: Settings, judged: dict[str, Judged]) -> dict[str, Any]:
             row |= {**summary(one.replies[main]), "temperature": main}
         if 0.0 in one.replies:
             row["greedy"] = summary(one.replies[0.0])
+        if one.majority_scores:
+            row["majority"] = majority_figures(config, one.majority_scores)
         others = [temperature for temperature in one.replies if temperature not in (main, 0.0)]
         if others:
             row["other_temperatures"] = {
@@ -300,12 +310,13 @@ def table(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table; columns that no model fills are left out."""
     lines = []
     for name, row in results["models"].items():
-        other, greedy = row.get("against", {}), row.get("greedy", {})
+        other, greedy, majority = row.get("against", {}), row.get("greedy", {}), row.get("majority", {})
         ranked = "reward" if "reward_accuracy" in row else "logprob"
         lines.append({
             "model": name,
             f"score, t {row.get('temperature', 0):g} [95 %]": _with_interval(row.get("score"), row.get("ci95")),
             "greedy [95 %]": _with_interval(greedy.get("score"), greedy.get("ci95")),
+            f"majority of {majority.get('votes')} [95 %]": _with_interval(majority.get("score"), majority.get("ci95")),
             f"win rate over {results['opponent']}": _with_interval(row.get("win_rate"), other.get("win_rate_ci95")),
             "reward accuracy": _with_interval(row.get("reward_accuracy"), row.get("reward_accuracy_ci95")),
             "log-prob accuracy": _with_interval(row.get("logprob_accuracy"), row.get("logprob_accuracy_ci95")),
@@ -346,6 +357,8 @@ def write_results(run_dir: Path, results: dict[str, Any], judged: dict[str, Judg
             f"{temperature:g}": {name: one.replies[temperature].scores for name, one in judged.items()}
             for temperature in temperatures
         }
+        if first.majority_scores:
+            every["majority"] = {name: one.majority_scores for name, one in judged.items()}
         _write(run_dir / "scores.json", json.dumps(every) + "\n")
     _write(run_dir / "results.md", table(results))
     _write(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
@@ -356,6 +369,8 @@ def run(settings: Settings) -> None:
     config = settings.evaluation
     check_request(config)
     checker = resolve_checker(config.checker) if config.checker else None
+    if config.majority and checker:
+        vote_of(checker)  # refuses a module without one
     accelerator = Accelerator()
     check_strategy(settings.run.strategy, accelerator)
     names = list(config.models)

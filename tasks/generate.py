@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import models
+from calculator_generation import calculators
 from dataloader import Example, adds_bos, load_examples
 from schema import GenerationConfig, Settings
 
@@ -76,8 +77,9 @@ def hf_backend(model: Any, tokenizer: Any, generation: GenerationConfig, stop: l
             with torch.random.fork_rng(devices=cuda):
                 torch.manual_seed(seed)
                 # Position ids follow from the mask: the first token that is not padding stands at 0.
+                processors = LogitsProcessorList([forbid, *calculators(generation.calculator, tokenizer, longest)])
                 out = model.generate(
-                    ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([forbid])
+                    ids, attention_mask=mask, generation_config=config, logits_processor=processors
                 )
         finally:
             model.generation_config = own
@@ -236,7 +238,8 @@ def check_bos(tokenizer: Any, ids: list[int]) -> None:
 def _sampling(settings: Settings) -> dict[str, Any]:
     generation = settings.generation
     keys = ("backend", "max_new_tokens", "temperature", "top_p", "top_k", "n", "batch_size", "seed")
-    return {key: getattr(generation, key) for key in keys}
+    calculator = {"calculator": True} if generation.calculator else {}  # older files go on without the key
+    return {key: getattr(generation, key) for key in keys} | calculator
 
 
 def _notes(model: Any, tokenizer: Any, stop: list[int], jobs: list[Job], generation: GenerationConfig) -> None:

@@ -29,6 +29,11 @@ COMPARISONS = (
     ("adpa_plus", "dckd_long"),
     ("adpa_plus", "adpa_plus_gamma0"),
     ("adpa", "student_sft"),
+    ("dpo_st", "sft"),
+    ("sft_1", "sft"),
+    ("self_training", "sft"),
+    ("sft_1", "self_training"),
+    ("dpo_st", "sft_1"),
 )
 NUM_SAMPLES = 12
 
@@ -93,12 +98,16 @@ def summarised(evaluations: list[Evaluation]) -> dict[str, Any]:
     if "0" in temperatures:
         for name in names:
             models[name]["greedy"] = pooled(evaluations, "0", name)
+    if "majority" in temperatures:
+        for name in names:
+            models[name]["majority"] = pooled(evaluations, "majority", name)
     pairs = [pair for pair in COMPARISONS if set(pair) <= set(names)]
     return {
         "models": models,
         "temperature": float(main),
         "comparisons": [compared(evaluations, main, *pair) for pair in pairs],
         "greedy_comparisons": [compared(evaluations, "0", *pair) for pair in pairs] if "0" in temperatures else [],
+        "majority_comparisons": [compared(evaluations, "majority", *p) for p in pairs] if "majority" in temperatures else [],
     }
 
 
@@ -112,20 +121,23 @@ def _span(interval: list[float] | None, digits: str = ".3f") -> str:
 def table(results: dict[str, Any]) -> str:
     """Return the results as Markdown: per seed, pooled with both intervals, greedy; then the differences."""
     seeds = next(iter(results["models"].values()))["seeds"]
-    several, greedy = len(seeds) > 1, "greedy" in next(iter(results["models"].values()))
+    several = len(seeds) > 1
+    extra = [name for name in ("greedy", "majority") if name in next(iter(results["models"].values()))]
     sampled = f"temperature {results['temperature']:g}"
     head = ["model", *([f"seed {seed}" for seed in seeds] if several else []), sampled, "95 % over prompts"]
     head += ["95 % over seeds"] if several else []
-    head += ["greedy", "95 % over prompts"] + (["95 % over seeds"] if several else []) if greedy else []
+    for name in extra:
+        head += [name, "95 % over prompts"] + (["95 % over seeds"] if several else [])
     lines = [head, ["---"] * len(head)]
     for name, row in results["models"].items():
         cells = [name, *([f"{score:.3f}" for score in row["per_seed"].values()] if several else [])]
-        for part in (row, row["greedy"]) if greedy else (row,):
+        for part in (row, *(row[name] for name in extra)):
             cells += [f"{part['score']:.3f}", _span(part["ci95"])] + ([_span(part["ci95_over_seeds"])] if several else [])
         lines.append(cells)
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    for title, key in ((sampled, "comparisons"), ("greedy", "greedy_comparisons")):
-        rows = results[key]
+    titles = ((sampled, "comparisons"), ("greedy", "greedy_comparisons"), ("majority", "majority_comparisons"))
+    for title, key in titles:
+        rows = results.get(key, [])
         if rows:
             text += f"\nDifferences on the same prompts, {title}:\n\n"
         for row in rows:

@@ -1,11 +1,12 @@
-"""task=world: write the data of the embedded small world, a function of its code and the seed."""
+"""task=world: write the data of an embedded small world, a function of its code and the seed."""
+
+import importlib
 
 from schema import Settings
-from worlds import shop
 
 
 def run(settings: Settings) -> None:
     """Write the world's files into run_dir/WORLD."""
     folder = settings.run.run_dir / "WORLD"
-    shop.write(folder, settings.run.seed)
+    importlib.import_module(f"worlds.{settings.world.name}").write(folder, settings.run.seed)
     print(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")

@@ -19,10 +19,10 @@ GROUPS = {
     ],
     "model": [
         "base_model", "llama", "mistral", "qwen", "gemma", "pythia", "danube", "smollm2", "smollm2_pruned", "tiny",
-        "quickstart_teacher", "quickstart_student",
+        "quickstart_teacher", "quickstart_student", "arithmetic",
     ],
-    "datasets": ["deita", "dpo_mix", "ultrabin", "hh", "shp", "local"],
-    "pipeline": ["quickstart", "smollm2", "dckd", "adpa", "adpa_plus"],
+    "datasets": ["deita", "dpo_mix", "ultrabin", "hh", "shp", "gsm8k", "local"],
+    "pipeline": ["quickstart", "smollm2", "dckd", "adpa", "adpa_plus", "dpo_st", "dpo_st_arithmetic"],
 }  # fmt: skip
 ACCELERATE = {
     "cpu_2": 2, "gpu_1": 1, "fsdp_2gpu": 2, "fsdp_4gpu": 4, "fsdp_8gpu": 8, "fsdp_2x4gpu": 8, "fsdp_2x8gpu": 16,

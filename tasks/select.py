@@ -1,0 +1,244 @@
+"""task=select: from sampled replies and a checker to preference pairs, or to correct replies unlike each other.
+
+Reads a generations.jsonl with n replies to each question and writes JSONL files, with the sampled token ids, that the
+loaders read back (nothing is tokenised a second time):
+
+    SELECT/pairs_train.jsonl   make=pairs: a correct (chosen) with an incorrect (rejected) reply to the same question
+    SELECT/pairs_test.jsonl    make=pairs, holdout > 0: the pairs of other questions, for evaluation only
+    SELECT/distinct.jsonl      make=distinct: correct replies, none too similar to one kept before it or to the data set's own
+    SELECT/counts.json         what was kept and dropped
+
+Questions of the data sets' test split are left out and counted; generations sampled from a test split are refused.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from checkers import scored
+from conversations import Conversation, Message, find_format, read_jsonl, read_rows, to_conversation
+from schema import DatasetConfig, Settings
+from tasks.evaluate import Checker, resolve_checker
+
+VERSION = 1
+CORRECT = 1.0  # a checker's score from which a reply is correct
+
+Row = dict[str, Any]
+
+
+class Question(NamedTuple):
+    """The replies to one prompt that may be used, in the order in which they were sampled, no text twice."""
+
+    key: str
+    correct: list[Row]
+    incorrect: list[Row]
+
+
+# ---- reading
+
+
+def key_of(prompt: list[Message]) -> str:
+    """Return what makes two prompts the same: roles and words, whatever the white space."""
+    return json.dumps([[message["role"], " ".join(message["content"].split())] for message in prompt])
+
+
+def conversation_of(row: Row) -> Conversation:
+    """Return a generated row as a conversation whose meta is that of the data row it answers."""
+    return Conversation(row["prompt"], None, None, [{"role": "assistant", "content": row["response"]}], row.get("meta") or {})
+
+
+def read_generated(path: Path) -> list[Row]:
+    """Read generations.jsonl; ValueError for a missing file, one of the test split, or a row of another kind."""
+    if not path.is_file():
+        raise ValueError(f"select.generations={path}: no such file; task=generate writes generations.jsonl")
+    stored = path.parent / "config.yaml"
+    config = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    if (config or {}).get("generation", {}).get("split") == "test":
+        raise ValueError(f"select.generations={path} answers the test split: training on it would void every evaluation")
+    rows = list(read_jsonl(path))
+    for number, row in enumerate(rows, 1):
+        missing = {"prompt", "prompt_ids", "response", "response_ids", "finish_reason"} - row.keys()
+        if missing:
+            raise ValueError(f"{path}, line {number}: no {', '.join(sorted(missing))}; was it written by task=generate?")
+    if not rows:
+        raise ValueError(f"select.generations={path} has no rows")
+    return rows
+
+
+def conversations_of(datasets: Mapping[str, DatasetConfig], split: str) -> Iterator[Conversation]:
+    """Yield the rows of a split of every data set that has it."""
+    for name, config in datasets.items():
+        source = getattr(config, split)
+        if source is None:
+            continue
+        rows = read_rows(source, f"datasets.{name}.{split}")
+        fmt = find_format(rows[0], source) if config.format == "auto" and rows else config.format
+        yield from (to_conversation(row, fmt, f"{source}, row {i}") for i, row in enumerate(rows, 1))
+
+
+def judged(rows: Iterable[Row], checker: Checker, held_out: set[str], counts: Counter[str]) -> list[Question]:
+    """Sort the replies by question and correctness, in order of first appearance.
+
+    Correct means that the checker says so and that the reply has ended; a correct one that was cut is on neither side.
+    """
+    questions: dict[str, Question] = {}
+    seen: set[tuple[str, str]] = set()
+    left_out: set[str] = set()
+    for row in rows:
+        key = key_of(row["prompt"])
+        if key in held_out:
+            left_out.add(key)
+            continue
+        counts["replies"] += 1
+        question = questions.setdefault(key, Question(key, [], []))
+        if (key, row["response"]) in seen:
+            counts["repeated replies dropped"] += 1
+            continue
+        seen.add((key, row["response"]))
+        correct = scored(checker, conversation_of(row), row["response"]) >= CORRECT
+        counts["different correct replies"] += correct
+        if correct and row["finish_reason"] != "stop":
+            counts["correct replies without an end dropped"] += 1
+        elif row["response_ids"]:
+            (question.correct if correct else question.incorrect).append(row)
+    counts["questions"] = len(questions)
+    counts["questions of the test split left out"] = len(left_out)
+    counts["questions without a correct reply"] = sum(not q.correct for q in questions.values())
+    counts["questions without an incorrect reply"] = sum(not q.incorrect for q in questions.values())
+    return list(questions.values())
+
+
+# ---- pairs
+
+
+def pair_row(chosen: Row, rejected: Row) -> Row:
+    """Return a preference pair with the sampled ids of both replies."""
+    return {
+        "prompt": chosen["prompt"], "prompt_ids": chosen["prompt_ids"],
+        "chosen": chosen["response"], "chosen_ids": chosen["response_ids"],
+        "rejected": rejected["response"], "rejected_ids": rejected["response_ids"],
+        "meta": chosen.get("meta") or {},
+    }  # fmt: skip
+
+
+def draw_pairs(question: Question, limit: int, rng: random.Random) -> list[Row]:
+    """Draw at most `limit` different pairs; a reply is used again only after every other of its side was."""
+    correct, incorrect = list(question.correct), list(question.incorrect)
+    rng.shuffle(correct)
+    rng.shuffle(incorrect)
+    num_pairs = min(limit, len(correct) * len(incorrect))
+    # Walk the table of all pairs along its diagonals: step k of round r takes (k, k + r), so no pair comes twice.
+    long, short = max(len(correct), len(incorrect)), min(len(correct), len(incorrect))
+    places = [(i, (i + shift) % short) for shift in range(short) for i in range(long)][:num_pairs]
+    table = [(i, j) if len(correct) >= len(incorrect) else (j, i) for i, j in places]
+    return [pair_row(correct[i], incorrect[j]) for i, j in table]
+
+
+def make_pairs(questions: list[Question], limit: int, holdout: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Return pairs to train on and pairs of other questions (a share `holdout`, at least one) to evaluate on.
+
+    Each question draws from a seed of its own, so it keeps its pairs whatever the other questions are.
+    """
+    draws = {q.key: (q, random.Random(f"{seed} {q.key}")) for q in questions if q.correct and q.incorrect}
+    order = sorted(draws, key=lambda key: random.Random(f"holdout {seed} {key}").random())
+    held_out = set(order[: min(len(order) - 1, max(1, round(holdout * len(order))))] if holdout and order else [])
+    pairs = {key: draw_pairs(question, limit, rng) for key, (question, rng) in draws.items()}
+    train = [row for key, rows in pairs.items() if key not in held_out for row in rows]
+    return train, [row for key, rows in pairs.items() if key in held_out for row in rows]
+
+
+# ---- distinct replies
+
+
+def words(text: str) -> frozenset[str]:
+    """Return the set of words and signs of a text."""
+    return frozenset(text.split())
+
+
+def similarity(one: frozenset[str], other: frozenset[str]) -> float:
+    """Return the Jaccard similarity of two sets, |A and B| / |A or B|; 1 for two empty ones."""
+    return len(one & other) / len(one | other) if one or other else 1.0
+
+
+def keep_distinct(replies: list[Row], kept: list[frozenset[str]], max_similarity: float) -> list[Row]:
+    """Return the replies that are less similar than max_similarity to every one kept before; `kept` grows by them."""
+    fresh = []
+    for reply in replies:
+        own = words(reply["response"])
+        if all(similarity(own, other) < max_similarity for other in kept):
+            kept.append(own)
+            fresh.append(reply)
+    return fresh
+
+
+def make_distinct(
+    questions: list[Question], originals: Mapping[str, list[str]], earlier: list[Row], max_similarity: float,
+    counts: Counter[str],
+) -> list[Row]:  # fmt: skip
+    """Return earlier rows and then the new correct replies unlike them, unlike the originals and unlike each other."""
+    kept: dict[str, list[frozenset[str]]] = {key: [words(text) for text in texts] for key, texts in originals.items()}
+    for row in earlier:
+        kept.setdefault(key_of(row["prompt"]), []).append(words(row["response"]))
+    fresh = [
+        row
+        for question in questions
+        for row in keep_distinct(question.correct, kept.setdefault(question.key, []), max_similarity)
+    ]
+    counts["too similar replies dropped"] = sum(len(question.correct) for question in questions) - len(fresh)
+    counts["rows of earlier rounds"] = len(earlier)
+    return [*earlier, *fresh]
+
+
+# ---- the task
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write a JSONL file whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+
+
+def originals_of(settings: Settings) -> dict[str, list[str]]:
+    """Return the data sets' own responses to each prompt of the train split."""
+    found: dict[str, list[str]] = {}
+    for conversation in conversations_of(settings.datasets, "train"):
+        if conversation.response is not None:
+            found.setdefault(key_of(conversation.prompt), []).append(conversation.response[0]["content"])
+    return found
+
+
+def run(settings: Settings) -> None:
+    """Write the selected rows into run_dir/SELECT and print what was kept and dropped."""
+    config = settings.select
+    if not config.generations or not config.checker:
+        raise ValueError("task=select needs select.generations=FILE and select.checker=module:function, e.g. worlds.gsm8k:check")
+    rows = read_generated(Path(config.generations).expanduser())
+    checker = resolve_checker(config.checker)
+    held_out = {key_of(c.prompt) for c in conversations_of(settings.datasets, "test")}
+    counts: Counter[str] = Counter()
+    questions = judged(rows, checker, held_out, counts)
+    folder = settings.run.run_dir / "SELECT"
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, list[Row]] = {}
+    if config.make == "pairs":
+        train, test = make_pairs(questions, config.pairs_per_prompt, config.holdout, settings.run.seed)
+        files = {"pairs_train.jsonl": train} | ({"pairs_test.jsonl": test} if config.holdout else {})
+    else:
+        earlier = [row for path in config.earlier for row in read_generated(Path(path).expanduser())]
+        files = {"distinct.jsonl": make_distinct(questions, originals_of(settings), earlier, config.max_similarity, counts)}
+    if not all(files.values()):
+        raise ValueError(
+            f"nothing to write of {config.generations}: {dict(counts)}. Sample more (generation.n), warmer, or from another model"
+        )
+    for name, selected in files.items():
+        write_rows(folder / name, selected)
+        counts[f"rows of {name}"] = len(selected)
+    (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(f"{count:8} {what}" for what, count in counts.items()))
+    print(f"{', '.join(files)} in {folder}", flush=True)
