@@ -25,7 +25,7 @@ GROUPS = {
     "pipeline": ["quickstart", "smollm2", "dckd", "adpa", "adpa_plus", "dpo_st", "dpo_st_arithmetic"],
 }  # fmt: skip
 ACCELERATE = {
-    "cpu_2": 2, "gpu_1": 1, "fsdp_2gpu": 2, "fsdp_4gpu": 4, "fsdp_8gpu": 8, "fsdp_2x4gpu": 8, "fsdp_2x8gpu": 16,
+    "cpu_2": 2, "gpu_1": 1, "fsdp_2gpu": 2, "fsdp_4gpu": 4, "fsdp_8gpu": 8, "fsdp_2x2gpu": 4, "fsdp_2x4gpu": 8, "fsdp_2x8gpu": 16, "fsdp1_hybrid_2x8gpu": 16,
     "deepspeed_zero3": 4,
 }  # fmt: skip
 # Pipelines say what a stage does in a line above it; their settings are keys explained elsewhere.
