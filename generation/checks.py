@@ -23,7 +23,9 @@ class Gap(NamedTuple):
 
 
 @torch.inference_mode()
-def logp_gap(model: Any, rows: Sequence[Tokens], logps: Sequence[list[float]], pad_id: int, vocab_size: int, batch_size: int) -> Gap:
+def logp_gap(
+    model: Any, rows: Sequence[Tokens], logps: Sequence[list[float]], pad_id: int, vocab_size: int, batch_size: int
+) -> Gap:
     """Score the responses as training does (models.response_logits) and compare with the generator's `logps` of each."""
     gaps: list[torch.Tensor] = []
     for start in range(0, len(rows), batch_size):
@@ -55,13 +57,17 @@ def stop_notes(config: ModelConfig, tokenizer: Any, stop: list[int], teacher: st
     written = turn_end(tokenizer)
     if own != stop:
         words = [tokenizer.convert_ids_to_tokens(ids) for ids in (own, stop)]
-        notes.append(f"the tokenizer ends a turn with {words[0]}, the model also with others; any of {words[1]} ends a reply")
+        notes.append(
+            f"the tokenizer ends a turn with {words[0]}, the model also with others; any of {words[1]} ends a reply"
+        )
     if not written.in_template:
         end = tokenizer.convert_ids_to_tokens(written.id) if written.id is not None else "nothing"
         notes.append(f"the chat template writes no token after a turn; replies end with {end!r}")
     if teacher is None:
         return notes
-    theirs_config = replace(config, name_or_path=teacher, tokenizer_name_or_path=None, load_from=None, from_checkpoint=None, build=None)
+    theirs_config = replace(
+        config, name_or_path=teacher, tokenizer_name_or_path=None, load_from=None, from_checkpoint=None, build=None
+    )
     their_tokenizer = models.load_tokenizer(theirs_config)
     theirs = models.stop_ids_of(theirs_config, their_tokenizer)
     ours = {(i, tokenizer.convert_ids_to_tokens(i)) for i in stop}
@@ -72,5 +78,7 @@ def stop_notes(config: ModelConfig, tokenizer: Any, stop: list[int], teacher: st
             "teacher would score ends that it never writes. Set model.tokenizer_name_or_path so that both share a template"
         )
     if ours != other:
-        notes.append(f"student and teacher end turns differently: {sorted(ours)} and {sorted(other)}; the student's end a reply")
+        notes.append(
+            f"student and teacher end turns differently: {sorted(ours)} and {sorted(other)}; the student's end a reply"
+        )
     return notes

@@ -43,7 +43,12 @@ def missing(config: ModelConfig) -> str | None:
 
 
 def engine(
-    config: ModelConfig, dtype_key: str, max_length: int, tensor_parallel: int, kv_cache_gb: float | None, **options: Any
+    config: ModelConfig,
+    dtype_key: str,
+    max_length: int,
+    tensor_parallel: int,
+    kv_cache_gb: float | None,
+    **options: Any,
 ) -> Any:
     """Start a vLLM engine over the model's folder: no tokenizer, none of the folder's own sampling habits."""
     source = models.model_source(config)
@@ -185,7 +190,10 @@ class VllmScorer:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         requests = ((str(i), row.ids, params) for i, row in enumerate(rows))
-        found = {int(o.request_id): self._entries(o.prompt_logprobs, rows[int(o.request_id)]) for o in finished(self.llm, requests)}
+        found = {
+            int(o.request_id): self._entries(o.prompt_logprobs, rows[int(o.request_id)])
+            for o in finished(self.llm, requests)
+        }
         return [found[i] for i in range(len(rows))]
 
     def _entries(self, flat: Any, row: Tokens) -> Entries:

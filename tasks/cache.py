@@ -56,7 +56,9 @@ def _run_with_vllm(settings: Settings) -> None:
     from generation.vllm import VllmScorer, shut_down
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("cache.backend=vllm runs in one process: start it with `python launch.py`, without accelerate launch")
+        raise ValueError(
+            "cache.backend=vllm runs in one process: start it with `python launch.py`, without accelerate launch"
+        )
     tokenizer = models.load_tokenizer(settings.model)
     sequences = _sequences(settings, tokenizer)
     folder = settings.run.run_dir / "CACHE"
@@ -143,7 +145,9 @@ class Scorer:
         return [tuple(None if p is None else p[i] for p in parts) for i in range(len(rows))]  # type: ignore[misc]
 
 
-def _score_all(sequences: list[Tokens], writer: Writer, scorer: Callable[[list[Tokens]], Any], size: int, show: bool) -> None:
+def _score_all(
+    sequences: list[Tokens], writer: Writer, scorer: Callable[[list[Tokens]], Any], size: int, show: bool
+) -> None:
     todo = [t for t in sequences if not writer.has(content_key(t.ids, t.response))]
     started, tokens = time.perf_counter(), 0
     bar = tqdm(total=len(sequences), initial=len(sequences) - len(todo), desc="cache", mininterval=1, disable=not show)

@@ -169,7 +169,10 @@ def run(settings: Settings) -> None:
     else:
         longest = max(map(len, prompts))
         _notes(tokenizer, longest + generation.max_new_tokens, positions_of(config), prompts[0])
-        with closing(make(Start(settings, tokenizer, stop, longest))) as backend, Progress(len(jobs), len(done)) as progress:
+        with (
+            closing(make(Start(settings, tokenizer, stop, longest))) as backend,
+            Progress(len(jobs), len(done)) as progress,
+        ):
             answers = backend.answers(prompts, set(range(len(jobs))) - done, generation.seed)
             _write(path, jobs, answers, tokenizer, stop, head, progress)
         print(f"{path}: {progress.tokens} tokens at {progress.tokens_per_second:.0f} tokens/s")
@@ -331,7 +334,10 @@ def _measured_gap(rows: list[dict[str, Any]], settings: Settings, tokenizer: Any
     dtype = models.resolve_dtype(settings.model.policy_dtype, device)
     model: Any = models.load_model(settings.model, dtype=dtype, trainable=False).to(device)  # type: ignore[arg-type]
     tokens = [
-        Tokens(row["prompt_ids"] + row["response_ids"], [False] * len(row["prompt_ids"]) + [True] * len(row["response_ids"]))
+        Tokens(
+            row["prompt_ids"] + row["response_ids"],
+            [False] * len(row["prompt_ids"]) + [True] * len(row["response_ids"]),
+        )
         for row in checked
     ]
     logps = [row["response_logps"] for row in checked]
