@@ -134,8 +134,8 @@ def test_batches_go_from_long_to_short_and_hold_every_prompt_once():
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"generation.backend='vllm' is not known \(vllm comes later\); use hf"):
-        backend_of("vllm")
+    with pytest.raises(ValueError, match=r"generation.backend='sglang' is not known; use hf, vllm, openai"):
+        backend_of("sglang")
 
 
 # ---- the task
