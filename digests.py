@@ -36,6 +36,9 @@ TRAINING_MODEL_KEYS = (
     "use_peft", "peft", "master_dtype",
 )  # fmt: skip
 
+# How a generator is run, not what it gives.
+SERVING_KEYS = ("tensor_parallel", "base_url", "concurrency", "timeout", "retries")
+
 
 def reads(task: str, section: str) -> bool:
     """Tell whether a task reads a section, or a key at the root, of the configuration."""
@@ -82,6 +85,8 @@ def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
     every = ("pipeline", *(name for names in SECTIONS.values() for name in names))
     kept = {key: raw[key] for key in raw if (key not in every and key not in UNIMPORTANT if task == "train" else key in run_keys)}
     kept |= {key: dict(raw[key]) for key in sections if raw.get(key)}
+    if "generation" in kept:
+        kept["generation"] = {k: v for k, v in kept["generation"].items() if k not in SERVING_KEYS}
     if task != "train" and "model" in kept:
         kept["model"] = {k: v for k, v in kept["model"].items() if k not in TRAINING_MODEL_KEYS}
     if "model" in kept:

@@ -13,9 +13,10 @@ import torch
 
 import launch
 import models
+from backends.replies import cut
 from dataloader import encode_prompt, read_generations
 from schema import GenerationConfig, ModelConfig, typed
-from tasks.generate import backend_of, cut, length_batches, sample
+from tasks.generate import length_batches, sample
 from tests.helpers import ROOT, composed, rows_of, write_pairs
 
 
@@ -134,8 +135,8 @@ def test_batches_go_from_long_to_short_and_hold_every_prompt_once():
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"generation.backend='vllm' is not known \(vllm comes later\); use hf"):
-        backend_of("vllm")
+    with pytest.raises(ValueError, match=r"generation.backend='tgi' is not known; choose one of auto, vllm, hf, openai"):
+        sampling(backend="tgi")
 
 
 # ---- the task
