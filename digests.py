@@ -35,9 +35,8 @@ TRAINING_MODEL_KEYS = (
     "batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_grad_norm", "activation_checkpointing",
     "use_peft", "peft", "master_dtype",
 )  # fmt: skip
-
-# How a generator is run, not what it gives.
-SERVING_KEYS = ("tensor_parallel", "base_url", "concurrency", "timeout", "retries")
+# How a generator or scorer is run, not what it gives.
+SERVING_KEYS = ("tensor_parallel", "kv_cache_gb", "base_url", "concurrency", "timeout", "retries", "check_rows", "max_logp_gap")
 
 
 def reads(task: str, section: str) -> bool:
@@ -85,8 +84,9 @@ def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
     every = ("pipeline", *(name for names in SECTIONS.values() for name in names))
     kept = {key: raw[key] for key in raw if (key not in every and key not in UNIMPORTANT if task == "train" else key in run_keys)}
     kept |= {key: dict(raw[key]) for key in sections if raw.get(key)}
-    if "generation" in kept:
-        kept["generation"] = {k: v for k, v in kept["generation"].items() if k not in SERVING_KEYS}
+    for section in ("generation", "cache"):
+        if section in kept:
+            kept[section] = {k: v for k, v in kept[section].items() if k not in SERVING_KEYS}
     if task != "train" and "model" in kept:
         kept["model"] = {k: v for k, v in kept["model"].items() if k not in TRAINING_MODEL_KEYS}
     if "model" in kept:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
@@ -23,12 +24,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     PreTrainedModel,
 )
+from transformers import GenerationConfig as GenerationDefaults
 
 import smollm2
 from dataloader import Sequences, turn_end
@@ -400,3 +403,20 @@ def stop_ids(tokenizer: Any, model: Any | None = None) -> list[int]:
         own = model.generation_config.eos_token_id
         found |= set(own) if isinstance(own, list) else {own}
     return sorted(i for i in found if i is not None)
+
+
+def stop_ids_of(config: ModelConfig, tokenizer: Any) -> list[int]:
+    """Return stop_ids of the model that load_model(config) would give, without its weights."""
+    source = model_source(config)
+    if source is None:
+        return stop_ids(tokenizer)
+    for read in (GenerationDefaults.from_pretrained, _defaults_of_config):
+        try:
+            return stop_ids(tokenizer, SimpleNamespace(generation_config=read(source)))
+        except (OSError, ValueError):  # no such file there, or nothing at all (a server's model)
+            continue
+    return stop_ids(tokenizer)
+
+
+def _defaults_of_config(source: str) -> Any:
+    return GenerationDefaults.from_model_config(AutoConfig.from_pretrained(source, trust_remote_code=False))

@@ -215,55 +215,54 @@ class GenerationConfig:
     top_p: float
     top_k: int
     n: int
-    batch_size: int | None
+    batch_size: int
     split: str
     seed: int
     calculator: bool
+    teacher: str | None
+    check_rows: int
+    max_logp_gap: float
     tensor_parallel: int
+    kv_cache_gb: float | None
     base_url: str | None
     model_name: str | None
     concurrency: int
     timeout: float
     retries: int
-    retokenize: bool
+    text_replies: str
 
     def __post_init__(self) -> None:
         one_of("generation.backend", self.backend, ("auto", "vllm", "hf", "openai"))
+        one_of("generation.text_replies", self.text_replies, ("refuse", "tokenise"))
+        self._check_server()
+        require(self.tensor_parallel >= 1, f"generation.tensor_parallel={self.tensor_parallel} must be at least 1")
+        require(
+            self.kv_cache_gb is None or self.kv_cache_gb > 0,
+            f"generation.kv_cache_gb={self.kv_cache_gb} must be above 0 (or null)",
+        )
+        require(self.check_rows >= 0, f"generation.check_rows={self.check_rows} must not be negative (0: no check)")
+        require(self.max_logp_gap > 0, f"generation.max_logp_gap={self.max_logp_gap} must be above 0")
         one_of("generation.split", self.split, ("train", "test"))
         require(self.max_new_tokens >= 1, f"generation.max_new_tokens={self.max_new_tokens} must be at least 1")
         require(self.temperature >= 0, f"generation.temperature={self.temperature} must not be negative (0 = greedy)")
         require(0 < self.top_p <= 1, f"generation.top_p={self.top_p} must be in (0, 1]")
-        require(self.n >= 1, f"generation.n={self.n} must be at least 1")
-        require(self.batch_size is None or self.batch_size >= 1, f"generation.batch_size={self.batch_size} must be at least 1 (or null)")
+        require(self.n >= 1 and self.batch_size >= 1, "generation.n and generation.batch_size must be at least 1")
         require(
             self.n == 1 or self.temperature > 0,
             f"generation.n={self.n} at temperature 0 would give {self.n} equal replies: set generation.temperature",
         )
-        require(self.tensor_parallel >= 1, f"generation.tensor_parallel={self.tensor_parallel} must be at least 1")
-        require(
-            self.tensor_parallel == 1 or self.backend in ("auto", "vllm"),
-            f"generation.tensor_parallel={self.tensor_parallel} is for generation.backend=vllm, not {self.backend}",
-        )
-        self._check_server()
 
     def _check_server(self) -> None:
-        if self.backend != "openai":
-            for key in ("base_url", "model_name", "retokenize"):
-                value = getattr(self, key)
-                require(not value, f"generation.{key}={value} is for generation.backend=openai, not {self.backend}")
-            return
         require(
-            re.fullmatch(r"https?://[^@/?#\s]+(/[^@?#\s]*)?", self.base_url or "") is not None,
-            f"generation.base_url={self.base_url} must be http://HOST:PORT/v1, with no key or password in it (the key "
-            "is the environment variable OPENAI_API_KEY)",
+            self.backend != "openai" or bool(re.match(r"https?://[^@/]+(/[^@]*)?$", self.base_url or "")),
+            f"generation.backend=openai needs generation.base_url=http://HOST:PORT/v1 (without a key or password in it), got {self.base_url!r}",
         )
-        require(bool(self.model_name), "generation.backend=openai needs generation.model_name: one that BASE_URL/models lists")
         require(self.concurrency >= 1, f"generation.concurrency={self.concurrency} must be at least 1")
         require(self.timeout > 0, f"generation.timeout={self.timeout} must be above 0")
         require(self.retries >= 0, f"generation.retries={self.retries} must not be negative")
         require(
-            not self.retokenize or (self.top_k <= 0 and not self.calculator),
-            "generation.retokenize=true asks only for what every server knows: generation.top_k=0, generation.calculator=false",
+            self.backend != "openai" or self.text_replies == "refuse" or self.top_k <= 0,
+            f"generation.text_replies=tokenise asks only for what every server knows, and generation.top_k={self.top_k} is not among it",
         )
 
 
@@ -278,9 +277,18 @@ class CacheConfig:
     split: str
     batch_size: int
     beta: float
+    backend: str
+    tensor_parallel: int
+    kv_cache_gb: float | None
 
     def __post_init__(self) -> None:
         one_of("cache.split", self.split, ("train", "test"))
+        one_of("cache.backend", self.backend, ("hf", "vllm"))
+        require(self.tensor_parallel >= 1, f"cache.tensor_parallel={self.tensor_parallel} must be at least 1")
+        require(
+            self.backend == "hf" or self.reference is None,
+            "cache.backend=vllm makes log-probability caches; for advantages (cache.reference) use cache.backend=hf",
+        )
         require(self.top_k >= 1, f"cache.top_k={self.top_k} must be at least 1")
         require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
         for name in self.responses:

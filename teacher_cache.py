@@ -48,6 +48,7 @@ class Meta:
     format_version: int = FORMAT_VERSION
     num_sequences: int = 0
     num_tokens: int = 0
+    backend: str = "hf"  # who computed the entries: hf or vllm
 
 
 def content_key(ids: Sequence[int], response: Sequence[bool]) -> bytes:
@@ -60,7 +61,7 @@ def content_key(ids: Sequence[int], response: Sequence[bool]) -> bytes:
 
 _IDENTITY = (
     "format_version", "quantity", "k", "vocab_size", "temperature", "dtype",
-    "teacher_digest", "reference_digest", "tokenizer_digest", "template_digest", "data_digest",
+    "teacher_digest", "reference_digest", "tokenizer_digest", "template_digest", "data_digest", "backend",
 )  # fmt: skip
 
 
@@ -112,7 +113,7 @@ class Writer:
     def _check_meta(self) -> None:
         path = self.folder / "meta.json"
         if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = {"backend": "hf", **json.loads(path.read_text(encoding="utf-8"))}  # older caches do not say
             for key in _IDENTITY:
                 if stored[key] != getattr(self.meta, key):
                     raise ValueError(_mismatch(self.folder, key, stored[key], getattr(self.meta, key)))

@@ -60,9 +60,11 @@ run_batch() { # run_batch OVERRIDES...: prepare, run the ranks, hand on Slurm's 
 }
 
 requeue() { # put the job back into the queue; a cancelled one stays cancelled
-    local restarts="${SLURM_RESTART_COUNT:-0}"
-    scontrol show job -o "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING' || return
+    local restarts="${SLURM_RESTART_COUNT:-0}" state
+    state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
+    if [[ -n $state && $state != JobState=RUNNING ]]; then return; fi
     if ((restarts >= ${MAX_RESTARTS:-100})); then echo "not requeued: $restarts restarts already (MAX_RESTARTS)" >&2; return; fi
     echo "requeue of job $SLURM_JOB_ID after $restarts restarts; it goes on from its newest checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
+    for _ in 1 2 3; do scontrol requeue "$SLURM_JOB_ID" && return; sleep 5; done  # a busy controller answers late
+    echo "error: the job could not be requeued; submit it again, nothing is lost" >&2
 }

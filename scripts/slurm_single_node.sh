@@ -14,5 +14,5 @@
 
 # Slurm runs a copy of this file; scontrol knows where the original lies.
 script=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
-source "$(dirname "$script")/slurm_common.sh" || exit 2
+source "$(dirname "${script:-$SLURM_SUBMIT_DIR/scripts/slurm_single_node.sh}")/slurm_common.sh" || exit 2
 run_batch "$@"

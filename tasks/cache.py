@@ -1,7 +1,10 @@
 """task=cache: score responses with one teacher (top-k log-probabilities) or two (advantages) into run_dir/CACHE."""
 
 import hashlib
+import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from teacher_cache import Meta, Writer, content_key, finish
 
 def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
+    if settings.cache.backend == "vllm":
+        return _run_with_vllm(settings)
     state, config = PartialState(), settings.cache
     tokenizer = models.load_tokenizer(settings.model)
     sequences = _sequences(settings, tokenizer)
@@ -43,11 +48,35 @@ def run(settings: Settings) -> None:
     writer.close()
     state.wait_for_everyone()
     if state.is_main_process:
-        done = finish(folder)
-        size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
-        print(
-            f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, {size / max(1, done.num_tokens):.1f} bytes per token"
+        _finish(folder)
+
+
+def _run_with_vllm(settings: Settings) -> None:
+    """The same with vLLM's prompt_logprobs, in one process (cache.tensor_parallel spreads the model)."""
+    from generation.vllm import VllmScorer, shut_down
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "cache.backend=vllm runs in one process: start it with `python launch.py`, without accelerate launch"
         )
+    tokenizer = models.load_tokenizer(settings.model)
+    sequences = _sequences(settings, tokenizer)
+    folder = settings.run.run_dir / "CACHE"
+    writer = Writer(folder, _meta(settings, tokenizer, sequences))
+    if not all(writer.has(content_key(t.ids, t.response)) for t in sequences):
+        scorer = VllmScorer(settings, len(tokenizer), max(len(t.ids) for t in sequences))
+        _score_all(sequences, writer, scorer, settings.cache.batch_size, True)
+        shut_down(scorer.llm)
+    writer.close()
+    _finish(folder)
+
+
+def _finish(folder: Path) -> None:
+    done = finish(folder)
+    size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
+    print(
+        f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, {size / max(1, done.num_tokens):.1f} bytes per token"
+    )
 
 
 def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
@@ -87,6 +116,7 @@ def _meta(settings: Settings, tokenizer: Any, sequences: list[Tokens]) -> Meta:
         reference_digest=models.model_digest(config.reference) if config.reference else None,
         tokenizer_digest=models.tokenizer_digest(tokenizer), template_digest=models.template_digest(tokenizer),
         data_digest=data, command=command.read_text().strip() if command.is_file() else "",
+        backend=config.backend,
     )  # fmt: skip
 
 
@@ -115,7 +145,9 @@ class Scorer:
         return [tuple(None if p is None else p[i] for p in parts) for i in range(len(rows))]  # type: ignore[misc]
 
 
-def _score_all(sequences: list[Tokens], writer: Writer, scorer: Scorer, size: int, show: bool) -> None:
+def _score_all(
+    sequences: list[Tokens], writer: Writer, scorer: Callable[[list[Tokens]], Any], size: int, show: bool
+) -> None:
     todo = [t for t in sequences if not writer.has(content_key(t.ids, t.response))]
     started, tokens = time.perf_counter(), 0
     bar = tqdm(total=len(sequences), initial=len(sequences) - len(todo), desc="cache", mininterval=1, disable=not show)

@@ -1,76 +1,50 @@
 """task=generate: sample replies of a model to the prompts of the data sets, as token ids.
 
-Rows are sampled in a fixed order, longest prompt first, a batch at a time, each batch from its own seed: so a batch
-does not depend on what ran before it, and a killed run goes on to the very rows that it would have written. The
-backends stand in backends/; each takes prompts as token ids and gives token ids back.
+The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: which prompts, the rows on disk, and
+going on where a killed run stopped. A row is written as soon as its reply is there; at the end the rows stand in a fixed
+order, longest prompt first. What a reply is sampled with follows from the run's seed and its place alone.
 """
 
+import importlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import models
-from backends import hf, openai, vllm
-from backends.hf import hf_backend
-from backends.replies import Reply, Start, stop_ids_of
-from dataloader import Example, adds_bos, load_examples
+from dataloader import Example, Tokens, adds_bos, load_examples
+from generation.checks import Gap, check_gap, logp_gap, stop_notes
+from generation.hf import HfBackend, hf_backend
+from generation.replies import Answer, Backend, Reply, cut, derived_seed, length_batches
 from schema import GenerationConfig, ModelConfig, Settings
 
-# How many prompts make a batch: what Hugging Face holds at once; elsewhere how far ahead replies are asked for.
-BATCH_SIZES = {"hf": 32, "vllm": 1024, "openai": 1024}
-STARTS: dict[str, Start] = {"hf": hf.start, "vllm": vllm.start, "openai": openai.start}
-
-
-def resolved(settings: Settings) -> GenerationConfig:
-    """Put what `auto` and null stand for here into the generation config; a run says what it took."""
-    generation, name = settings.generation, settings.generation.backend
-    if name == "auto":
-        reason = vllm.why_not(settings.model)
-        name = "hf" if reason else "vllm"
-        print(f"generation.backend=auto: {name}" + (f" ({reason})" if reason else ""), flush=True)
-    return replace(generation, backend=name, batch_size=generation.batch_size or BATCH_SIZES[name])
-
-
-# ---- batches
-
-
-def length_batches(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
-    """Return the indices of each batch: longest prompts first, so that little is padding and memory runs out early."""
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def batch_seed(seed: int, index: int) -> int:
-    """Return the seed of one batch, a function of the run's seed and the batch's index alone."""
-    return int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(seed * 1_000_003 + index)))
+__all__ = ["backend_of", "cut", "length_batches", "run", "sample"]
 
 
 def sample(
     model: PreTrainedModel, tokenizer: Any, prompt_ids: list[list[int]], generation: GenerationConfig,
     stop: list[int], vocab_size: int, seed: int,
 ) -> list[Reply]:  # fmt: skip
-    """Reply once to every prompt with a model in memory; (response ids with the end-of-turn token, "stop" | "length") in the prompts' order.
+    """Reply once to every prompt with a loaded model; (ids with the end-of-turn token, "stop" | "length") in their order.
 
     No reply holds an id >= vocab_size, padding, or a special token that ends no turn. Temperature 0 is greedy.
     """
     backend = hf_backend(model, tokenizer, generation, stop, vocab_size)
-    size = generation.batch_size or BATCH_SIZES["hf"]
     replies: list[Reply | None] = [None] * len(prompt_ids)
     with Progress(len(prompt_ids), 0) as progress:
-        for index, batch in enumerate(length_batches(prompt_ids, size)):
-            found = backend([prompt_ids[i] for i in batch], batch_seed(seed, index), 0)
-            for i, reply in zip(batch, found, strict=True):
+        for index, batch in enumerate(length_batches(prompt_ids, generation.batch_size)):
+            for i, reply in zip(batch, backend([prompt_ids[i] for i in batch], derived_seed(seed, index)), strict=True):
                 replies[i] = reply
-                progress.add(reply)
+                progress.add(reply[0])
     return [reply for reply in replies if reply is not None]
 
 
@@ -92,20 +66,88 @@ class Progress:
         """Return generated tokens per second so far."""
         return self.tokens / max(time.monotonic() - self.start, 1e-9)
 
-    def add(self, reply: Reply) -> None:
+    def add(self, ids: list[int]) -> None:
         """Count one reply."""
-        self.tokens += len(reply[0])
+        self.tokens += len(ids)
         self.bar.set_postfix_str(f"{self.tokens_per_second:.0f} tokens/s", refresh=False)
         self.bar.update()
+
+
+# ---- which backend
+
+
+class Start(NamedTuple):
+    """What a backend is made from."""
+
+    settings: Settings
+    tokenizer: Any
+    stop: list[int]
+    longest: int  # tokens of the longest prompt
+
+
+def _hf(start: Start) -> Backend:
+    return HfBackend(start.settings, start.tokenizer, start.stop)
+
+
+def _vllm(start: Start) -> Backend:
+    from generation.vllm import VllmBackend
+
+    wanted = start.longest + start.settings.generation.max_new_tokens
+    length = min(wanted, max(positions_of(start.settings.model) or wanted, start.longest + 1))
+    return VllmBackend(start.settings, start.tokenizer, start.stop, length)
+
+
+def _openai(start: Start) -> Backend:
+    from generation.openai import OpenAIBackend
+
+    return OpenAIBackend(start.settings, start.tokenizer, start.stop)
+
+
+BACKENDS: dict[str, Callable[[Start], Backend]] = {"hf": _hf, "vllm": _vllm, "openai": _openai}
+
+
+def backend_of(name: str) -> Callable[[Start], Backend]:
+    """Return the maker of a backend; ValueError for one that is not there."""
+    if name not in BACKENDS:
+        raise ValueError(f"generation.backend={name!r} is not known; use {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def backend_name(settings: Settings) -> str:
+    """Resolve generation.backend=auto: vllm where it is installed and reads this model, else hf, and say why."""
+    name, calculator = settings.generation.backend, settings.generation.calculator
+    if calculator and name not in ("auto", "hf"):
+        raise ValueError(f"generation.calculator=true works with generation.backend=hf so far, not with {name!r}: set one of the two")
+    if name != "auto":
+        return name
+    if calculator:
+        print("generation.backend=auto: hf (generation.calculator=true)")
+        return "hf"
+    why = importlib.import_module("generation.vllm").missing(settings.model)
+    print(f"generation.backend=auto: {'vllm' if why is None else f'hf ({why})'}")
+    return "vllm" if why is None else "hf"
+
+
+def positions_of(config: ModelConfig) -> int | None:
+    """Return for how many tokens the model was made; None if nobody says."""
+    source = models.model_source(config)
+    if source is None:
+        return (config.build or {}).get("max_position_embeddings")
+    try:
+        architecture = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError):  # a server's model need not be here
+        return None
+    return getattr(architecture.get_text_config(), "max_position_embeddings", None)
 
 
 # ---- the task
 
 
 class Job(NamedTuple):
-    """One reply to make: the example, and which of its n samples this is."""
+    """One reply to make: the example, its number in the data, and which of its n samples this is."""
 
     example: Example
+    number: int
     sample: int
 
 
@@ -115,47 +157,46 @@ def run(settings: Settings) -> None:
         raise ValueError(
             "task=generate runs in one process: start it with `python launch.py`, without accelerate launch"
         )
-    config, generation = settings.model, resolved(settings)
+    config, generation = settings.model, settings.generation
+    name = backend_name(settings)
+    make = backend_of(name)
     tokenizer = models.load_tokenizer(config)
+    stop = models.stop_ids_of(config, tokenizer)
+    for note in stop_notes(config, tokenizer, stop, generation.teacher):
+        print(f"note: {note}")
     jobs = _jobs(settings, tokenizer)
-    head = {"sampling": _sampling(generation), "model_digest": _digest(config, generation)}
+    prompts = [job.example.prompt for job in jobs]
+    head = {"sampling": _sampling(settings, name, stop), "model_digest": models.config_digest(config)}
     path = settings.run.run_dir / "generations.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = generation.batch_size or len(jobs)
-    batches = length_batches([job.example.prompt for job in jobs], size)
-    done = _resume(path, [jobs[i] for batch in batches for i in batch], head, _grain(generation, size))
-    if done == len(jobs):
-        print(f"{path}: all {done} replies are there")
-        return
-    stop = stop_ids_of(config, tokenizer)
-    _notes(tokenizer, stop, jobs)
-    longest = max(len(job.example.prompt) for job in jobs) + generation.max_new_tokens
-    backend = STARTS[generation.backend](config, generation, tokenizer, stop, longest)
-    counts: Counter[str] = Counter()
-    with path.open("a", encoding="utf-8") as out, Progress(len(jobs), done) as progress:
-        for index, batch in enumerate(batches):
-            first = min(max(0, done - index * size), len(batch))
-            if first == len(batch):
-                continue
-            found = backend([jobs[i].example.prompt for i in batch], batch_seed(generation.seed, index), first)
-            for i, reply in zip(batch[first:], found, strict=True):
-                row = _row(jobs[i], reply, tokenizer, stop, head)
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                out.flush()
-                progress.add(reply)
-                counts[reply[1]] += 1
-    speed = f"{progress.tokens} tokens at {progress.tokens_per_second:.0f} tokens/s"
-    print(f"{path}: {len(jobs)} replies, {speed}; {counts['stop']} ended, {counts['length']} cut by max_new_tokens")
+    done = _resume(path, jobs, head, generation.n)
+    if len(done) == len(jobs):
+        print(f"{path}: all {len(done)} replies are there")
+    else:
+        longest = max(map(len, prompts))
+        _notes(tokenizer, longest + generation.max_new_tokens, positions_of(config), prompts[0])
+        with (
+            closing(make(Start(settings, tokenizer, stop, longest))) as backend,
+            Progress(len(jobs), len(done)) as progress,
+        ):
+            answers = backend.answers(prompts, set(range(len(jobs))) - done, generation.seed)
+            _write(path, jobs, answers, tokenizer, stop, head, progress)
+        print(f"{path}: {progress.tokens} tokens at {progress.tokens_per_second:.0f} tokens/s")
+    _in_order(path, prompts, generation.n)
+    _summarise(path, settings, tokenizer, name)
 
 
-def _grain(generation: GenerationConfig, size: int) -> int:
-    """Return how many replies are sampled together: a batch where it has one seed, else each for itself."""
-    return size if generation.backend == "hf" or generation.calculator else 1
-
-
-def _digest(config: ModelConfig, generation: GenerationConfig) -> str:
-    """Hash the model that replies; of one behind a server only the name is known."""
-    return openai.digest_of(generation) if generation.backend == "openai" else models.config_digest(config)
+def _write(
+    path: Path, jobs: list[Job], answers: Iterator[Answer], tokenizer: Any, stop: list[int], head: dict[str, Any],
+    progress: "Progress",
+) -> None:  # fmt: skip
+    """Append a row for each answer as it comes; a row is whole once its line break is written."""
+    with path.open("a", encoding="utf-8") as out:
+        for answer in answers:
+            row = _row(jobs[answer.number], answer, tokenizer, stop, head)
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.flush()
+            progress.add(answer.ids)
 
 
 def _jobs(settings: Settings, tokenizer: Any) -> list[Job]:
@@ -168,7 +209,7 @@ def _jobs(settings: Settings, tokenizer: Any) -> list[Job]:
         )
     for example in examples:
         check_bos(tokenizer, example.prompt)
-    return [Job(example, i) for example in examples for i in range(generation.n)]
+    return [Job(example, i, s) for i, example in enumerate(examples) for s in range(generation.n)]
 
 
 def check_bos(tokenizer: Any, ids: list[int]) -> None:
@@ -179,74 +220,132 @@ def check_bos(tokenizer: Any, ids: list[int]) -> None:
         assert not adds_bos(tokenizer) or ids[0] == bos, f"no begin-of-sequence token: {tokenizer.decode(ids[:20])!r}"
 
 
-def _sampling(generation: GenerationConfig) -> dict[str, Any]:
-    keys = ["backend", "max_new_tokens", "temperature", "top_p", "top_k", "n", "batch_size", "seed"]
-    if generation.backend == "openai":
-        keys.append("model_name")
-    # Older files go on without these keys.
-    more = {key: True for key in ("calculator", "retokenize") if getattr(generation, key)}
-    return {key: getattr(generation, key) for key in keys} | more
+def _sampling(settings: Settings, name: str, stop: list[int]) -> dict[str, Any]:
+    """Return what the replies are sampled with: what another value of would give others."""
+    generation = settings.generation
+    keys = ["max_new_tokens", "temperature", "top_p", "top_k", "n", "seed"]
+    keys += {"hf": ["batch_size"], "openai": ["model_name", "text_replies"]}.get(name, [])
+    keys += ["calculator"] if generation.calculator else []
+    found = {"backend": name} | {key: getattr(generation, key) for key in keys} | {"stop_ids": stop}
+    if name == "openai":
+        return found
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return found | {"dtype": str(models.resolve_dtype(settings.model.policy_dtype, device)).removeprefix("torch.")}
 
 
-def _notes(tokenizer: Any, stop: list[int], jobs: list[Job]) -> None:
+def _notes(tokenizer: Any, length: int, positions: int | None, prompt: list[int]) -> None:
     """Print what a user should know before the first reply."""
-    own = models.stop_ids(tokenizer)
-    if own != stop:
-        words = [tokenizer.convert_ids_to_tokens(ids) for ids in (own, stop)]
-        print(
-            f"note: the tokenizer ends a turn with {words[0]}, the model also with others; any of {words[1]} ends a reply"
-        )
-    print(f"first prompt: {tokenizer.decode(jobs[0].example.prompt)[-400:]!r}", flush=True)
+    if positions is not None and length > positions:
+        print(f"note: prompt and reply may take {length} tokens, the model was made for {positions}")
+    print(f"first prompt: {tokenizer.decode(prompt)[-400:]!r}", flush=True)
 
 
-def _row(job: Job, reply: Reply, tokenizer: Any, stop: list[int], head: dict[str, Any]) -> dict[str, Any]:
-    ids, reason = reply
-    body = ids[:-1] if reason == "stop" else ids
+def _row(job: Job, answer: Answer, tokenizer: Any, stop: list[int], head: dict[str, Any]) -> dict[str, Any]:
+    body = answer.ids[:-1] if answer.finish_reason == "stop" else answer.ids
     strange = set(body) & (set(tokenizer.all_special_ids) | set(stop))
     if strange:
-        raise ValueError(
-            f"special tokens inside a reply, {tokenizer.convert_ids_to_tokens(sorted(strange))}: the "
-            f"{head['sampling']['backend']} backend did not keep to what no reply may hold"
-        )
+        raise ValueError(f"special tokens inside a reply: {tokenizer.convert_ids_to_tokens(sorted(strange))}")
     conversation = job.example.conversation
-    return {
+    row = {
         "prompt": conversation.prompt,
         "prompt_ids": job.example.prompt,
-        "response_ids": ids,
+        "response_ids": answer.ids,
         "response": tokenizer.decode(body, clean_up_tokenization_spaces=False),
-        "finish_reason": reason,
+        "finish_reason": answer.finish_reason,
+        "index": job.number,
         "sample": job.sample,
-        **({"retokenized": True} if "retokenize" in head["sampling"] else {}),
         **head,
         "meta": conversation.meta,
     }
+    if answer.logps is not None:
+        row["response_logps"] = [round(x, 6) for x in answer.logps]
+    return row | ({"ids_from_text": True} if answer.from_text else {})
 
 
-def _resume(path: Path, jobs: list[Job], head: dict[str, Any], grain: int) -> int:
-    """Cut the file after its last whole group of `grain` rows and return how many rows stay; ValueError if they are another run's."""
+def _resume(path: Path, jobs: list[Job], head: dict[str, Any], n: int) -> set[int]:
+    """Cut off a torn last row and return which jobs have their row; ValueError if the rows are another run's."""
+    done: set[int] = set()
     if not path.is_file():
-        return 0
-    keep, sizes = 0, [0]
+        return done
+    size = 0
     with path.open("rb") as stream:
-        for line in stream:
-            if not line.endswith(b"\n") or keep == len(jobs):
-                break
+        for number, line in enumerate(stream, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
-                break  # torn by a crash of the machine
+                row = None
+            if row is None:  # torn when the run or the machine ended
+                break
+            job = row.get("index", -1) * n + row.get("sample", 0)
             difference = next((key for key, value in head.items() if row.get(key) != value), None)
-            if row.get("prompt_ids") != jobs[keep].example.prompt or row.get("sample") != jobs[keep].sample:
-                difference = "prompt"
+            if not 0 <= job < len(jobs) or row.get("prompt_ids") != jobs[job].example.prompt:
+                difference = difference or "prompt"
             if difference:
                 raise ValueError(
-                    f"{path}, line {keep + 1}: written with another {difference}. Remove the file or choose another exp_name"
+                    f"{path}, line {number}: written with another {difference}. Remove the file or choose another exp_name"
                 )
-            keep += 1
-            sizes.append(sizes[-1] + len(line))
-    if keep < len(jobs):
-        keep -= keep % grain
-    os.truncate(path, sizes[keep])
-    if 0 < keep < len(jobs):
-        print(f"{path}: going on after {keep} of {len(jobs)} replies")
-    return keep
+            assert job not in done, f"{path}, line {number}: a second row for reply {job}"
+            done.add(job)
+            size += len(line)
+    os.truncate(path, size)
+    if 0 < len(done) < len(jobs):
+        print(f"{path}: going on after {len(done)} of {len(jobs)} replies")
+    return done
+
+
+def _in_order(path: Path, prompts: list[list[int]], n: int) -> None:
+    """Put the rows into the order of length_batches, whatever order they came in."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    found = {row["index"] * n + row["sample"]: line for line in lines for row in [json.loads(line)]}
+    ordered = [found[i] for batch in length_batches(prompts, 1) for i in batch]
+    if ordered != lines:
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(b"".join(ordered))
+        part.replace(path)
+
+
+# ---- afterwards
+
+
+def _summarise(path: Path, settings: Settings, tokenizer: Any, name: str) -> None:
+    """Write summary.json beside the rows: counts, and how far the generator's log-probabilities are from the trainer's."""
+    with path.open(encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    reasons = Counter(row["finish_reason"] for row in rows)
+    from_text = sum(row.get("ids_from_text", False) for row in rows)
+    summary: dict[str, Any] = {
+        "backend": name, "replies": len(rows), "tokens": sum(len(row["response_ids"]) for row in rows),
+        "finish_reasons": dict(reasons), "ids_from_text": from_text, "logp_gap": None,
+    }  # fmt: skip
+    print(f"{path}: {len(rows)} replies; {reasons['stop']} ended, {reasons['length']} cut by max_new_tokens")
+    if from_text:
+        print(f"warning: {from_text} replies have ids made from the server's text, which may not be the ids it sampled")
+    gap = _measured_gap(rows, settings, tokenizer)
+    if gap is not None:
+        summary["logp_gap"] = gap._asdict()
+    (path.parent / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if gap is not None:
+        print(check_gap(gap, settings.generation.max_logp_gap))
+
+
+def _measured_gap(rows: list[dict[str, Any]], settings: Settings, tokenizer: Any) -> Gap | None:
+    """Compare the log-probabilities of the first rows that have some; None if none has, or the weights are not here."""
+    checked = [row for row in rows if row.get("response_logps")][: settings.generation.check_rows]
+    source = models.model_source(settings.model)
+    if not checked:
+        return None
+    if source is not None and not Path(source).is_dir() and settings.generation.backend == "openai":
+        print(f"note: the weights of {source} are no folder here, so the server's log-probabilities are not checked")
+        return None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = models.resolve_dtype(settings.model.policy_dtype, device)
+    model: Any = models.load_model(settings.model, dtype=dtype, trainable=False).to(device)  # type: ignore[arg-type]
+    tokens = [
+        Tokens(
+            row["prompt_ids"] + row["response_ids"],
+            [False] * len(row["prompt_ids"]) + [True] * len(row["response_ids"]),
+        )
+        for row in checked
+    ]
+    logps = [row["response_logps"] for row in checked]
+    return logp_gap(model, tokens, logps, tokenizer.pad_token_id, len(tokenizer), settings.model.eval_batch_size)

@@ -13,10 +13,9 @@ import torch
 
 import launch
 import models
-from backends.replies import cut
 from dataloader import encode_prompt, read_generations
 from schema import GenerationConfig, ModelConfig, typed
-from tasks.generate import length_batches, sample
+from tasks.generate import backend_of, cut, length_batches, sample
 from tests.helpers import ROOT, composed, rows_of, write_pairs
 
 
@@ -135,8 +134,8 @@ def test_batches_go_from_long_to_short_and_hold_every_prompt_once():
 
 
 def test_an_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"generation.backend='tgi' is not known; choose one of auto, vllm, hf, openai"):
-        sampling(backend="tgi")
+    with pytest.raises(ValueError, match=r"generation.backend='sglang' is not known; use hf, vllm, openai"):
+        backend_of("sglang")
 
 
 # ---- the task

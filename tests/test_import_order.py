@@ -14,13 +14,13 @@ ORDER = (
     ("functional", "schema", "teacher_cache", "intervals", "conversations", "smollm2", "report_charts", "digests", "calculator"),
     ("dataloader", "plan", "report", "checkers", "calculator_generation"),
     ("models", "pipeline"),
-    ("backends",),
+    ("generation",),
     ("trainers",),
     ("tasks",),
     ("launch",),
 )
 ALONE = ("calculator", "functional", "schema", "teacher_cache", "intervals", "smollm2", "worlds")  # these import nothing of ours
-PACKAGES = ("backends", "trainers", "tasks", "worlds")
+PACKAGES = ("generation", "trainers", "tasks", "worlds")
 NOT_IN_A_METHOD = {"hydra", "omegaconf", "accelerate", "wandb", "launch", "pipeline", "tasks"}
 
 

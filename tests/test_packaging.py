@@ -25,7 +25,7 @@ GROUPS = {
     "pipeline": ["quickstart", "smollm2", "dckd", "adpa", "adpa_plus", "dpo_st", "dpo_st_arithmetic"],
 }  # fmt: skip
 ACCELERATE = {
-    "cpu_2": 2, "gpu_1": 1, "fsdp_2gpu": 2, "fsdp_4gpu": 4, "fsdp_8gpu": 8, "fsdp_2x4gpu": 8, "fsdp_2x8gpu": 16,
+    "cpu_2": 2, "gpu_1": 1, "fsdp_2gpu": 2, "fsdp_4gpu": 4, "fsdp_8gpu": 8, "fsdp_2x2gpu": 4, "fsdp_2x4gpu": 8, "fsdp_2x8gpu": 16, "fsdp1_hybrid_2x8gpu": 16,
     "deepspeed_zero3": 4,
 }  # fmt: skip
 # Pipelines say what a stage does in a line above it; their settings are keys explained elsewhere.
@@ -92,7 +92,7 @@ def test_an_accelerate_configuration_loads_and_starts_so_many_processes(name: st
     assert loaded.mixed_precision == "no"
     if name.startswith("fsdp"):
         assert loaded.distributed_type == "FSDP"
-        assert loaded.fsdp_config["fsdp_version"] == 2
+        assert loaded.fsdp_config["fsdp_version"] == (1 if name.startswith("fsdp1") else 2)
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)

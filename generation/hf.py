@@ -1,0 +1,93 @@
+"""Hugging Face backend: model.generate in padded batches, on CPU or one GPU, for any model that transformers loads.
+
+Each batch has its own seed, so a batch does not depend on what ran before it.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import models
+from calculator_generation import calculators
+from generation.replies import Answer, Reply, cut, derived_seed, forbidden_ids, length_batches
+from schema import GenerationConfig, Settings
+
+BatchSampler = Callable[[list[list[int]], int], list[Reply]]  # (prompts of one batch, seed) -> replies in their order
+
+
+class _Forbid(LogitsProcessor):
+    """Give some ids no probability."""
+
+    def __init__(self, forbidden: Tensor) -> None:
+        self.forbidden = forbidden  # [V] bool
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Take and return scores [B, V]."""
+        return scores.masked_fill(self.forbidden, float("-inf"))
+
+
+def hf_backend(
+    model: Any, tokenizer: Any, generation: GenerationConfig, stop: list[int], vocab_size: int
+) -> BatchSampler:
+    """Return a function that samples one batch with model.generate."""
+    width = model.get_output_embeddings().weight.shape[0]
+    forbid = _Forbid(forbidden_ids(tokenizer, stop, vocab_size, width).to(model.device))
+    sampling: dict[str, Any] = {"do_sample": False}
+    if generation.temperature > 0:
+        sampling = {
+            "do_sample": True, "temperature": generation.temperature,
+            "top_p": generation.top_p, "top_k": max(0, generation.top_k),
+        }  # fmt: skip
+    config = transformers.GenerationConfig(
+        max_new_tokens=generation.max_new_tokens, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id,
+        use_cache=True, **sampling,
+    )  # fmt: skip
+
+    @torch.inference_mode()
+    def batch(prompts: list[list[int]], seed: int) -> list[Reply]:
+        longest = max(map(len, prompts))
+        pad = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
+        attention = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        ids, mask = (torch.tensor(rows, device=model.device) for rows in (pad, attention))
+        own, model.generation_config = model.generation_config, config  # else its penalties and cuts fill our gaps
+        cuda = [model.device] if model.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=cuda):
+                torch.manual_seed(seed)
+                # Position ids follow from the mask: the first token that is not padding stands at 0.
+                processors = LogitsProcessorList([forbid, *calculators(generation.calculator, tokenizer, longest)])
+                out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+        finally:
+            model.generation_config = own
+        return [cut(row, stop) for row in out[:, longest:].tolist()]
+
+    return batch
+
+
+class HfBackend:
+    """The model of the `model` group behind the interface of generation.replies."""
+
+    def __init__(self, settings: Settings, tokenizer: Any, stop: list[int]) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = models.resolve_dtype(settings.model.policy_dtype, device)
+        loaded: Any = models.load_model(settings.model, dtype=dtype, trainable=False)
+        self.batch_size = settings.generation.batch_size
+        self.batch = hf_backend(loaded.to(device), tokenizer, settings.generation, stop, len(tokenizer))
+
+    def answers(self, prompts: Sequence[list[int]], wanted: Collection[int], seed: int) -> Iterator[Answer]:
+        """Yield batch after batch; a batch of which a part is wanted is sampled whole, as it was the first time."""
+        for number, batch in enumerate(length_batches(prompts, self.batch_size)):
+            if not any(i in wanted for i in batch):
+                continue
+            replies = self.batch([prompts[i] for i in batch], derived_seed(seed, number))
+            for i, (ids, reason) in zip(batch, replies, strict=True):
+                if i in wanted:
+                    yield Answer(i, ids, reason)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self.batch

@@ -1,0 +1,206 @@
+"""vLLM backend: continuous batching with prefix caching, on GPUs (tensor parallel) or CPU; and its prompt scores.
+
+Written for vLLM 0.32 (requirements/vllm.lock, vllm_gpu.lock). Letters: L scored tokens of a sequence, K entries.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+
+import models
+from dataloader import Tokens
+from generation.replies import Answer, cut, derived_seed, forbidden_ids
+from schema import GenerationConfig, ModelConfig, Settings
+
+CPU_KV_CACHE_GB = 2.0  # enough for 45,000 tokens of SmolLM2-135M in float32
+IN_FLIGHT = 1024  # requests that the engine knows of at once: more than it can run, little to hold
+MOST_BIASED = 1024  # of vLLM's sampler on GPUs
+FORBIDDEN = -100.0  # vLLM's strongest bias: a factor of 4e-44 on the probability
+
+
+class Entries(NamedTuple):
+    """What a cache holds of each scored token: the K most probable ids [L, K], their log-probabilities [L, K], the
+    rest's mass [L]; `kept` is of advantages and stays None."""
+
+    ids: np.ndarray
+    logps: np.ndarray
+    tail: np.ndarray
+    kept: None = None
+
+
+def missing(config: ModelConfig) -> str | None:
+    """Say in words why vLLM cannot serve this model here; None if it can be tried."""
+    if find_spec("vllm") is None:
+        return "vLLM is not installed (./install.sh --vllm)"
+    if models.model_source(config) is None or config.num_layers is not None:
+        return "vLLM reads a model's folder, and this model is built or cut in memory (model.build, model.num_layers)"
+    return None
+
+
+def engine(
+    config: ModelConfig,
+    dtype_key: str,
+    max_length: int,
+    tensor_parallel: int,
+    kv_cache_gb: float | None,
+    **options: Any,
+) -> Any:
+    """Start a vLLM engine over the model's folder: no tokenizer, none of the folder's own sampling habits."""
+    source = models.model_source(config)
+    why = missing(config)
+    if why or source is None:
+        raise ValueError(f"{why}; use the hf backend")
+    gpu = torch.cuda.is_available()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not gpu and tensor_parallel == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else three processes import vLLM one by one
+        options["distributed_executor_backend"] = "uni"
+    if not gpu or kv_cache_gb:
+        options["kv_cache_memory_bytes"] = int((kv_cache_gb or CPU_KV_CACHE_GB) * 2**30)
+    from vllm import LLM
+
+    try:
+        return LLM(
+            model=source, skip_tokenizer_init=True, generation_config="vllm", trust_remote_code=False,
+            dtype=str(models.resolve_dtype(getattr(config, dtype_key), "cuda" if gpu else "cpu")).removeprefix("torch."),
+            tensor_parallel_size=tensor_parallel, max_model_len=max_length, enforce_eager=not gpu,
+            enable_prefix_caching=True, logprobs_mode="raw_logprobs", **options,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, OSError, NotImplementedError, AssertionError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"vLLM cannot start with the model {source!r}: {reason}. VLLM_LOGGING_LEVEL=INFO shows its log; "
+            "the hf backend takes any model that transformers loads"
+        ) from error
+
+
+def finished(llm: Any, requests: Iterator[tuple[str, list[int], Any]]) -> Iterator[Any]:
+    """Run (id, prompt ids, sampling parameters) through the engine and yield each output when it is complete."""
+    from vllm import TokensPrompt
+
+    core, waiting, more = llm.llm_engine, 0, True
+    while more or core.has_unfinished_requests():
+        while more and waiting < IN_FLIGHT:
+            request = next(requests, None)
+            more = request is not None
+            if request is not None:
+                core.add_request(request[0], TokensPrompt(prompt_token_ids=request[1]), request[2])
+                waiting += 1
+        for output in core.step():
+            if output.finished:
+                waiting -= 1
+                yield output
+
+
+def model_width(config: ModelConfig) -> int:
+    """Return how many ids the model's softmax is over."""
+    source = models.model_source(config)
+    architecture = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return int(architecture.get_text_config().vocab_size)
+
+
+def sampling_params(generation: GenerationConfig, stop: list[int], bias: dict[int, float], seed: int) -> Any:
+    """Return vLLM's parameters of one reply: our stop ids and no others, the sampled token's log-probability."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=generation.temperature, top_p=generation.top_p, top_k=max(0, generation.top_k),
+        max_tokens=generation.max_new_tokens, stop_token_ids=stop, ignore_eos=True, logit_bias=bias or None,
+        logprobs=0, seed=seed, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+
+
+class VllmBackend:
+    """A vLLM engine behind the interface of generation.replies; each request has a seed of its own."""
+
+    def __init__(self, settings: Settings, tokenizer: Any, stop: list[int], max_length: int) -> None:
+        generation = settings.generation
+        self.generation, self.stop = generation, stop
+        width = model_width(settings.model)
+        forbidden = forbidden_ids(tokenizer, stop, len(tokenizer), width).nonzero().flatten().tolist()
+        if len(forbidden) > MOST_BIASED:
+            raise ValueError(
+                f"vLLM can forbid {MOST_BIASED} ids, and no reply may hold any of {len(forbidden)} ids of this model "
+                f"(its softmax has {width}, the tokenizer {len(tokenizer)}): use generation.backend=hf"
+            )
+        self.bias = dict.fromkeys(forbidden, FORBIDDEN)
+        self.llm = engine(
+            settings.model, "policy_dtype", max_length, generation.tensor_parallel, generation.kv_cache_gb,
+            seed=generation.seed,
+        )  # fmt: skip
+
+    def answers(self, prompts: Sequence[list[int]], wanted: Collection[int], seed: int) -> Iterator[Answer]:
+        """Yield replies in the order in which they end."""
+        requests = (
+            (str(i), prompts[i], sampling_params(self.generation, self.stop, self.bias, derived_seed(seed, i)))
+            for i in sorted(wanted, key=lambda i: (-len(prompts[i]), i))
+        )
+        for output in finished(self.llm, requests):
+            made = output.outputs[0]
+            ids, reason = cut(list(made.token_ids), self.stop)
+            logps = [float(entry[token].logprob) for token, entry in zip(ids, made.logprobs, strict=True)]
+            yield Answer(int(output.request_id), ids, reason, logps)
+
+    def close(self) -> None:
+        """End the engine and free its memory."""
+        shut_down(self.llm)
+        del self.llm
+
+
+def shut_down(llm: Any) -> None:
+    """End an engine's processes and free its memory."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+class VllmScorer:
+    """The K most probable ids before every response token of a sequence, with vLLM's prompt_logprobs."""
+
+    def __init__(self, settings: Settings, vocab_size: int, max_length: int) -> None:
+        self.k = settings.cache.top_k
+        width = model_width(settings.model)
+        if width != vocab_size:
+            raise ValueError(
+                f"cache.backend=vllm: the model's softmax has {width} entries, the tokenizer {vocab_size} tokens, and "
+                "vLLM cannot leave the surplus out of its log-probabilities: use cache.backend=hf"
+            )
+        if self.k > width:
+            raise ValueError(f"cache.top_k={self.k} is more than the vocabulary of {width}")
+        self.llm = engine(
+            settings.model, "reference_dtype", max_length + 1, settings.cache.tensor_parallel,
+            settings.cache.kv_cache_gb, max_logprobs=self.k,
+        )  # fmt: skip
+
+    def __call__(self, rows: Sequence[Tokens]) -> list[Entries]:
+        """Return the entries of each row's response tokens."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # One token has to be generated; it is thrown away.
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=self.k, flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        requests = ((str(i), row.ids, params) for i, row in enumerate(rows))
+        found = {
+            int(o.request_id): self._entries(o.prompt_logprobs, rows[int(o.request_id)])
+            for o in finished(self.llm, requests)
+        }
+        return [found[i] for i in range(len(rows))]
+
+    def _entries(self, flat: Any, row: Tokens) -> Entries:
+        """Take the top K of each response token; each position lists its own token first, then the K by rank."""
+        at = np.flatnonzero(row.response)
+        starts = np.asarray(flat.start_indices)[at][:, None] + 1 + np.arange(self.k)
+        assert (np.asarray(flat.end_indices)[at] == starts[:, -1] + 1).all(), "vLLM's prompt log-probabilities changed"
+        logps = np.asarray(flat.logprobs, dtype=np.float64)[starts]
+        tail = np.clip(1.0 - np.exp(logps).sum(axis=1), 0.0, None)
+        return Entries(np.asarray(flat.token_ids)[starts], logps.astype(np.float32), tail.astype(np.float32))
