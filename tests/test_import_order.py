@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only what stands on an earlier line (or, in a package, its neighbours without a circle).
 ORDER = (
-    ("functional", "schema", "teacher_cache", "intervals", "conversations", "smollm2", "report_charts", "digests", "calculator"),
+    ("functional", "schema", "teacher_cache", "intervals", "conversations", "smollm2", "report_charts", "digests", "calculator", "sweeps"),
     ("dataloader", "plan", "report", "checkers", "calculator_generation"),
     ("models", "pipeline"),
     ("generation",),
