@@ -187,21 +187,25 @@ def test_samples_differ_and_keep_to_the_top_k(base, model, tokenizer):
 
 # ---- the calculator
 
-WRONG = "Copy this line: Total <<12+30=99>>99 eggs, then <<9*9=11>>11 more."
+WRONG = [
+    "Copy this line: Total <<12+30=43>>43 eggs, then <<9*9=82>>82 more.",
+    "Copy this line: Total <<12+30=42>>42 eggs, then <<9*9=71>>71 more.",
+]
 CALCULATING = ["generation.calculator=true", "generation.temperature=0"]
 
 
 @pytest.fixture(scope="module")
 def sums(base) -> list[str]:
-    """Two prompts with a wrong value, which SmolLM2 copies, and two without a mark."""
-    prompts = [WRONG, "Say only the word cat.", WRONG.replace("eggs", "figs"), "Write two sentences about a cat."]
+    """Two prompts with wrong values, which SmolLM2 copies when it is alone, and two without a mark."""
+    prompts = [*WRONG, "Say only the word cat.", "Write two sentences about a cat."]
     (base / "sums.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     return [f"datasets.local.train={base / 'sums.jsonl'}", *CALCULATING]
 
 
 def assert_calculated(rows: list[dict], model, tokenizer) -> None:
     assert assert_greedy_is_hugging_faces(rows, model, tokenizer, "generation.calculator=true") == 0
-    assert sum("<<12+30=42>>" in row["response"] for row in rows) >= 1
+    replies = " ".join(row["response"] for row in rows)
+    assert "<<12+30=42>>" in replies and "<<9*9=81>>" in replies and "=43>>" not in replies and "=71>>" not in replies
     for row in rows:
         assert ("response_logps" in row) == ("=" not in row["response"])  # what was written was not sampled
 
