@@ -59,8 +59,13 @@ def accelerate_variables(config_file: Path, nodes: int, world: int) -> dict[str,
     # A machine rank of 1 keeps accelerate from probing a port: the rendezvous is ours.
     line = ["--config_file", str(config_file), "--num_machines", str(max(nodes, 2)), "--num_processes", str(world)]
     line += ["--machine_rank", "1", "--deepspeed_multinode_launcher", "standard", str(ROOT / "launch.py")]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
-    env = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    args, defaults, precision_from_file = _validate_launch_command(launch_command_parser().parse_args(line))
+    if args.use_deepspeed:
+        keys = [*defaults.deepspeed_config, *(["mixed_precision"] if precision_from_file else [])]
+        args.deepspeed_fields_from_accelerate_config = ",".join(keys)  # as accelerate's launch_command does
+        env = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        env = prepare_multi_gpu_env(args)
     return {key: value for key, value in env.items() if os.environ.get(key) != value}
 
 

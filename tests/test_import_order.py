@@ -10,8 +10,11 @@ import yaml
 ROOT = Path(__file__).parents[1]
 
 # A module imports only what stands on an earlier line (or, in a package, its neighbours without a circle).
+# fmt: off
 ORDER = (
-    ("functional", "schema", "teacher_cache", "intervals", "conversations", "smollm2", "report_charts", "digests", "calculator", "sweeps"),
+    (
+        "functional", "schema", "teacher_cache", "intervals", "conversations", "smollm2", "report_charts", "digests", "calculator", "sweeps",
+    ),
     ("dataloader", "plan", "report", "checkers", "calculator_generation"),
     ("models", "pipeline"),
     ("generation",),
@@ -19,6 +22,7 @@ ORDER = (
     ("tasks",),
     ("launch",),
 )
+# fmt: on
 ALONE = ("calculator", "functional", "schema", "teacher_cache", "intervals", "smollm2", "worlds")  # these import nothing of ours
 PACKAGES = ("generation", "trainers", "tasks", "worlds")
 NOT_IN_A_METHOD = {"hydra", "omegaconf", "accelerate", "wandb", "launch", "pipeline", "tasks"}

@@ -129,6 +129,15 @@ def test_two_nodes_give_the_parameters_of_one_process(slurm, data):
     assert_same(result(slurm, "one"), result(slurm, "two"))
 
 
+def test_an_interactive_allocation_runs_the_same_on_both_nodes(slurm, data):
+    line = ["salloc", "--nodes=2", "--ntasks-per-node=1", str(ROOT / "scripts" / "slurm_interactive.sh")]
+    run = subprocess.run([*line, *run_overrides(slurm, data, "tried", "n_steps=3")], capture_output=True, text=True, cwd=slurm, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    launcher.run_task(composed(*run_overrides(slurm, data, "alone", "n_steps=3")))
+    assert "2 process(es)" in run.stdout
+    assert_same(result(slurm, "alone"), result(slurm, "tried"))
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(slurm, data) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """The result of 120 steps on two nodes."""
