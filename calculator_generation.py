@@ -1,8 +1,8 @@
 """The calculator while a model generates: where a row's own text ends in `<<48/2=`, `24>>` is written for it.
 
 What is to be written is a function of the text so far (calculator.completion), so every backend can use it in its own
-way: Hugging Face through a logits processor, which forces the tokens row by row inside a running batch; a server or
-vLLM through `reply_with_calculator`, which lets the model speak up to each `=`, writes, and lets it go on.
+way: Hugging Face through a logits processor, which forces the tokens row by row inside a running batch; vLLM and a
+server stop at every token with a `=` (`pause_ids`), write, and let the model go on (`reply_with_calculator` for a server).
 The written tokens are part of the response, and count as its tokens.
 """
 
@@ -16,7 +16,7 @@ from transformers import LogitsProcessor
 
 from calculator import MAX_LENGTH, completion
 
-PAUSE = "="  # the stop string of a backend that goes on after the calculator
+PAUSE = "="  # where a backend stops that goes on after the calculator
 LEADS = (PAUSE, "0", "x", "\n")
 WINDOW = 2 * MAX_LENGTH  # tokens looked back: each character of a mark is at most one token
 
@@ -107,7 +107,21 @@ def calculators(enabled: bool, tokenizer: Any, prompt_length: int) -> list[Logit
     return [Calculator(tokenizer, prompt_length)] if enabled else []
 
 
-# ---- backends that stop at strings
+# ---- backends that stop and go on
+
+
+def pause_ids(tokenizer: Any, stop: Sequence[int]) -> list[int]:
+    """Return the ids whose text holds a `=`: where they are sampled the calculator looks at the reply."""
+    check_tokenizer(tokenizer)
+    return [i for i in range(len(tokenizer)) if i not in stop and PAUSE in text_of(tokenizer, [i])]
+
+
+def piece_of(ids: list[int], stop: Sequence[int], pauses: Sequence[int]) -> "Piece":
+    """Cut ids after the first stop or pause id, and say which it was; without either the model ran out of room."""
+    for i, token in enumerate(ids):
+        if token in stop or token in pauses:
+            return Piece(ids[: i + 1], "stop" if token in stop else "pause")
+    return Piece(ids, "length")
 
 
 class Piece(NamedTuple):

@@ -237,6 +237,10 @@ class GenerationConfig:
         self._check_server()
         require(self.tensor_parallel >= 1, f"generation.tensor_parallel={self.tensor_parallel} must be at least 1")
         require(
+            self.tensor_parallel == 1 or self.backend in ("auto", "vllm"),
+            f"generation.tensor_parallel={self.tensor_parallel} is for generation.backend=vllm, not {self.backend}",
+        )
+        require(
             self.kv_cache_gb is None or self.kv_cache_gb > 0,
             f"generation.kv_cache_gb={self.kv_cache_gb} must be above 0 (or null)",
         )
@@ -260,6 +264,14 @@ class GenerationConfig:
         require(self.concurrency >= 1, f"generation.concurrency={self.concurrency} must be at least 1")
         require(self.timeout > 0, f"generation.timeout={self.timeout} must be above 0")
         require(self.retries >= 0, f"generation.retries={self.retries} must not be negative")
+        require(
+            self.backend == "openai" or not (self.base_url or self.model_name),
+            f"generation.base_url and generation.model_name are for generation.backend=openai, not {self.backend}",
+        )
+        require(
+            not (self.calculator and self.text_replies == "tokenise"),
+            "generation.calculator=true works on token ids: leave generation.text_replies=refuse",
+        )
         require(
             self.backend != "openai" or self.text_replies == "refuse" or self.top_k <= 0,
             f"generation.text_replies=tokenise asks only for what every server knows, and generation.top_k={self.top_k} is not among it",

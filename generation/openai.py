@@ -16,8 +16,9 @@ import urllib.request
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from calculator_generation import Piece, pause_ids, piece_of, reply_with_calculator
 from dataloader import turn_end
-from generation.replies import Answer, cut, derived_seed, forbidden_ids
+from generation.replies import Answer, derived_seed, forbidden_ids
 from schema import Settings
 
 KEY = "OPENAI_API_KEY"
@@ -112,44 +113,62 @@ class OpenAIBackend:
         generation = settings.generation
         assert generation.base_url is not None
         self.generation, self.tokenizer, self.stop = generation, tokenizer, stop
+        self.pauses = pause_ids(tokenizer, stop) if generation.calculator else []
         self.server = Server(generation.base_url, generation.timeout, generation.retries)
         self.model = served_model(self.server, generation.model_name)
         forbidden = forbidden_ids(tokenizer, stop, len(tokenizer), len(tokenizer)).nonzero().flatten().tolist()
         self.bias = {str(i): -100 for i in forbidden}
 
-    def payload(self, prompt: list[int], seed: int) -> dict[str, Any]:
+    def payload(self, prompt: list[int], room: int, seed: int) -> dict[str, Any]:
         """Return the body of one request: the standard's fields, and vLLM's own where ids shall come back."""
         generation = self.generation
         body: dict[str, Any] = {
-            "model": self.model, "prompt": prompt, "max_tokens": generation.max_new_tokens, "n": 1, "seed": seed,
+            "model": self.model, "prompt": prompt, "max_tokens": room, "n": 1, "seed": seed,
             "temperature": generation.temperature, "top_p": generation.top_p, "logit_bias": self.bias,
         }  # fmt: skip
         if generation.text_replies == "tokenise":
             return body | {"stop": [self.tokenizer.convert_ids_to_tokens(i) for i in self.stop[:4]]}  # 4 at most
         return body | {
-            "top_k": max(0, generation.top_k), "stop_token_ids": self.stop, "ignore_eos": True, "logprobs": 0,
+            "top_k": max(0, generation.top_k), "stop_token_ids": [*self.stop, *self.pauses], "ignore_eos": True, "logprobs": 0,
             "return_token_ids": True, "skip_special_tokens": False, "add_special_tokens": False,
         }  # fmt: skip
 
     def ask(self, index: int, prompt: list[int], seed: int) -> Answer:
-        """Answer one prompt; a reply that the server broke off (finish_reason abort, when it ends) is asked for again."""
+        """Answer one prompt, with a request after each pause for the calculator where there is one."""
+        room = self.generation.max_new_tokens
+        if self.generation.text_replies == "tokenise":
+            return self._from_text(index, self.choice(prompt, room, seed))
+        spoken: list[tuple[Piece, list[float] | None]] = []
+
+        def speak(prompts: list[list[int]], rooms: list[int], turn: int) -> list[Piece]:
+            spoken.append(self.piece(prompts[0], self.choice(prompts[0], rooms[0], turn)))
+            return [spoken[-1][0]]
+
+        if not self.pauses:
+            speak([prompt], [room], seed)
+            (ids, reason), logps = spoken[0]
+            return Answer(index, ids, reason, logps)
+        ((ids, reason),) = reply_with_calculator(speak, self.tokenizer, [prompt], room, seed)
+        # What the calculator wrote was not sampled: a reply with a pause has no log-probabilities of its own.
+        return Answer(index, ids, reason, spoken[0][1] if len(spoken) == 1 and len(spoken[0][0].ids) == len(ids) else None)
+
+    def choice(self, prompt: list[int], room: int, seed: int) -> dict[str, Any]:
+        """Ask for one reply; one that the server broke off (finish_reason abort, when it ends) is asked for again."""
         reason = None
         for _ in range(self.generation.retries + 1):
-            response = self.server.call("/completions", self.payload(prompt, seed))
+            response = self.server.call("/completions", self.payload(prompt, room, seed))
             choices = response.get("choices")
             if not choices:
                 raise ValueError(f"{self.server.base_url}/completions answers without choices: {str(response)[:300]}")
             reason = choices[0].get("finish_reason")
             if reason in ("stop", "length"):
-                return self.answer(index, prompt, choices[0])
+                return choices[0]
             self.server.stopped.wait(1.0)
         raise ValueError(f"{self.server.base_url} ends a reply with finish_reason={reason!r} each time")
 
-    def answer(self, index: int, prompt: list[int], choice: dict[str, Any]) -> Answer:
-        """Check what came back: our prompt's ids unchanged, and no id that a reply may not hold."""
+    def piece(self, prompt: list[int], choice: dict[str, Any]) -> tuple[Piece, list[float] | None]:
+        """Check what came back (our prompt's ids unchanged, an end that is ours); with its log-probabilities, if any."""
         ids = choice.get("token_ids")
-        if self.generation.text_replies == "tokenise":
-            return self._from_text(index, choice)
         if ids is None:
             raise ValueError(
                 f"{self.server.base_url} gives no token ids back (return_token_ids of vLLM's server, from 0.10.2). "
@@ -158,11 +177,11 @@ class OpenAIBackend:
         if choice.get("prompt_token_ids", prompt) != prompt:
             shown = choice["prompt_token_ids"][: len(prompt) + 2]
             raise ValueError(f"the server changed the prompt's ids from {prompt[:8]}... to {shown[:8]}...")
-        found, reason = cut(ids, self.stop)
-        if choice["finish_reason"] == "stop" and reason != "stop":
+        piece = piece_of(ids, self.stop, self.pauses)
+        if choice["finish_reason"] == "stop" and piece.reason == "length":
             raise ValueError(f"the server ended a reply at {ids[-1:]}, which is none of the stop ids {self.stop}")
         logps = (choice.get("logprobs") or {}).get("token_logprobs")
-        return Answer(index, found, reason, logps[: len(found)] if logps else None)
+        return piece, logps[: len(piece.ids)] if logps else None
 
     def _from_text(self, index: int, choice: dict[str, Any]) -> Answer:
         ids = self.tokenizer(choice["text"], add_special_tokens=False)["input_ids"]

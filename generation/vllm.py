@@ -4,7 +4,8 @@ Written for vLLM 0.32 (requirements/vllm.lock, vllm_gpu.lock). Letters: L scored
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ import torch
 import transformers
 
 import models
+from calculator_generation import forced_ids, pause_ids, piece_of
 from dataloader import Tokens
-from generation.replies import Answer, cut, derived_seed, forbidden_ids
+from generation.replies import Answer, derived_seed, forbidden_ids
 from schema import GenerationConfig, ModelConfig, Settings
 
 CPU_KV_CACHE_GB = 2.0  # enough for 45,000 tokens of SmolLM2-135M in float32
@@ -62,16 +64,16 @@ def engine(
         options["distributed_executor_backend"] = "uni"
     if not gpu or kv_cache_gb:
         options["kv_cache_memory_bytes"] = int((kv_cache_gb or CPU_KV_CACHE_GB) * 2**30)
-    from vllm import LLM
-
     try:
+        from vllm import LLM
+
         return LLM(
             model=source, skip_tokenizer_init=True, generation_config="vllm", trust_remote_code=False,
             dtype=str(models.resolve_dtype(getattr(config, dtype_key), "cuda" if gpu else "cpu")).removeprefix("torch."),
             tensor_parallel_size=tensor_parallel, max_model_len=max_length, enforce_eager=not gpu,
             enable_prefix_caching=True, logprobs_mode="raw_logprobs", **options,
         )  # fmt: skip
-    except (RuntimeError, ValueError, OSError, NotImplementedError, AssertionError) as error:
+    except (ImportError, RuntimeError, ValueError, OSError, NotImplementedError, AssertionError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
             f"vLLM cannot start with the model {source!r}: {reason}. VLLM_LOGGING_LEVEL=INFO shows its log; "
@@ -79,18 +81,19 @@ def engine(
         ) from error
 
 
-def finished(llm: Any, requests: Iterator[tuple[str, list[int], Any]]) -> Iterator[Any]:
-    """Run (id, prompt ids, sampling parameters) through the engine and yield each output when it is complete."""
+Request = tuple[str, list[int], Any]  # id, prompt's ids, sampling parameters
+
+
+def finished(llm: Any, todo: deque[int], request: Callable[[int], Request]) -> Iterator[Any]:
+    """Run the request of every number in `todo` and yield each output when it is complete; more may be put in meanwhile."""
     from vllm import TokensPrompt
 
-    core, waiting, more = llm.llm_engine, 0, True
-    while more or core.has_unfinished_requests():
-        while more and waiting < IN_FLIGHT:
-            request = next(requests, None)
-            more = request is not None
-            if request is not None:
-                core.add_request(request[0], TokensPrompt(prompt_token_ids=request[1]), request[2])
-                waiting += 1
+    core, waiting = llm.llm_engine, 0
+    while todo or core.has_unfinished_requests():
+        while todo and waiting < IN_FLIGHT:
+            name, ids, params = request(todo.popleft())
+            core.add_request(name, TokensPrompt(prompt_token_ids=ids), params)
+            waiting += 1
         for output in core.step():
             if output.finished:
                 waiting -= 1
@@ -104,15 +107,15 @@ def model_width(config: ModelConfig) -> int:
     return int(architecture.get_text_config().vocab_size)
 
 
-def sampling_params(generation: GenerationConfig, stop: list[int], bias: dict[int, float], seed: int) -> Any:
-    """Return vLLM's parameters of one reply: our stop ids and no others, the sampled token's log-probability."""
+def sampling_params(generation: GenerationConfig, ends: list[int], bias: dict[int, float], room: int, seed: int) -> Any:
+    """Return vLLM's parameters of at most `room` tokens: our ends and no others, the sampled token's log-probability."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=generation.temperature, top_p=generation.top_p, top_k=max(0, generation.top_k),
-        max_tokens=generation.max_new_tokens, stop_token_ids=stop, ignore_eos=True, logit_bias=bias or None,
-        logprobs=0, seed=seed, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        temperature=generation.temperature, top_p=generation.top_p, top_k=max(0, generation.top_k), max_tokens=room,
+        stop_token_ids=ends, ignore_eos=True, logit_bias=bias or None, logprobs=0, seed=seed, detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip
 
 
@@ -121,7 +124,8 @@ class VllmBackend:
 
     def __init__(self, settings: Settings, tokenizer: Any, stop: list[int], max_length: int) -> None:
         generation = settings.generation
-        self.generation, self.stop = generation, stop
+        self.generation, self.tokenizer, self.stop = generation, tokenizer, stop
+        self.pauses = pause_ids(tokenizer, stop) if generation.calculator else []
         width = model_width(settings.model)
         forbidden = forbidden_ids(tokenizer, stop, len(tokenizer), width).nonzero().flatten().tolist()
         if len(forbidden) > MOST_BIASED:
@@ -136,16 +140,31 @@ class VllmBackend:
         )  # fmt: skip
 
     def answers(self, prompts: Sequence[list[int]], wanted: Collection[int], seed: int) -> Iterator[Answer]:
-        """Yield replies in the order in which they end."""
-        requests = (
-            (str(i), prompts[i], sampling_params(self.generation, self.stop, self.bias, derived_seed(seed, i)))
-            for i in sorted(wanted, key=lambda i: (-len(prompts[i]), i))
-        )
-        for output in finished(self.llm, requests):
-            made = output.outputs[0]
-            ids, reason = cut(list(made.token_ids), self.stop)
-            logps = [float(entry[token].logprob) for token, entry in zip(ids, made.logprobs, strict=True)]
-            yield Answer(int(output.request_id), ids, reason, logps)
+        """Yield replies in the order in which they end; one that pauses for the calculator goes back into the engine."""
+        longest, ends = self.generation.max_new_tokens, [*self.stop, *self.pauses]
+        todo = deque(sorted(wanted, key=lambda i: (-len(prompts[i]), i)))
+        said: dict[int, list[int]] = {}
+
+        def request(i: int) -> Request:
+            before = said.get(i, [])
+            turn = derived_seed(seed, i) + len(before)  # going on with the same seed would draw the same numbers again
+            params = sampling_params(self.generation, ends, self.bias, longest - len(before), turn)
+            return str(i), [*prompts[i], *before], params
+
+        for output in finished(self.llm, todo, request):
+            i, made = int(output.request_id), output.outputs[0]
+            new, reason = piece_of(list(made.token_ids), self.stop, self.pauses)
+            before = said.pop(i, [])
+            ids = [*before, *new]
+            if reason == "pause":
+                ids = [*ids, *forced_ids(self.tokenizer, ids)][:longest]
+                if len(ids) < longest:
+                    said[i] = ids
+                    todo.appendleft(i)
+                    continue
+            logps = [float(entry[token].logprob) for token, entry in zip(new, made.logprobs, strict=True)]
+            # What the calculator wrote was not sampled: a reply with a pause has no log-probabilities of its own.
+            yield Answer(i, ids, "stop" if reason == "stop" else "length", logps if len(logps) == len(ids) else None)
 
     def close(self) -> None:
         """End the engine and free its memory."""
@@ -189,11 +208,8 @@ class VllmScorer:
             temperature=0.0, max_tokens=1, prompt_logprobs=self.k, flat_logprobs=True, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        requests = ((str(i), row.ids, params) for i, row in enumerate(rows))
-        found = {
-            int(o.request_id): self._entries(o.prompt_logprobs, rows[int(o.request_id)])
-            for o in finished(self.llm, requests)
-        }
+        outputs = finished(self.llm, deque(range(len(rows))), lambda i: (str(i), rows[i].ids, params))
+        found = {int(o.request_id): self._entries(o.prompt_logprobs, rows[int(o.request_id)]) for o in outputs}
         return [found[i] for i in range(len(rows))]
 
     def _entries(self, flat: Any, row: Tokens) -> Entries:

@@ -115,14 +115,9 @@ def backend_of(name: str) -> Callable[[Start], Backend]:
 
 def backend_name(settings: Settings) -> str:
     """Resolve generation.backend=auto: vllm where it is installed and reads this model, else hf, and say why."""
-    name, calculator = settings.generation.backend, settings.generation.calculator
-    if calculator and name not in ("auto", "hf"):
-        raise ValueError(f"generation.calculator=true works with generation.backend=hf so far, not with {name!r}: set one of the two")
+    name = settings.generation.backend
     if name != "auto":
         return name
-    if calculator:
-        print("generation.backend=auto: hf (generation.calculator=true)")
-        return "hf"
     why = importlib.import_module("generation.vllm").missing(settings.model)
     print(f"generation.backend=auto: {'vllm' if why is None else f'hf ({why})'}")
     return "vllm" if why is None else "hf"

@@ -24,11 +24,11 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 
 def launch(
-    *args: str, env: dict[str, str] | None = None, timeout: float = 180, cwd: Path = ROOT
+    *args: str, env: dict[str, str] | None = None, timeout: float = 180, cwd: Path = ROOT, python: str = sys.executable
 ) -> subprocess.CompletedProcess[str]:
     """Run launch.py as a user would."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *args],
+        [python, str(ROOT / "launch.py"), *args],
         capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
     )  # fmt: skip

