@@ -120,10 +120,12 @@ def run_task(raw: dict[str, Any]) -> None:
     if settings.run.task == "report":  # it reads finished runs: no folder of its own, and new at every call
         importlib.import_module("tasks.report").run(settings)
         return
-    if not open_run_dir(settings) and settings.run.task != "estimate":  # which takes seconds: new at every call
+    if not open_run_dir(settings):
         print(f"already done: {settings.run.run_dir}")
         return
     importlib.import_module(f"tasks.{settings.run.task}").run(settings)
+    if settings.run.task == "estimate":  # new at every call, so it is never done
+        return
     if os.environ.get("RANK", "0") == "0":
         (settings.run.run_dir / "DONE").touch()
         print(f"done: {settings.run.run_dir}", flush=True)

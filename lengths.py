@@ -80,13 +80,13 @@ def examples_of(settings: Settings, split: str) -> tuple[list[Example], int, int
     return examples, sampled, number
 
 
-def scaled(items: list[tuple[Slot, ...]], sampled: int, number: int) -> Lengths:
+def scaled(items: Sequence[tuple[Slot, ...]], sampled: int, number: int) -> Lengths:
     """Return the lengths of a pass from those of `sampled` of its `number` rows."""
     if sampled >= number:
-        return Lengths(items, len(items), work_of(items), f"{len(items):,} items, all tokenised")
+        return Lengths(list(items), len(items), work_of(items), f"{len(items):,} items, all tokenised")
     share = number / sampled
     count = round(len(items) * share)
-    return Lengths(items, count, work_of(items).times(share), f"{count:,} items, lengths from {sampled:,} tokenised rows")
+    return Lengths(list(items), count, work_of(items).times(share), f"{count:,} items, lengths from {sampled:,} tokenised rows")
 
 
 def bounded(settings: Settings, examples: float | None, slots: int, prompt_only: bool = False) -> Lengths | None:

@@ -44,7 +44,7 @@ def run(settings: Settings) -> None:
     before = checkpoint.examples_seen(settings.run.run_dir)
     trainer.fit(policy, ref_model, items, test_items)
     _record(settings, trainer, meter, trainer.examples_seen - before, running)
-        trainer.save_model("FINAL")
+    trainer.save_model("FINAL")
     if accelerator.is_main_process:
         checkpoint.remove_all(settings.run.run_dir)
     if accelerator.num_processes > 1:
