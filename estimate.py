@@ -179,6 +179,11 @@ def activations(model: Model, batch: Batch, setup: Setup) -> tuple[int, int]:
     return block * model.layers + ends, block
 
 
+def scored_block(model: Model, batch: Batch, width: int) -> int:
+    """Return the bytes of a block at work without a gradient: residual, its norm, the feed-forward layer's three tensors."""
+    return batch.tokens * width * 3 * (model.hidden + model.intermediate)
+
+
 def logits_bytes(model: Model, batch: Batch, width: int) -> tuple[int, int]:
     """Return the bytes of the head's output [rows, C, V] and of the logits at response tokens [N, V]."""
     return batch.rows * batch.columns * model.vocab * width, batch.responses * model.vocab * width
@@ -217,7 +222,8 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
     copies = matrices * setup.compute if setup.compute != setup.master else 0
     block_copy = model.block * setup.compute if copies else 0
     # fully_shard keeps the parameters outside of blocks gathered, and two blocks: the one at work and the next one.
-    gathered = (model.outside + 2 * model.block) * setup.master if sharded else 0
+    # Of the frozen reference the same; what is outside of its blocks stays gathered, as no backward pass frees it.
+    gathered = (model.outside + 2 * model.block) * (setup.master + setup.reference) if sharded else 0
     reducing = (model.outside + model.block) * setup.master if sharded and not model.adapters else 0
     held = whole if setup.micro_batches > 1 else 0
     kept, block = activations(model, batch, setup)
@@ -237,7 +243,7 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
         "optimizer step": static + whole // shards + temporary,
     }
     if evaluation is not None:
-        _, evaluated = activations(model, evaluation, setup)
+        evaluated = scored_block(model, evaluation, setup.compute)
         heads = sum(logits_bytes(model, evaluation, setup.compute)) + chunk_bytes(model, evaluation.responses, setup.compute)
         live = logits_bytes(model, evaluation, setup.compute)[1] if setup.live else 0
         phases["evaluation"] = static + gathered + copies + max(evaluated, live + heads)
@@ -261,7 +267,7 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
 def scoring_memory(model: Model, batch: Batch, width: int, teachers: int) -> Memory:
     """Return the bytes on a device of task=cache: each process holds one or two whole teachers in `width` bytes a weight."""
     weights = teachers * model.parameters * width
-    block = batch.tokens * block_activations(model, width, width)
+    block = scored_block(model, batch, width)
     output, response = logits_bytes(model, batch, width)
     logits = (teachers - 1) * response + output + response
     chunk = chunk_bytes(model, batch.responses, width)

@@ -91,12 +91,12 @@ def scaled(items: Sequence[tuple[Slot, ...]], sampled: int, number: int) -> Leng
 
 def bounded(settings: Settings, examples: float | None, slots: int, prompt_only: bool = False) -> Lengths | None:
     """Return what full-length rows would be: estimate.tokens, or a number of examples; None if neither is known."""
-    length, share = settings.model.max_length, settings.estimate.response_share
+    length, share, reply = settings.model.max_length, settings.estimate.response_share, 0
     if prompt_only:
-        length = settings.model.max_prompt_length
+        length, reply = settings.model.max_prompt_length, settings.generation.max_new_tokens
     if settings.estimate.tokens is not None:
-        sequences = settings.estimate.tokens / length
-        source = f"estimate.tokens, in rows of {length:,} tokens"
+        sequences = settings.estimate.tokens / (length + reply)
+        source = f"estimate.tokens, in rows of {length + reply:,} tokens"
     elif examples is not None:
         sequences, source = examples * slots, f"upper bound: {examples:,.0f} examples x {slots} x {length:,} tokens"
     else:

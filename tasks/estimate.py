@@ -155,12 +155,20 @@ def training(settings: Settings, model: Model) -> dict[str, Any]:
     memory = arithmetic.training_memory(model, batch, setup, evaluation_batch(settings, needs))
     total = flops = None
     if lengths is not None:
-        passes = run.n_steps * config.batch_size / lengths.number if run.n_steps else run.n_epochs
-        total = lengths.work.times(passes)
+        total = lengths.work.times(passes_of(settings, lengths.number))
         # Scored once into a cache, or in every pass.
         scored = (total if setup.live else lengths.work) if needs.reference and not run.load_reference_logprobs else None
         flops = arithmetic.training_flops(model, total, scored, config.activation_checkpointing)
     return report(settings, "train", model, memory, setup.devices, setup.strategy, lengths, total, flops)
+
+
+def passes_of(settings: Settings, number: int) -> float:
+    """Return how often the training data is gone through; the last step of an epoch may be a smaller one."""
+    run, size = settings.run, settings.model.batch_size
+    if not run.n_steps or not number:
+        return run.n_epochs
+    epochs, steps = divmod(run.n_steps, math.ceil(number / size))
+    return epochs + min(1.0, steps * size / number)
 
 
 def batch_of(settings: Settings, lengths: counting.Lengths | None, devices: int, slots: int) -> Batch:
@@ -231,7 +239,7 @@ def generation(settings: Settings, model: Model) -> dict[str, Any]:
 
 def whole(devices: int) -> str:
     """Return the strategy of tasks that do not shard: every process holds the whole model."""
-    return "none" if devices == 1 else "ddp"
+    return "none" if devices == 1 else "whole model each"
 
 
 # ---- speed
