@@ -25,10 +25,11 @@ from docs import worked_plan
 from estimate import Batch, Setup, Work
 from model_shape import shape_of
 from schema import Settings, settings_from
-from tasks.estimate import compared, estimated
+from tasks.estimate import compared, estimated, of_stage, print_plan
 from teacher_cache import Meta, Writer, finish
 from tests.helpers import ROOT, composed, write_pairs
 from tests.helpers import launch as command
+from tests.test_pipeline import planned
 from trainers.basic import BasicTrainer
 from trainers.needs import Needs
 
@@ -264,6 +265,33 @@ def test_a_finished_run_stands_beside_its_prediction(tmp_path: Path, capsys: pyt
     assert "peak memory, predicted" in printed and "peak memory, actual" in printed
 
 
+def test_the_plan_of_a_pipeline_says_what_its_stages_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = list(planned(tmp_path, "pipeline=quickstart").values())
+    section = {**composed()["estimate"], "tokens": 1e6, "flops_per_second_per_device": 1e11}
+    print_plan(stages, section)
+    printed = capsys.readouterr().out
+    rows = {line.split(" | ")[0].strip("| "): line for line in printed.splitlines() if line.startswith("| ")}
+    assert set(rows) == {"stage", *(stage.name for stage in stages)}
+    assert "660.35 k" in rows["teacher_sft"] and "1.00 M" in rows["cache_advantages"]
+    assert "not estimated: task=summarise" in rows["summarise"] and "of teacher caches" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_has_the_layout_of_its_accelerate_configuration(tmp_path: Path) -> None:
+    line = ["pipeline=adpa_plus", "pipeline.teacher=llama_8b_shape", "pipeline.student=llama_8b_shape", "datasets=[dpo_mix]"]
+    stages = planned(tmp_path, *line, "pipeline.accelerate_config=accelerate_config/fsdp_2x8gpu.yaml")
+    found = of_stage(stages["teacher_dpo"], composed()["estimate"])
+    assert isinstance(found, dict) and (found["strategy"], found["devices"]) == ("fsdp", 16)
+    assert found["memory"]["weights"] == 8_030_261_248 * 4 // 16
+    other = of_stage(stages["cache_logprobs"], composed()["estimate"])
+    assert isinstance(other, dict) and other["devices"] == 1  # only training goes through accelerate
+
+
+def test_a_model_without_a_readable_configuration_is_named() -> None:
+    with pytest.raises(ValueError, match="no architecture: cannot read config.json of 'nobody/nothing-of-this-name'"):
+        estimated(settings("model=llama", "model.name_or_path=nobody/nothing-of-this-name"), "train")
+
+
 @pytest.mark.parametrize(("line", "written"), worked_plan.parts(), ids=lambda text: text[:40])
 def test_the_worked_plan_is_what_its_commands_print(line: str, written: str) -> None:
     assert worked_plan.output_of(line) == written, "run: python -m docs.worked_plan"
@@ -317,8 +345,9 @@ def test_the_peak_is_what_torch_allocates_in_a_step(options: list[str], tmp_path
     launch.run_task(raw)
     found = estimated(settings_from(raw, None), "train")
     before = sum(found["memory"].get(name, 0) for name in ("weights", "optimizer states", "frozen reference"))
-    # Measured: 0.97 to 1.08 of the actual bytes.
-    assert found["peak_bytes"] == pytest.approx(before + allocated[1], rel=0.12)
+    # Measured: 0.99 to 1.03.
+    print(f"{options}: predicted is {found['peak_bytes'] / (before + allocated[1]):.3f} of the actual bytes")
+    assert found["peak_bytes"] == pytest.approx(before + allocated[1], rel=0.08)
 
 
 @pytest.mark.slow
@@ -330,11 +359,12 @@ def test_the_peak_is_what_a_real_process_takes(loss: str, tmp_path: Path) -> Non
     done = command(
         f"loss={loss}", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "exp_name=run",
         "n_steps=3", inline(build), f"model.tokenizer_name_or_path={tokenizer}",
-        # Freed memory goes back to the system at once, else the peak holds what the C library keeps for later.
+        # Freed memory goes back to the system at once: by default the C library keeps some (SFT: 943 MB instead of 651).
         env={"MALLOC_MMAP_THRESHOLD_": "65536", **os.environ}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = compared(settings("task=estimate", "model=tiny", f"estimate.run={tmp_path}/run"))
     actual = found["actual"]["peak_bytes"][0] - found["actual"]["baseline_bytes"][0]
     print(f"{loss}: predicted {found['predicted']['peak_bytes'] / 1e6:.0f} MB, actual {actual / 1e6:.0f} MB")
-    assert found["predicted"]["peak_bytes"] == pytest.approx(actual, rel=0.25)
+    # Measured: SFT 0.99, DPO 1.03 of the actual bytes; what libraries allocate for themselves differs between machines.
+    assert found["predicted"]["peak_bytes"] == pytest.approx(actual, rel=0.15)
