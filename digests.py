@@ -29,7 +29,7 @@ SCORING_RUN_KEYS = ("seed", "n_examples", "n_eval_examples")
 # Where a run lands and what it shows on the way; how it evaluates itself while training changes no weight.
 UNIMPORTANT = (
     "exp_name", "run_count", "cache_dir", "debug", "dry_run", "wandb", "strategy", "log_every", "save_every",
-    "keep_last", "intermediate_checkpoints", "eval_every", "do_first_eval", "n_eval_examples", "sweep",
+    "keep_last", "intermediate_checkpoints", "eval_every", "do_first_eval", "n_eval_examples", "sweep", "estimate",
 )  # fmt: skip
 TRAINING_MODEL_KEYS = (
     "batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_grad_norm", "activation_checkpointing",

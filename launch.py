@@ -30,11 +30,11 @@ from schema import Settings, nearest, settings_from
 from sweeps import as_sweep, job_folder
 from trainers.needs import check_needs
 
-TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise", "select", "report")
+TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise", "select", "report", "estimate")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
 UNIMPORTANT = (
     "debug", "wandb", "dry_run", "strategy", "log_every", "save_every", "keep_last", "intermediate_checkpoints",
-    "eval_every", "do_first_eval",
+    "eval_every", "do_first_eval", "estimate",
 )  # fmt: skip
 
 
@@ -124,6 +124,8 @@ def run_task(raw: dict[str, Any]) -> None:
         print(f"already done: {settings.run.run_dir}")
         return
     importlib.import_module(f"tasks.{settings.run.task}").run(settings)
+    if settings.run.task == "estimate":  # new at every call, so it is never done
+        return
     if os.environ.get("RANK", "0") == "0":
         (settings.run.run_dir / "DONE").touch()
         print(f"done: {settings.run.run_dir}", flush=True)
@@ -150,9 +152,19 @@ def run(config: DictConfig) -> None:
         code = run_pipeline(plain, list(HydraConfig.get().overrides.task))
         if code:
             sys.exit(code)
+        if plain["dry_run"]:
+            print_estimates(plain, list(HydraConfig.get().overrides.task))
         return
     plain.pop("pipeline", None)
     run_task(plain)
+
+
+def print_estimates(plain: dict[str, Any], overrides: list[str]) -> None:
+    """Print what the stages of a plan would take."""
+    from plan import build_plan
+    from tasks.estimate import print_plan
+
+    print_plan(build_plan(plain, overrides), plain["estimate"])
 
 
 def explain(error: Exception) -> str:

@@ -22,7 +22,7 @@ from digests import ROOT, SECTIONS, digest_of, reads
 from schema import nearest, require, settings_from, typed
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-OWN_KEYS = ("pipeline", "hydra", "exp_name", "run_count", "cache_dir", "dry_run", "datasets")
+OWN_KEYS = ("pipeline", "hydra", "exp_name", "run_count", "cache_dir", "dry_run", "datasets", "estimate")
 PER_STAGE = {
     "task": "pipeline.stages.STAGE.task=...",
     "loss": "pipeline.stages.STAGE.set.loss.KEY=...",
@@ -80,6 +80,7 @@ class Stage(NamedTuple):
     folder: Path
     needs: tuple[Path, ...]
     command: list[str]
+    config: dict[str, Any]  # composed, as its process will see it
 
     @property
     def done(self) -> bool:
@@ -291,7 +292,7 @@ def _stage(
         launcher += ["-m", "accelerate.commands.launch", "--config_file", accelerate]
     paths = [f"exp_name=stages/{folder.name}", f"cache_dir={spelt(str(stages_dir.parent))}"]
     label = name if recipe.once or len(pipeline.seeds) == 1 else f"{name} seed {seed}"
-    return Stage(label, name, seed, digest, folder, needs, [*launcher, str(ROOT / "launch.py"), *line, *paths])
+    return Stage(label, name, seed, digest, folder, needs, [*launcher, str(ROOT / "launch.py"), *line, *paths], raw)
 
 
 def _filled(values: Any, seed: int, recipe: Recipe, pipeline: PipelineConfig, built: dict[tuple[str, int], Stage]) -> Any:

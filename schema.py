@@ -353,6 +353,39 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
+class EstimateConfig:
+    """The `estimate` section: what is estimated, and what it is to run on."""
+
+    of: str
+    run: str | None
+    devices: int | None
+    strategy: str
+    accelerator: str
+    device_memory_gb: float | None
+    tokens: float | None
+    response_share: float
+    rows: int | None
+    tokens_per_second: float | None
+    flops_per_second_per_device: float | None
+    utilisation: float
+    measure: bool
+
+    def __post_init__(self) -> None:
+        one_of("estimate.of", self.of, ("train", "cache", "generate"))
+        one_of("estimate.strategy", self.strategy, ("auto", "none", "ddp", "fsdp"))
+        one_of("estimate.accelerator", self.accelerator, ("auto", "gpu", "cpu"))
+        for key in ("devices", "device_memory_gb", "tokens", "rows", "tokens_per_second", "flops_per_second_per_device"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"estimate.{key}={value} must be above 0 (or null)")
+        for key in ("response_share", "utilisation"):
+            require(0 < getattr(self, key) <= 1, f"estimate.{key}={getattr(self, key)} must be in (0, 1]")
+        require(
+            self.strategy != "none" or self.devices in (None, 1),
+            f"estimate.strategy=none runs on one device, estimate.devices={self.devices}: choose ddp or fsdp",
+        )
+
+
+@dataclass(frozen=True)
 class WorldConfig:
     """The `world` section: which generated world task=world writes."""
 
@@ -375,11 +408,12 @@ class Settings:
     evaluation: EvaluationConfig
     select: SelectConfig
     world: WorldConfig
+    estimate: EstimateConfig
     wandb: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
 
 
-SECTIONS = ("model", "loss", "datasets", "generation", "cache", "evaluation", "select", "world", "wandb", "pipeline", "dry_run")
+SECTIONS = ("model", "loss", "datasets", "generation", "cache", "evaluation", "select", "world", "estimate", "wandb", "pipeline", "dry_run")
 
 
 def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
@@ -409,6 +443,7 @@ def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
         evaluation=typed(raw["evaluation"], EvaluationConfig, "evaluation."),
         select=typed(raw["select"], SelectConfig, "select."),
         world=typed(raw["world"], WorldConfig, "world."),
+        estimate=typed(raw["estimate"], EstimateConfig, "estimate."),
         wandb=dict(raw["wandb"]),
         raw=raw,
     )

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 import models
+import resources
 from dataloader import Example, load_examples
 from schema import Settings
 from trainers import checkpoint, reference, signals
@@ -20,6 +21,7 @@ def run(settings: Settings) -> None:
     """Train with the method that the loss names; the model lands in run_dir/FINAL."""
     # Without this accelerate starts every process of a CPU run on its own, unless a variable tells it otherwise.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    meter = resources.Meter()
     running = check_strategy(settings.run.strategy, accelerator)
     module, _, name = settings.raw["loss"]["trainer"].rpartition(".")
     trainer_class = getattr(importlib.import_module(module), name)
@@ -38,8 +40,11 @@ def run(settings: Settings) -> None:
         ref_model, items, test_items = _reference(settings, trainer, items, test_items)
     policy = _policy(settings, trainer)
     with signals.watched():
-        trainer.fit(policy, ref_model, items, test_items)
-        trainer.save_model("FINAL")
+        meter.restart()
+    before = checkpoint.examples_seen(settings.run.run_dir)
+    trainer.fit(policy, ref_model, items, test_items)
+    _record(settings, trainer, meter, trainer.examples_seen - before, running)
+    trainer.save_model("FINAL")
     if accelerator.is_main_process:
         checkpoint.remove_all(settings.run.run_dir)
     if accelerator.num_processes > 1:
@@ -65,6 +70,16 @@ def _show(example: Example, tokenizer: object, accelerator: Accelerator) -> None
         text = tokenizer.decode(tokens.ids)  # type: ignore[attr-defined]
         supervised = tokenizer.decode([i for i, on in zip(tokens.ids, tokens.response, strict=True) if on])  # type: ignore[attr-defined]
         accelerator.print(f"first example ({len(tokens.ids)} tokens): {text[:400]!r}\nsupervised: {supervised[:200]!r}")
+
+
+def _record(settings: Settings, trainer: BasicTrainer, meter: resources.Meter, examples: int, running: str) -> None:
+    """Write what this process and its neighbours used into resources.json; all ranks call it."""
+    used, items = trainer.gathered([meter.used()]), trainer.train_items
+    tokens = examples * sum(len(s.ids) for item in items for s in item.sequences) / len(items)
+    if trainer.accelerator.is_main_process:
+        device = "gpu" if meter.gpu else "cpu"
+        found = resources.write(settings.run.run_dir, used, meter.seconds, tokens, device, running)
+        print(resources.sentence(found, settings.run.run_dir))
 
 
 def _policy(settings: Settings, trainer: BasicTrainer) -> torch.nn.Module:

@@ -14,16 +14,20 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     (
         "functional", "schema", "teacher_cache", "intervals", "conversations", "smollm2", "report_charts", "digests", "calculator", "sweeps",
+        "estimate", "resources",
     ),
     ("dataloader", "plan", "report", "checkers", "calculator_generation"),
     ("models", "pipeline"),
-    ("generation",),
+    ("model_shape", "generation"),
     ("trainers",),
+    ("lengths",),
     ("tasks",),
     ("launch",),
 )
 # fmt: on
-ALONE = ("calculator", "functional", "schema", "teacher_cache", "intervals", "smollm2", "worlds")  # these import nothing of ours
+ALONE = (  # these import nothing of ours
+    "calculator", "estimate", "resources", "functional", "schema", "teacher_cache", "intervals", "smollm2", "worlds",
+)  # fmt: skip
 PACKAGES = ("generation", "trainers", "tasks", "worlds")
 NOT_IN_A_METHOD = {"hydra", "omegaconf", "accelerate", "wandb", "launch", "pipeline", "tasks"}
 

@@ -91,3 +91,9 @@ def remove_all(run_dir: Path) -> None:
     """Remove every checkpoint: the final model stands."""
     for folder in run_dir.glob("checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def examples_seen(run_dir: Path) -> int:
+    """Return how many examples the newest whole checkpoint has seen; 0 without one."""
+    folder = newest(run_dir)
+    return 0 if folder is None else int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["examples"])

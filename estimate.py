@@ -1,0 +1,297 @@
+"""What a run takes, from plain numbers: FLOPs, bytes on a device, bytes of a teacher cache, hours. Nothing is loaded here.
+
+Letters: a model has h hidden units, L blocks of `block` parameters, V words; a micro-batch of a device has `rows` rows of
+T tokens, C columns from the first response token to the last, N response tokens. Sizes are bytes.
+Source of the FLOPs: arXiv 2204.02311, appendix B (6 N a token and attention), with attention causal.
+"""
+
+import json
+from typing import NamedTuple
+
+CHUNK_ELEMENTS = 2**25  # of functional.py: entries of logits that are widened to float32 at a time
+FLOAT32 = 4
+
+
+class Model(NamedTuple):
+    """The numbers of a decoder that its cost depends on; model_shape.py reads them off a configuration."""
+
+    hidden: int
+    layers: int
+    attention: int  # heads x size of a head
+    key_value: int  # key-value heads x size of a head
+    intermediate: int
+    gated: bool  # the feed-forward layer has a gate beside its input
+    vocab: int
+    parameters: int
+    embedding: int  # parameters of the input embedding
+    tied: bool  # the output head is the input embedding
+    block: int  # parameters of one block
+    largest: int  # parameters of the largest tensor
+    adapters: int = 0  # trainable parameters of LoRA; 0: all parameters are trained
+    adapter_inputs: int = 0  # of one block: units that go into adapters
+    adapter_ranks: int = 0  # of one block: units between the two matrices of adapters
+
+    @property
+    def trainable(self) -> int:
+        """Return the number of parameters that get a gradient."""
+        return self.adapters or self.parameters
+
+    @property
+    def outside(self) -> int:
+        """Return the number of parameters that are in no block: embeddings, head, last norm."""
+        return self.parameters - self.layers * self.block
+
+
+class Work(NamedTuple):
+    """Sequences that go through a model: how many, their tokens n, the sum of n squared, and response tokens."""
+
+    sequences: float
+    tokens: float
+    squares: float
+    responses: float
+
+    def times(self, factor: float) -> "Work":
+        """Return the same work `factor` times."""
+        return Work(*(value * factor for value in self))
+
+
+class Batch(NamedTuple):
+    """A padded micro-batch of one device."""
+
+    rows: int
+    length: int
+    columns: int
+    responses: int
+
+    @property
+    def tokens(self) -> int:
+        """Return rows x length, padding included."""
+        return self.rows * self.length
+
+
+# ---- FLOPs
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of a run, a multiplication and an addition counted as two."""
+
+    forward: float
+    backward: float = 0.0
+    recomputation: float = 0.0  # of activation checkpointing
+    reference: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Return all of them."""
+        return sum(self)
+
+
+def forward_flops(model: Model, work: Work) -> float:
+    """Return the FLOPs of a forward pass: 2 a token and parameter of the blocks, causal attention, the head at response tokens."""
+    blocks = 2 * model.layers * (model.block * work.tokens + model.attention * work.squares)
+    return blocks + 2 * model.hidden * model.vocab * work.responses
+
+
+def training_flops(model: Model, work: Work, reference: Work | None, checkpointing: bool) -> Flops:
+    """Return the FLOPs of training on `work`; `reference` is what a frozen model of the same shape scores.
+
+    A backward pass costs two forward passes: one for the activations' gradients, one for the weights' (LoRA: only the first).
+    """
+    forward = forward_flops(model, work)
+    head = 2 * model.hidden * model.vocab * work.responses
+    return Flops(
+        forward=forward,
+        backward=forward * (1 if model.adapters else 2) + 4 * model.adapters * work.tokens,
+        recomputation=forward - head if checkpointing else 0.0,
+        reference=forward_flops(model, reference) if reference else 0.0,
+    )
+
+
+def hours_of(flops: float, tokens: float, tokens_per_second: float | None, flops_per_second: float | None) -> float | None:
+    """Return the hours of a stage from its speed over all devices, in tokens or FLOPs a second; None if neither is known."""
+    if tokens_per_second:
+        return tokens / tokens_per_second / 3600
+    return flops / flops_per_second / 3600 if flops_per_second else None
+
+
+# ---- memory
+
+
+class Setup(NamedTuple):
+    """How a run is laid out and in which precision: bytes of a stored weight, of a computed value, of a reference's weight."""
+
+    strategy: str  # none | ddp | fsdp: everything sharded over all devices
+    devices: int
+    micro_batches: int  # per optimizer step and device
+    master: int
+    compute: int
+    reference: int  # 0: no frozen reference in memory
+    live: bool  # the reference scores every micro-batch (of LoRA it is the base)
+    states: int  # float numbers that the optimizer keeps for a parameter (AdamW: 2)
+    checkpointing: bool
+    gpu: bool  # there the optimizer works on all parameters at once
+
+
+class Memory(NamedTuple):
+    """Bytes on one device: what there is, and the sums at the moments that can be the peak."""
+
+    terms: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Return the largest sum."""
+        return max(self.phases.values())
+
+    @property
+    def phase(self) -> str:
+        """Return the moment at which it occurs."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+
+def block_activations(model: Model, master: int, compute: int) -> int:
+    """Return the bytes a token and block that autograd keeps for the backward pass (checked against autograd in the tests).
+
+    Kept are: of both norms the residual and its normalised value; the inputs of the linear layers; queries, keys, values
+    (repeated for grouped heads, as a padded batch needs) and their mixture; of the feed-forward layer gate, its activation,
+    `up` and the product. Under autocast (master is not compute) the residual is in the stored precision and every linear
+    layer keeps an input of its own.
+    """
+    h = model.hidden
+    inner = 4 * model.attention + (4 if model.gated else 2) * model.intermediate
+    inputs = 2 * h
+    if master != compute:
+        norms, inputs = 4 * h * master, 5 * h if model.gated else 4 * h
+    else:
+        norms = 2 * h * (FLOAT32 + compute)
+    if model.adapters:  # the adapters keep their inputs after dropout, with its mask; frozen layers need none
+        return norms + compute * (inner + model.adapter_inputs + model.adapter_ranks) + model.adapter_inputs
+    return norms + compute * (inner + inputs)
+
+
+def activations(model: Model, batch: Batch, setup: Setup) -> tuple[int, int]:
+    """Return the bytes that all blocks keep until the backward pass, and those of one block at work."""
+    residual = max(setup.master, setup.compute)
+    block = batch.tokens * block_activations(model, setup.master, setup.compute) + batch.tokens * batch.length * setup.compute
+    ends = 2 * batch.tokens * model.hidden * residual  # last norm
+    if setup.checkpointing:
+        return batch.tokens * model.hidden * residual * model.layers + ends, block
+    return block * model.layers + ends, block
+
+
+def scored_block(model: Model, batch: Batch, width: int) -> int:
+    """Return the bytes of a block at work without a gradient: residual, its norm, the feed-forward layer's three tensors."""
+    return batch.tokens * width * 3 * (model.hidden + model.intermediate)
+
+
+def logits_bytes(model: Model, batch: Batch, width: int) -> tuple[int, int]:
+    """Return the bytes of the head's output [rows, C, V] and of the logits at response tokens [N, V]."""
+    return batch.rows * batch.columns * model.vocab * width, batch.responses * model.vocab * width
+
+
+def chunk_bytes(model: Model, responses: int, width: int) -> int:
+    """Return the bytes of the loss's chunk: exponentials and two gradients in float32, and its float32 copy if it is narrower."""
+    return (3 if width == FLOAT32 else 4) * FLOAT32 * min(CHUNK_ELEMENTS, responses * model.vocab)
+
+
+def loss_bytes(model: Model, batch: Batch, setup: Setup) -> int:
+    """Return the peak bytes of logits while the loss and its gradient are taken, a live reference's among them."""
+    output, kept = logits_bytes(model, batch, setup.compute)
+    chunk = chunk_bytes(model, batch.responses, setup.compute)
+    others = max(output, kept + chunk)  # the gradient of the head's output, or the gradient beside its chunk
+    if setup.live:
+        others = max(others, sum(logits_bytes(model, batch, setup.compute)))
+    return kept + others
+
+
+def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch | None = None) -> Memory:
+    """Return the bytes on a device in training; `evaluation` is the largest batch of an evaluation, if there is one.
+
+    Two things stay whole on every device even under full sharding, because this is how the trainer works: the copies in the
+    computing precision that autocast keeps of the gathered weights, and, with several micro-batches a step, the gradients,
+    which are reduced with the last one only.
+    """
+    shards = setup.devices if setup.strategy == "fsdp" else 1
+    sharded = setup.strategy == "fsdp" and setup.devices > 1
+    whole = model.trainable * setup.master
+    weights = (model.parameters + model.adapters) * setup.master // shards
+    states = setup.states * whole // shards
+    reference = model.parameters * setup.reference // shards
+    buckets = whole if setup.strategy == "ddp" else 0
+    matrices = model.layers * model.block + model.hidden * model.vocab
+    copies = matrices * setup.compute if setup.compute != setup.master else 0
+    block_copy = model.block * setup.compute if copies else 0
+    # fully_shard keeps the parameters outside of blocks gathered, and two blocks: the one at work and the next one.
+    # Of the frozen reference the same; what is outside of its blocks stays gathered, as no backward pass frees it.
+    gathered = (model.outside + 2 * model.block) * (setup.master + setup.reference) if sharded else 0
+    reducing = (model.outside + model.block) * setup.master if sharded and not model.adapters else 0
+    held = whole if setup.micro_batches > 1 else 0
+    kept, block = activations(model, batch, setup)
+    gradients = held or (whole // shards)
+    # From the last block, with all activations, to the first one, with all gradients; a checkpointed block is computed again.
+    again = block if setup.checkpointing else 0
+    backward = max(held + kept + again, gradients + block + kept // model.layers)
+    temporary = whole // shards if setup.gpu else 2 * model.largest * setup.master // shards
+    static = weights + states + reference + buckets
+    output, response = logits_bytes(model, batch, setup.compute)
+    loss = loss_bytes(model, batch, setup)
+    saved_copies = 0 if setup.checkpointing else copies
+    phases = {
+        "end of the forward pass": static + held + gathered + kept + copies + output + response,
+        "loss": static + held + gathered + kept + saved_copies + loss,
+        "backward pass": static + gathered + reducing + block_copy + backward,
+        "optimizer step": static + whole // shards + temporary,
+    }
+    if evaluation is not None:
+        evaluated = scored_block(model, evaluation, setup.compute)
+        heads = sum(logits_bytes(model, evaluation, setup.compute)) + chunk_bytes(model, evaluation.responses, setup.compute)
+        live = logits_bytes(model, evaluation, setup.compute)[1] if setup.live else 0
+        phases["evaluation"] = static + gathered + copies + max(evaluated, live + heads)
+    terms = {
+        "weights": weights,
+        "gradients": whole // shards,
+        "gradients, not reduced yet": held if sharded else 0,
+        "optimizer states": states,
+        "frozen reference": reference,
+        "communication buckets": buckets,
+        "gathered weights": gathered,
+        "copies of the weights": copies,
+        "activations": kept,
+        "a block at work": block,
+        "logits and their gradient": max(loss, output + response),
+        "optimizer's temporaries": temporary,
+    }
+    return Memory({name: size for name, size in terms.items() if size}, phases)
+
+
+def scoring_memory(model: Model, batch: Batch, width: int, teachers: int) -> Memory:
+    """Return the bytes on a device of task=cache: each process holds one or two whole teachers in `width` bytes a weight."""
+    weights = teachers * model.parameters * width
+    block = scored_block(model, batch, width)
+    output, response = logits_bytes(model, batch, width)
+    logits = (teachers - 1) * response + output + response
+    chunk = chunk_bytes(model, batch.responses, width)
+    terms = {"weights": weights, "a block at work": block, "logits": logits, "float32 chunk": chunk}
+    phases = {"blocks": weights + (teachers - 1) * response + block, "top k": weights + max(logits, teachers * response + chunk)}
+    return Memory(terms, phases)
+
+
+def generation_memory(model: Model, rows: int, length: int, width: int) -> Memory:
+    """Return the bytes on a device of task=generate: the whole model, keys and values of `rows` rows, logits of one position."""
+    weights, cached = model.parameters * width, 2 * model.layers * model.key_value * rows * length * width
+    logits = 4 * rows * model.vocab * FLOAT32  # scores, sorted scores, probabilities, draws
+    terms = {"weights": weights, "keys and values": cached, "logits": logits}
+    # A library that grows keys and values by a token copies one block's at a time.
+    return Memory(terms, {"last token": weights + cached + cached // max(1, model.layers) + logits})
+
+
+# ---- teacher cache
+
+
+def cache_bytes(k: int, vocab: int, advantages: bool, work: Work) -> int:
+    """Return the bytes of CACHE/ on disk but for meta.json (docs/cache_format.md), index row included."""
+    entry = (2 if vocab <= 65536 else 4) + 2 + (2 if advantages else 0)
+    per_response = k * entry + 2
+    mean = [round(total / max(1.0, work.sequences)) for total in (work.tokens, work.responses)]
+    row = len(json.dumps({"key": "0" * 32, "n": mean[0], "l": mean[1]})) + 1
+    return round(work.responses * per_response + work.tokens * 5 + work.sequences * row)

@@ -1,0 +1,286 @@
+"""task=estimate: what a run would take, without loading weights; beside a finished run, what it did take.
+
+Also the table below the plan that `pipeline=NAME dry_run=true` prints. The arithmetic is in estimate.py.
+"""
+
+import importlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+import estimate as arithmetic
+import lengths as counting
+import models
+from estimate import Batch, Memory, Model, Setup, Work
+from model_shape import shape_of
+from plan import ROOT, Stage
+from schema import Settings, settings_from
+from tasks.estimate_speed import tokens_per_second
+from tasks.estimate_text import comparison, single, table
+from trainers.needs import Needs
+
+BYTES = {torch.float32: 4, torch.bfloat16: 2}
+OPTIMIZER_STATES = {"AdamW": 2, "Adam": 2, "RMSprop": 1, "SGD": 0}
+
+
+def run(settings: Settings) -> None:
+    """Estimate, print a table and write estimate.json into the run's folder."""
+    if settings.estimate.run:
+        found = compared(settings)
+        print(comparison(found))
+    else:
+        if settings.estimate.measure:
+            settings = replace(settings, estimate=replace(settings.estimate, tokens_per_second=measured_speed(settings)))
+        found = estimated(settings, settings.estimate.of)
+        print(single(found))
+    path = settings.run.run_dir / "estimate.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def compared(settings: Settings) -> dict[str, Any]:
+    """Estimate a finished run from its own configuration and lay what it really took beside it."""
+    folder = Path(settings.estimate.run or "").expanduser()
+    for name in ("config.yaml", "resources.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"estimate.run={folder} has no {name}: give the folder of a finished task=train")
+    raw = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(raw, dict)
+    actual = json.loads((folder / "resources.json").read_text(encoding="utf-8"))
+    plain = {str(key): value for key, value in raw.items()}
+    layout = {"devices": actual["devices"], "accelerator": actual["device"]}
+    layout["strategy"] = "fsdp" if actual["strategy"] in ("fsdp", "deepspeed") else actual["strategy"]
+    plain["estimate"] = {**settings.raw["estimate"], **layout, "run": None, "rows": None}
+    return {"predicted": estimated(settings_from(plain, None), "train"), "actual": actual, "run": str(folder)}
+
+
+# ---- one run
+
+
+def needs_of(settings: Settings) -> Needs:
+    """Return what the loss needs."""
+    module, _, name = settings.raw["loss"]["trainer"].rpartition(".")
+    return getattr(importlib.import_module(module), name).needs
+
+
+def layout_of(settings: Settings) -> tuple[str, int]:
+    """Return strategy and number of devices."""
+    devices = settings.estimate.devices or 1
+    asked = settings.estimate.strategy
+    if asked == "auto" and settings.run.strategy in ("none", "ddp", "fsdp"):
+        asked = settings.run.strategy
+    if devices == 1:
+        return "none", 1
+    return ("fsdp" if asked in ("auto", "none") else asked), devices
+
+
+def width_of(name: str, settings: Settings) -> int:
+    """Return the bytes of a number of the precision called `name` on the device that is planned for."""
+    wanted = settings.estimate.accelerator
+    gpu = torch.cuda.is_available() if wanted == "auto" else wanted == "gpu"
+    return BYTES[models.resolve_dtype(name, "cuda" if gpu else "cpu")]
+
+
+def setup_of(settings: Settings, needs: Needs) -> Setup:
+    """Return how training would be laid out."""
+    run, config = settings.run, settings.model
+    strategy, devices = layout_of(settings)
+    live = bool(needs.reference) and not (run.cache_reference_logprobs or run.load_reference_logprobs)
+    wanted = settings.estimate.accelerator
+    return Setup(
+        strategy, devices, config.gradient_accumulation_steps,
+        master=4 if config.master_dtype == "auto" else width_of(config.master_dtype, settings),
+        compute=width_of(config.policy_dtype, settings),
+        reference=width_of(config.reference_dtype, settings) if live and not config.use_peft else 0,
+        live=live, states=OPTIMIZER_STATES[run.optimizer], checkpointing=config.activation_checkpointing,
+        gpu=torch.cuda.is_available() if wanted == "auto" else wanted == "gpu",
+    )  # fmt: skip
+
+
+def check_batch(settings: Settings, devices: int) -> None:
+    """Refuse a batch that the trainer would refuse, with what would work."""
+    config = settings.model
+    if config.batch_size % (devices * config.gradient_accumulation_steps):
+        unit = devices * config.gradient_accumulation_steps
+        raise ValueError(
+            f"model.batch_size={config.batch_size} (global) is not divisible by {devices} devices x model.gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps}; {math.ceil(config.batch_size / unit) * unit} would work"
+        )
+
+
+def estimated(settings: Settings, task: str) -> dict[str, Any]:
+    """Return the estimate of one task of a run as plain numbers; ValueError if its model has no readable configuration."""
+    model = shape_of(settings.model)
+    return {"train": training, "cache": scoring, "generate": generation}[task](settings, model)
+
+
+def report(
+    settings: Settings, task: str, model: Model, memory: Memory, devices: int, strategy: str,
+    lengths: counting.Lengths | None, total: Work | None, flops: arithmetic.Flops | None, disk: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the figures that every task has, as they are written to estimate.json."""
+    config, speed = settings.estimate, None
+    if config.flops_per_second_per_device:
+        speed = devices * config.flops_per_second_per_device * config.utilisation
+    hours = arithmetic.hours_of(flops.total, total.tokens, config.tokens_per_second, speed) if flops and total else None
+    return {
+        "task": task, "loss": settings.raw["loss"]["name"] if task == "train" else None,
+        "strategy": strategy, "devices": devices,
+        "parameters": model.parameters, "embedding": model.embedding, "trainable": model.trainable if task == "train" else 0,
+        "tokens": None if total is None else round(total.tokens),
+        "response_tokens": None if total is None else round(total.responses),
+        "sequences": None if total is None else round(total.sequences),
+        "lengths": "unknown: set n_examples, n_steps or estimate.tokens" if lengths is None else lengths.source,
+        "flops": None if flops is None else {**flops._asdict(), "total": flops.total},
+        "flops_per_token": None if flops is None or not total else flops.total / max(1.0, total.tokens),
+        "memory": memory.terms, "phases": memory.phases, "peak_bytes": memory.peak, "peak_phase": memory.phase,
+        "device_memory_gb": config.device_memory_gb, "disk_bytes": disk,
+        "tokens_per_second": config.tokens_per_second, "hours": hours,
+    }  # fmt: skip
+
+
+def training(settings: Settings, model: Model) -> dict[str, Any]:
+    """Estimate task=train."""
+    run, config, needs = settings.run, settings.model, needs_of(settings)
+    setup = setup_of(settings, needs)
+    check_batch(settings, setup.devices)
+    lengths = counting.training_lengths(settings, needs)
+    slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
+    batch = batch_of(settings, lengths, setup.devices, slots)
+    memory = arithmetic.training_memory(model, batch, setup, evaluation_batch(settings, needs))
+    total = flops = None
+    if lengths is not None:
+        total = lengths.work.times(passes_of(settings, lengths.number))
+        # Scored once into a cache, or in every pass.
+        scored = (total if setup.live else lengths.work) if needs.reference and not run.load_reference_logprobs else None
+        flops = arithmetic.training_flops(model, total, scored, config.activation_checkpointing)
+    return report(settings, "train", model, memory, setup.devices, setup.strategy, lengths, total, flops)
+
+
+def passes_of(settings: Settings, number: int) -> float:
+    """Return how often the training data is gone through; the last step of an epoch may be a smaller one."""
+    run, size = settings.run, settings.model.batch_size
+    if not run.n_steps or not number:
+        return run.n_epochs
+    epochs, steps = divmod(run.n_steps, math.ceil(number / size))
+    return epochs + min(1.0, steps * size / number)
+
+
+def batch_of(settings: Settings, lengths: counting.Lengths | None, devices: int, slots: int) -> Batch:
+    """Return a device's largest micro-batch; full-length rows where nothing is known of the data."""
+    if lengths is None:
+        lengths = counting.Lengths([], 1, Work(1, 1, 1, settings.estimate.response_share), "")
+    return counting.largest_batch(settings, lengths, devices, slots)
+
+
+def evaluation_batch(settings: Settings, needs: Needs) -> Batch | None:
+    """Return the largest batch of the evaluation during training; None without held-out data."""
+    config = settings.model
+    if not any(dataset.test for dataset in settings.datasets.values()):
+        return None
+    lengths = counting.training_lengths(replace(settings, estimate=replace(settings.estimate, tokens=None)), needs, "test")
+    if lengths is not None and lengths.measured:
+        return counting.chunked_batch(lengths, config.eval_batch_size)
+    slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
+    share = settings.estimate.response_share
+    if lengths is not None:
+        share = lengths.work.responses / max(1.0, lengths.work.tokens)
+    rows = config.eval_batch_size * slots
+    return Batch(rows, config.max_length, config.max_length - 1, round(rows * config.max_length * share))
+
+
+def scoring(settings: Settings, model: Model) -> dict[str, Any]:
+    """Estimate task=cache: forward passes of one teacher or two, each process with whole models, and the folder on disk."""
+    config = settings.cache
+    _, devices = layout_of(settings)
+    lengths = counting.cache_lengths(settings)
+    batch = None
+    if lengths is not None and lengths.measured:
+        batch = counting.chunked_batch(lengths._replace(items=sorted(lengths.items, reverse=True)), config.batch_size)
+    if batch is None:
+        known = lengths or counting.Lengths([], 1, Work(1, 1, 1, settings.estimate.response_share), "")
+        batch = counting.full_batch(settings, known, config.batch_size)
+    teachers = 2 if config.reference else 1
+    width = width_of(settings.model.reference_dtype, settings)
+    memory = arithmetic.scoring_memory(model, batch, width, teachers)
+    flops = disk = None
+    if lengths is not None:
+        flops = arithmetic.Flops(teachers * arithmetic.forward_flops(model, lengths.work))
+        disk = arithmetic.cache_bytes(config.top_k, model.vocab, teachers == 2, lengths.work)
+    work = None if lengths is None else lengths.work
+    return report(settings, "cache", model, memory, devices, whole(devices), lengths, work, flops, disk)
+
+
+def generation(settings: Settings, model: Model) -> dict[str, Any]:
+    """Estimate task=generate: prompts read once, and every reply as long as generation.max_new_tokens allows."""
+    config = settings.generation
+    _, devices = layout_of(settings)
+    lengths = counting.prompt_lengths(settings)
+    new = config.max_new_tokens
+    longest = max((n for item in lengths.items for n, _, _ in item), default=0) if lengths else 0
+    if lengths is None or not lengths.measured:
+        longest = settings.model.max_prompt_length
+    rows = config.batch_size * config.n
+    memory = arithmetic.generation_memory(model, rows, longest + new, width_of(settings.model.policy_dtype, settings))
+    total = flops = None
+    if lengths is not None:
+        prompts = lengths.work
+        mean = prompts.tokens / max(1.0, prompts.sequences)
+        replies = prompts.sequences * config.n
+        total = Work(replies, replies * (mean + new), replies * (mean + new) ** 2, replies * new)
+        flops = arithmetic.Flops(arithmetic.forward_flops(model, total))
+    return report(settings, "generate", model, memory, devices, whole(devices), lengths, total, flops)
+
+
+def whole(devices: int) -> str:
+    """Return the strategy of tasks that do not shard: every process holds the whole model."""
+    return "none" if devices == 1 else "whole model each"
+
+
+# ---- speed
+
+
+def measured_speed(settings: Settings) -> float:
+    """Time the real model on its largest micro-batch; return tokens a second of all devices, as if they did not wait."""
+    needs = needs_of(settings)
+    setup = setup_of(settings, needs)
+    slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
+    batch = batch_of(settings, counting.training_lengths(settings, needs), setup.devices, slots)
+    return setup.devices * tokens_per_second(settings, batch.rows, batch.length, batch.responses, setup.live)
+
+
+# ---- a pipeline
+
+
+def launched(stage: Stage) -> dict[str, Any]:
+    """Return the layout that a stage's accelerate configuration starts; ZeRO-3 shards as full FSDP does."""
+    words = stage.command
+    if "--config_file" not in words:
+        return {}
+    path = Path(words[words.index("--config_file") + 1])
+    found = yaml.safe_load((path if path.is_file() else ROOT / path).read_text(encoding="utf-8"))
+    strategies = {"FSDP": "fsdp", "DEEPSPEED": "fsdp", "NO": "none"}
+    return {"devices": found["num_processes"], "strategy": strategies.get(found["distributed_type"], "ddp")}
+
+
+def of_stage(stage: Stage, section: dict[str, Any]) -> dict[str, Any] | str:
+    """Estimate a stage, or say why not; `section` is the estimate section of the pipeline's own command."""
+    task = stage.config["task"]
+    if task not in ("train", "cache", "generate"):
+        return f"task={task}"
+    own = launched(stage) if section["devices"] is None else {}
+    try:
+        return estimated(settings_from({**stage.config, "estimate": {**section, **own}}, None), task)
+    except ValueError as error:
+        return str(error).splitlines()[0].rstrip(".")
+
+
+def print_plan(stages: list[Stage], section: dict[str, Any]) -> None:
+    """Print the table of a pipeline's stages, of its first seed."""
+    first = [stage for stage in stages if stage.seed == stages[0].seed]
+    print("\n" + table([(stage.name, of_stage(stage, section)) for stage in first]))

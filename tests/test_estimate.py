@@ -1,0 +1,370 @@
+"""The estimator: its arithmetic against autograd, a FLOP counter and real files, its peaks against real training steps."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import estimate
+import launch
+import lengths
+import models
+from dataloader import collate
+from docs import worked_plan
+from estimate import Batch, Setup, Work
+from model_shape import shape_of
+from schema import Settings, settings_from
+from tasks.estimate import compared, estimated, of_stage, print_plan
+from teacher_cache import Meta, Writer, finish
+from tests.helpers import ROOT, composed, write_pairs
+from tests.helpers import launch as command
+from tests.test_pipeline import planned
+from trainers.basic import BasicTrainer
+from trainers.needs import Needs
+
+PLAIN = Setup("none", 1, 1, master=4, compute=4, reference=0, live=False, states=2, checkpointing=False, gpu=False)
+SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4, "tie_word_embeddings": True}
+
+
+def settings(*overrides: str) -> Settings:
+    """Compose and type a config."""
+    return settings_from(composed(*overrides), None)
+
+
+def inline(build: dict[str, Any]) -> str:
+    """Spell a model.build for the command line."""
+    return "++model.build={" + ", ".join(f"{k}: {str(v).lower()}" for k, v in build.items()) + "}"
+
+
+# ---- counts
+
+
+@pytest.mark.parametrize("options", [[], ["model.use_peft=true"], ["model.num_layers=1"], ["++model.build.tie_word_embeddings=false"]])
+def test_parameters_counted_without_weights_are_those_of_the_model(options: list[str]) -> None:
+    config = settings("model=tiny", *options).model
+    model: Any = models.load_model(config, trainable=True)
+    embedding = model.get_input_embeddings().weight.numel()
+    if config.use_peft:
+        model = models.add_lora(model, config)
+    found = shape_of(config)
+    parameters = list(model.parameters())
+    assert found.parameters + found.adapters == sum(p.numel() for p in parameters)
+    assert found.trainable == sum(p.numel() for p in parameters if p.requires_grad)
+    assert found.embedding == embedding and found.layers == model.config.num_hidden_layers
+    assert found.layers * found.block + found.outside == found.parameters
+
+
+@pytest.mark.parametrize(("name", "published"), [("llama_8b_shape", 8_030_261_248), ("llama_70b_shape", 70_553_706_496)])
+def test_shapes_have_the_published_number_of_parameters(name: str, published: int) -> None:
+    assert shape_of(settings(f"model={name}").model).parameters == published
+
+
+@pytest.mark.parametrize(("loss", "passes"), [("sft", 3), ("dpo", 4)])
+def test_flops_are_those_that_torch_counts(loss: str, passes: int) -> None:
+    config = settings("model=tiny", inline(SHAPE)).model
+    model, shape = models.load_model(config, trainable=True), shape_of(config)
+    rows, length = 2, 24  # short rows: torch counts attention without its causal half, which is below 2 % here
+    ids = torch.randint(0, shape.vocab, (rows, length))
+    work = Work(rows, rows * length, rows * length**2, rows * length)
+    with FlopCounterMode(display=False) as counter:
+        if loss == "dpo":
+            with torch.no_grad():
+                model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    predicted = estimate.training_flops(shape, work, work if loss == "dpo" else None, checkpointing=False)
+    assert predicted.total == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert predicted.total == pytest.approx(passes * predicted.forward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, checkpointing: bool) -> None:
+    build = {**SHAPE, "num_key_value_heads": 2, "vocab_size": 259}
+    model = LlamaForCausalLM(LlamaConfig(**build)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    shape = shape_of(settings("model=tiny", inline(build)).model)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    attention = torch.ones(3, 64, dtype=torch.int64)
+    attention[0, -9:] = 0  # padded, as batches are
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model.model(input_ids=torch.randint(0, 259, (3, 64)), attention_mask=attention, use_cache=False)
+    weights = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
+    actual = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own and not (t.dim() == 2 and t.shape in weights))
+    setup = PLAIN._replace(compute=dtype.itemsize, checkpointing=checkpointing)
+    assert estimate.activations(shape, Batch(3, 64, 63, 100), setup)[0] == pytest.approx(actual, rel=0.05)
+
+
+@pytest.mark.parametrize(("vocab", "advantages"), [(259, False), (259, True), (128_256, False), (128_256, True)])
+def test_cache_bytes_are_those_of_a_written_cache(vocab: int, advantages: bool, tmp_path: Path) -> None:
+    k, prompt, response, count = 50, 20, 30, 8
+    meta = Meta("advantage" if advantages else "logprob", k, vocab, "t", None, "t", "t", "d", "")
+    writer, rng = Writer(tmp_path, meta), np.random.default_rng(0)
+    for _ in range(count):
+        ids = rng.integers(0, vocab, prompt + response).tolist()
+        values = np.zeros((response, k), np.float32)
+        entries = rng.integers(0, vocab, (response, k))
+        writer.add(ids, [False] * prompt + [True] * response, entries, values, values[:, 0], values if advantages else None)
+    writer.close()
+    finish(tmp_path)
+    actual = sum(f.stat().st_size for f in tmp_path.glob("shard-*/*"))
+    work = Work(count, count * (prompt + response), 0, count * response)
+    assert estimate.cache_bytes(k, vocab, advantages, work) == actual
+
+
+# ---- memory
+
+
+def test_full_sharding_divides_what_it_shards() -> None:
+    shape, batch = shape_of(settings("model=llama_8b_shape").model), Batch(2, 2048, 1024, 2048)
+    one = estimate.training_memory(shape, batch, PLAIN).terms
+    many = estimate.training_memory(shape, batch, PLAIN._replace(strategy="fsdp", devices=8)).terms
+    for name in ("weights", "gradients", "optimizer states"):
+        assert many[name] == one[name] // 8
+    assert many["gathered weights"] > 0 and many["activations"] == one["activations"]
+    assert one["weights"] + one["gradients"] + one["optimizer states"] == 16 * shape.parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "term"),
+    [
+        ({"compute": 2}, "copies of the weights"),
+        ({"micro_batches": 4}, "gradients, not reduced yet"),
+        ({"reference": 2, "live": True}, "frozen reference"),
+        ({"strategy": "ddp"}, "communication buckets"),
+    ],
+)
+def test_an_option_that_takes_memory_is_a_term_of_its_own(changes: dict[str, Any], term: str) -> None:
+    shape, batch = shape_of(settings("model=llama_8b_shape").model), Batch(2, 2048, 1024, 2048)
+    base = PLAIN._replace(strategy="fsdp", devices=8)
+    assert term not in estimate.training_memory(shape, batch, base).terms
+    assert estimate.training_memory(shape, batch, base._replace(**changes)).terms[term] > 0
+
+
+def test_checkpointing_takes_less_memory_and_more_flops() -> None:
+    shape, batch = shape_of(settings("model=llama_8b_shape").model), Batch(2, 2048, 1024, 2048)
+    work = Work(2, 4096, 2 * 2048**2, 2048)
+    less = estimate.training_memory(shape, batch, PLAIN._replace(checkpointing=True))
+    assert less.peak < estimate.training_memory(shape, batch, PLAIN).peak
+    plain, again = (estimate.training_flops(shape, work, None, on).total for on in (False, True))
+    assert 1.3 < again / plain < 1.34
+
+
+def test_autocast_and_unreduced_gradients_keep_whole_tensors_under_full_sharding(tmp_path: Path) -> None:
+    """What the estimate says of `copies of the weights` and `gradients, not reduced yet` is what torch does."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(4)))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled, torch.autocast("cpu", torch.bfloat16):
+            model(torch.ones(2, 8))
+            model(torch.ones(2, 8))
+        casts = sum(e.count for e in profiled.key_averages() if e.key == "aten::_to_copy")
+        assert casts == 4 + 2  # each weight once, kept for the second pass; the input of each pass
+        model.set_requires_gradient_sync(False)  # type: ignore[operator]
+        model(torch.ones(2, 8)).sum().backward()
+        groups = [layer._get_fsdp_state()._fsdp_param_group for layer in model]  # type: ignore[operator]
+        assert [p.unsharded_param.grad.shape for g in groups for p in g.fsdp_params] == [(8, 8)] * 4
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- lengths
+
+
+def test_lengths_are_those_of_the_batches_that_are_trained_on(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl", 22)
+    config = settings("model=tiny", "datasets=[local]", f"datasets.local.train={data}")
+    needs = Needs("pairs", reference="logps")
+    found = lengths.training_lengths(config, needs)
+    assert found is not None and found.measured and found.number == 22
+    examples, _, _ = lengths.examples_of(config, "train")
+    rows = [t for e in examples for t in (e.chosen, e.rejected) if t is not None]
+    assert found.work == Work(44, sum(len(t.ids) for t in rows), sum(len(t.ids) ** 2 for t in rows), sum(map(sum, (t.response for t in rows))))
+    batch, real = lengths.padded(found.items), collate(rows, 0)
+    shape = shape_of(config.model)
+    seen: list[torch.Size] = []
+    model = models.load_model(config.model, trainable=False)
+    model.get_output_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    out = models.response_logits(model, real, shape.vocab)
+    assert seen == [(batch.rows, batch.columns, shape.vocab)] and len(out.targets) == batch.responses
+    assert real.ids.shape == (batch.rows, batch.length)
+
+
+def test_a_sample_is_scaled_and_its_memory_is_an_upper_bound(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl", 40)
+    config = settings("model=tiny", "datasets=[local]", f"datasets.local.train={data}", "loss=dpo")
+    whole, sample = (estimated(replace(config, estimate=replace(config.estimate, rows=rows)), "train") for rows in (None, 10))
+    assert sample["tokens"] == pytest.approx(whole["tokens"], rel=0.1) and sample["sequences"] == whole["sequences"]
+    assert "lengths from 10 tokenised rows" in sample["lengths"]
+    assert sample["peak_bytes"] > 10 * whole["peak_bytes"]  # rows of max_length
+
+
+def test_without_the_data_there_is_an_upper_bound_or_nothing() -> None:
+    bound = estimated(settings("model=tiny", "datasets=[dpo_mix]", "loss=dpo", "n_examples=100"), "train")
+    assert bound["tokens"] == 100 * 2 * 2048 and bound["lengths"].startswith("upper bound")
+    nothing = estimated(settings("model=tiny", "datasets=[dpo_mix]", "loss=dpo"), "train")
+    assert nothing["tokens"] is None and nothing["hours"] is None and "set n_examples" in nothing["lengths"]
+
+
+def test_hours_come_from_tokens_or_from_flops() -> None:
+    common = ["model=llama_8b_shape", "datasets=[deita]", "estimate.tokens=36e6"]
+    assert estimated(settings(*common, "estimate.tokens_per_second=1e4"), "train")["hours"] == pytest.approx(1.0, rel=1e-3)
+    found = estimated(settings(*common, "estimate.flops_per_second_per_device=1e15", "estimate.devices=2"), "train")
+    assert found["hours"] == pytest.approx(found["flops"]["total"] / (2 * 1e15 * 0.4) / 3600)
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["estimate.devices=3"], "model.batch_size=8 .* is not divisible by 3 devices .* 9 would work"),
+        (["estimate.run=nowhere"], "estimate.run=nowhere has no config.yaml"),
+        (["estimate.strategy=none", "estimate.devices=2"], "choose ddp or fsdp"),
+        (["estimate.device=2"], "unknown key 'estimate.device'. Did you mean 'devices'"),
+    ],
+)
+def test_a_mistake_is_named(wrong: list[str], message: str, tmp_path: Path) -> None:
+    raw = composed("task=estimate", "model=tiny", f"cache_dir={tmp_path}", *[f"++{word}" for word in wrong])
+    with pytest.raises(ValueError, match=message):
+        launch.run_task(raw)
+
+
+def test_a_finished_run_stands_beside_its_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl", 20)
+    common = ["model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}"]
+    launch.run_task(composed(*common, "exp_name=run", "n_steps=4", "lr=1e-4"))
+    for _ in range(2):  # it is new at every call
+        launch.run_task(composed(*common, "exp_name=said", "task=estimate", f"estimate.run={tmp_path}/run"))
+    said = json.loads((tmp_path / "said/estimate.json").read_text(encoding="utf-8"))
+    assert said["actual"]["tokens"] == pytest.approx(said["predicted"]["tokens"], rel=0.01)  # 4 steps of 8, the third of 4
+    assert said["actual"]["peak_bytes"][0] > said["actual"]["baseline_bytes"][0] > 0
+    printed = capsys.readouterr().out
+    assert "peak memory, predicted" in printed and "peak memory, actual" in printed
+
+
+def test_the_plan_of_a_pipeline_says_what_its_stages_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = list(planned(tmp_path, "pipeline=quickstart").values())
+    section = {**composed()["estimate"], "tokens": 1e6, "flops_per_second_per_device": 1e11}
+    print_plan(stages, section)
+    printed = capsys.readouterr().out
+    rows = {line.split(" | ")[0].strip("| "): line for line in printed.splitlines() if line.startswith("| ")}
+    assert set(rows) == {"stage", *(stage.name for stage in stages)}
+    assert "650.11 k" in rows["teacher_sft"] and "1.00 M" in rows["cache_advantages"]
+    assert "not estimated: task=summarise" in rows["summarise"] and "of teacher caches" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_has_the_layout_of_its_accelerate_configuration(tmp_path: Path) -> None:
+    line = ["pipeline=adpa_plus", "pipeline.teacher=llama_8b_shape", "pipeline.student=llama_8b_shape", "datasets=[dpo_mix]"]
+    stages = planned(tmp_path, *line, "pipeline.accelerate_config=accelerate_config/fsdp_2x8gpu.yaml")
+    found = of_stage(stages["teacher_dpo"], composed()["estimate"])
+    assert isinstance(found, dict) and (found["strategy"], found["devices"]) == ("fsdp", 16)
+    assert found["memory"]["weights"] == 8_030_261_248 * 4 // 16
+    other = of_stage(stages["cache_logprobs"], composed()["estimate"])
+    assert isinstance(other, dict) and other["devices"] == 1  # only training goes through accelerate
+
+
+def test_a_model_without_a_readable_configuration_is_named() -> None:
+    with pytest.raises(ValueError, match="no architecture: cannot read config.json of 'nobody/nothing-of-this-name'"):
+        estimated(settings("model=llama", "model.name_or_path=nobody/nothing-of-this-name"), "train")
+
+
+@pytest.mark.parametrize(("line", "written"), worked_plan.parts(), ids=lambda text: text[:40])
+def test_the_worked_plan_is_what_its_commands_print(line: str, written: str) -> None:
+    assert worked_plan.output_of(line) == written, "run: python -m docs.worked_plan"
+
+
+# ---- predicted against actual
+
+
+def large_vocabulary(folder: Path, words: int) -> Path:
+    """Write the byte tokenizer with so many words in all, so that logits weigh what they do in practice."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/byte_tokenizer")
+    tokenizer.add_tokens([f"<w{i}>" for i in range(words - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def even_pairs(path: Path, count: int, length: int) -> Path:
+    """Write pairs whose prompts and responses have `length` characters."""
+    with path.open("w", encoding="utf-8") as out:
+        for i in range(count):
+            prompt = {"role": "user", "content": f"{i:0{length}d}"}
+            sides = {side: [prompt, {"role": "assistant", "content": letter * length}] for side, letter in (("chosen", "a"), ("rejected", "b"))}
+            out.write(json.dumps(sides) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["loss=sft"], ["loss=dpo"], ["loss=sft", "model.activation_checkpointing=true"], ["loss=dpo", "model.gradient_accumulation_steps=4"],
+     ["loss=sft", "model.policy_dtype=bfloat16"], ["loss=sft", "optimizer=SGD"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_peak_is_what_torch_allocates_in_a_step(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, data = large_vocabulary(tmp_path / "words", 2000), even_pairs(tmp_path / "pairs.jsonl", 8, 60)
+    raw = composed(
+        "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "n_steps=2", inline(SHAPE),
+        f"model.tokenizer_name_or_path={tokenizer}", *options,
+    )  # fmt: skip
+    allocated: list[int] = []
+    plain_step = BasicTrainer._step
+
+    def profiled_step(self: BasicTrainer, step: int) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            result = plain_step(self, step)
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+        held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+        allocated.append(int(held.max()))
+        return result
+
+    monkeypatch.setattr(BasicTrainer, "_step", profiled_step)
+    launch.run_task(raw)
+    found = estimated(settings_from(raw, None), "train")
+    before = sum(found["memory"].get(name, 0) for name in ("weights", "optimizer states", "frozen reference"))
+    # Measured: 0.99 to 1.03.
+    print(f"{options}: predicted is {found['peak_bytes'] / (before + allocated[1]):.3f} of the actual bytes")
+    assert found["peak_bytes"] == pytest.approx(before + allocated[1], rel=0.08)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_the_peak_is_what_a_real_process_takes(loss: str, tmp_path: Path) -> None:
+    """A Llama of 12 M parameters (SFT 16 bytes each, DPO 20), float32 on CPU, in a process of its own."""
+    tokenizer, data = large_vocabulary(tmp_path / "words", 8000), even_pairs(tmp_path / "pairs.jsonl", 16, 120)
+    build = {**SHAPE, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6}
+    done = command(
+        f"loss={loss}", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "exp_name=run",
+        "n_steps=3", inline(build), f"model.tokenizer_name_or_path={tokenizer}",
+        # Freed memory goes back to the system at once: by default the C library keeps some (SFT: 943 MB instead of 651).
+        env={"MALLOC_MMAP_THRESHOLD_": "65536", **os.environ}, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = compared(settings("task=estimate", "model=tiny", f"estimate.run={tmp_path}/run"))
+    actual = found["actual"]["peak_bytes"][0] - found["actual"]["baseline_bytes"][0]
+    print(f"{loss}: predicted {found['predicted']['peak_bytes'] / 1e6:.0f} MB, actual {actual / 1e6:.0f} MB")
+    # Measured: SFT 0.99, DPO 1.03 of the actual bytes; what libraries allocate for themselves differs between machines.
+    assert found["predicted"]["peak_bytes"] == pytest.approx(actual, rel=0.15)
