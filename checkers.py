@@ -4,6 +4,7 @@ A checker is `module:function(prompt, response) -> number`; one that takes a thi
 data, where a reference answer travels. A module that defines `vote(response) -> str | None` can be asked for a majority.
 """
 
+import importlib
 import inspect
 import sys
 from collections import Counter
@@ -12,7 +13,29 @@ from typing import Any
 
 from conversations import Conversation, Message
 
+Checker = Callable[..., float]  # (prompt, response) or (prompt, response, meta)
 Vote = Callable[[str], str | None]
+
+
+def resolve_checker(name: str, key: str = "evaluation.checker") -> Checker:
+    """Import `module:function`; ValueError says which half is missing."""
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"{key}={name!r} must be written module:function, e.g. worlds.shop:check")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"{key}={name!r}: cannot import {module_name!r} ({error}). "
+            "The module must lie in the repository or on PYTHONPATH"
+        ) from error
+    functions = {key: value for key, value in vars(module).items() if callable(value) and not isinstance(value, type)}
+    if function_name not in functions:
+        raise ValueError(
+            f"{key}={name!r}: {module_name} has no function {function_name!r}. "
+            f"It has: {', '.join(key for key in functions if key.islower() and not key.startswith('_'))}"
+        )
+    return functions[function_name]
 
 
 def prompt_text(messages: list[Message]) -> str:

@@ -103,7 +103,7 @@ def find_format(row: dict[str, Any], where: str) -> str:
         return "gsm8k"
     raise ValueError(
         f"{where}: cannot tell the format from the columns {sorted(row)}. Known: `messages`; `chosen` and `rejected` "
-        "lists of role/content; `prompt` with `response`, or with `chosen` and `rejected`; `prompt` alone; "
+        "lists of role/content; `prompt` with `response` (or `teacher_response`), or with `chosen` and `rejected`; `prompt` alone; "
         "`question` with `answer`"
     )
 
@@ -138,7 +138,7 @@ def _reply(text: str) -> list[Message]:
 
 def _meta(row: dict[str, Any]) -> dict[str, Any]:
     heavy = (
-        "messages", "chosen", "rejected", "prompt", "response", "history",
+        "messages", "chosen", "rejected", "prompt", "response", "teacher_response", "history",
         "prompt_ids", "response_ids", "chosen_ids", "rejected_ids",
     )  # fmt: skip
     return {k: v for k, v in row.items() if k not in heavy}
@@ -164,8 +164,8 @@ def _from_strings(row: dict[str, Any]) -> Conversation:
     prompt = _checked(row["prompt"])
     if "chosen" in row:
         return Conversation(prompt, _reply(row["chosen"]), _reply(row["rejected"]), None, _meta(row))
-    response = _reply(row["response"]) if row.get("response") is not None else None
-    return Conversation(prompt, None, None, response, _meta(row))
+    text = row.get("response", row.get("teacher_response"))
+    return Conversation(prompt, None, None, None if text is None else _reply(text), _meta(row))
 
 
 def parse_hh(text: str) -> list[Message]:

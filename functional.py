@@ -5,7 +5,8 @@ dtype; maths is done in float32 (float64 stays float64), chunk by chunk, and eac
 backward pass: no float32 [N, V] tensor is ever held.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,39 @@ def _full_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
 def full_kl(logits: Tensor, reference_logits: Tensor, chunk: int | None = None) -> Tensor:
     """Return KL(pi_0 || pi_theta) of each token [N] over the whole vocabulary, from logits [N, V] of both."""
     return _chunked(_full_kl, logits, (reference_logits,), chunk, held=4)
+
+
+def _jsd(logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float) -> Tensor:
+    student, teacher = ((_wide(x) / temperature).log_softmax(-1) for x in (logits, teacher_logits))
+    if beta == 0:
+        return (teacher.exp() * (teacher - student)).sum(-1)
+    if beta == 1:
+        return (student.exp() * (student - teacher)).sum(-1)
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
+    return beta * to_teacher + (1 - beta) * (student.exp() * (student - mixture)).sum(-1)
+
+
+def generalized_jsd(
+    logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float = 1.0, chunk: int | None = None
+) -> Tensor:
+    """Return the generalised Jensen-Shannon divergence of each token [N], from logits [N, V] of student and teacher.
+
+    beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student. The ends are the KLs that the
+    scaled divergence tends to: beta 0 is KL(teacher || student), 1 is KL(student || teacher). No factor temperature^2.
+    Source: GKD, arXiv 2306.13649, section 3.
+    """
+    return _chunked(lambda part, other: _jsd(part, other, beta, temperature), logits, (teacher_logits,), chunk, held=8)
+
+
+def mixed_logps(teachers: Sequence[Tensor]) -> Tensor:
+    """Return the log of the teachers' average probabilities [N, V], from the logits [N, V] of each."""
+    if len(teachers) == 1:
+        return teachers[0]
+    total = _wide(teachers[0]).log_softmax(-1)
+    for logits in teachers[1:]:
+        total = torch.logaddexp(total, _wide(logits).log_softmax(-1))
+    return total - math.log(len(teachers))
 
 
 def topk_logps(logits: Tensor, k: int, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,13 +63,20 @@ def response_logits(model: torch.nn.Module, sequences: Sequences, vocab_size: in
     needs are never computed. Padding is on the right, so positions need no correction.
     """
     ids, attention, response = sequences
+    keep, rows, kept = predicting(response)
+    logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False, logits_to_keep=keep).logits
+    return ResponseLogits(logits[rows, kept][:, :vocab_size], ids[rows, keep[kept] + 1], rows)
+
+
+def predicting(response: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the columns that are computed [C], and the rows [N] and places among those columns [N] of the positions
+    that predict the response tokens [B, T]."""
     predicts = response.roll(-1, dims=1)
     predicts[:, -1] = False  # the last position predicts a token that is not there
-    columns = predicts.any(dim=0).nonzero().flatten().tolist() or [ids.shape[1] - 1]
-    keep = torch.arange(columns[0], columns[-1] + 1, device=ids.device)
-    logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False, logits_to_keep=keep).logits
+    columns = predicts.any(dim=0).nonzero().flatten().tolist() or [response.shape[1] - 1]
+    keep = torch.arange(columns[0], columns[-1] + 1, device=response.device)
     rows, kept = predicts[:, keep].nonzero(as_tuple=True)
-    return ResponseLogits(logits[rows, kept][:, :vocab_size], ids[rows, keep[kept] + 1], rows)
+    return keep, rows, kept
 
 
 def last_token_scores(model: torch.nn.Module, sequences: Sequences) -> Tensor:

@@ -14,9 +14,10 @@ from tests.golden.coverage import LOSS_CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- losses-table: written by python -m docs.losses_table -->", "<!-- /losses-table -->"
-DATA = {"responses": "responses", "pairs": "pairs", "feedback": "pairs, or responses with a label"}
+DATA = {"responses": "responses", "pairs": "pairs", "feedback": "pairs, or responses with a label",
+        "prompts": "prompts and a judge, or replies with a reward", "rewards": "replies with a reward"}  # fmt: skip
 REFERENCE = {"": "", "logps": "; reference log-probs (live or cached)", "distributions": "; a live reference"}
-TEACHER = {"": "", "logprob": "; teacher cache", "advantage": "; generations and an advantage cache"}
+TEACHER = {"": "", "logprob": "; teacher cache", "advantage": "; generations and an advantage cache", "live": "; live teachers"}
 
 
 def passes(name: str) -> int:
@@ -29,7 +30,7 @@ def passes(name: str) -> int:
         nonlocal counted
         counted += len(keywords["input_ids"]) * (3 if torch.is_grad_enabled() and module is trainer.policy else 1)
 
-    for model in (trainer.policy, trainer.reference):
+    for model in (trainer.policy, trainer.reference, *trainer.companions.values()):
         model.register_forward_hook(watch, with_kwargs=True)
     loss_of(trainer, items)
     return counted

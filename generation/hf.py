@@ -19,7 +19,7 @@ from schema import GenerationConfig, Settings
 BatchSampler = Callable[[list[list[int]], int], list[Reply]]  # (prompts of one batch, seed) -> replies in their order
 
 
-class _Forbid(LogitsProcessor):
+class Forbid(LogitsProcessor):
     """Give some ids no probability."""
 
     def __init__(self, forbidden: Tensor) -> None:
@@ -30,12 +30,23 @@ class _Forbid(LogitsProcessor):
         return scores.masked_fill(self.forbidden, float("-inf"))
 
 
+def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad prompts on the left, where generation goes on: ids [B, T] and their mask [B, T] of 1 and 0.
+
+    Position ids follow from the mask: the first token that is not padding stands at 0.
+    """
+    longest = max(map(len, prompts))
+    ids = [[pad_id] * (longest - len(row)) + row for row in prompts]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def hf_backend(
     model: Any, tokenizer: Any, generation: GenerationConfig, stop: list[int], vocab_size: int
 ) -> BatchSampler:
     """Return a function that samples one batch with model.generate."""
     width = model.get_output_embeddings().weight.shape[0]
-    forbid = _Forbid(forbidden_ids(tokenizer, stop, vocab_size, width).to(model.device))
+    forbid = Forbid(forbidden_ids(tokenizer, stop, vocab_size, width).to(model.device))
     sampling: dict[str, Any] = {"do_sample": False}
     if generation.temperature > 0:
         sampling = {
@@ -49,16 +60,13 @@ def hf_backend(
 
     @torch.inference_mode()
     def batch(prompts: list[list[int]], seed: int) -> list[Reply]:
-        longest = max(map(len, prompts))
-        pad = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
-        attention = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        ids, mask = (torch.tensor(rows, device=model.device) for rows in (pad, attention))
+        ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
+        longest = ids.shape[1]
         own, model.generation_config = model.generation_config, config  # else its penalties and cuts fill our gaps
         cuda = [model.device] if model.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=cuda):
                 torch.manual_seed(seed)
-                # Position ids follow from the mask: the first token that is not padding stands at 0.
                 processors = LogitsProcessorList([forbid, *calculators(generation.calculator, tokenizer, longest)])
                 out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
         finally:

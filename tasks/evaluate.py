@@ -5,9 +5,8 @@ prompt's score, for paired comparisons later) and samples.jsonl (replies side by
 With several processes each takes its share of the models; rank 0 writes.
 """
 
-import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import models
-from checkers import prompt_text, scored, vote_of
+from checkers import Checker, prompt_text, resolve_checker, scored, vote_of
 from dataloader import Example, Sequences, collate, load_examples
 from functional import row_sums, token_logps
 from intervals import paired_difference, score_interval
@@ -28,7 +27,6 @@ from tasks.generate import Reply, sample
 from tasks.majority import majority_figures, majority_scores, majority_temperature, vote_settings
 from trainers.strategy import check_strategy
 
-Checker = Callable[..., float]  # (prompt, response) or (prompt, response, meta)
 MAX_SAMPLES = 200  # replies a model in samples.jsonl
 
 
@@ -58,27 +56,6 @@ class Judged(NamedTuple):
 
 
 # ---- inputs
-
-
-def resolve_checker(name: str) -> Checker:
-    """Import `module:function`; ValueError says which half is missing."""
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f"evaluation.checker={name!r} must be written module:function, e.g. worlds.shop:check")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"evaluation.checker={name!r}: cannot import {module_name!r} ({error}). "
-            "The module must lie in the repository or on PYTHONPATH"
-        ) from error
-    functions = {key: value for key, value in vars(module).items() if callable(value) and not isinstance(value, type)}
-    if function_name not in functions:
-        raise ValueError(
-            f"evaluation.checker={name!r}: {module_name} has no function {function_name!r}. "
-            f"It has: {', '.join(key for key in functions if key.islower() and not key.startswith('_'))}"
-        )
-    return functions[function_name]
 
 
 def check_request(config: EvaluationConfig) -> None:

@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from checkers import scored
+from checkers import Checker, resolve_checker, scored
 from conversations import Conversation, Message, find_format, read_jsonl, read_rows, to_conversation
 from schema import DatasetConfig, Settings
-from tasks.evaluate import Checker, resolve_checker
 
 VERSION = 1
 CORRECT = 1.0  # a checker's score from which a reply is correct

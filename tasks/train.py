@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from trainers import checkpoint, reference, signals
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
 from trainers.strategy import check_strategy
+from value_head import add_value_head
 
 
 def run(settings: Settings) -> None:
@@ -39,6 +41,7 @@ def run(settings: Settings) -> None:
     if trainer.needs.reference:
         ref_model, items, test_items = _reference(settings, trainer, items, test_items)
     policy = _policy(settings, trainer)
+    _companions(settings, trainer)
     with signals.watched():
         meter.restart()
     before = checkpoint.examples_seen(settings.run.run_dir)
@@ -91,7 +94,25 @@ def _policy(settings: Settings, trainer: BasicTrainer) -> torch.nn.Module:
     policy = models.load_model(config, dtype=master, trainable=True, head=trainer.head)
     if trainer.head == "reward":
         models.set_padding(policy, trainer.tokenizer)
-    return models.add_lora(policy, config) if config.use_peft else policy
+    model = models.add_lora(policy, config) if config.use_peft else policy
+    if trainer.head == "value":
+        add_value_head(model)
+    return model
+
+
+def _companions(settings: Settings, trainer: BasicTrainer) -> None:
+    """Load the frozen models that the method asks: they read the policy's token ids, so they must share its tokenizer."""
+    for name, (folder, head) in trainer.companion_folders().items():
+        dtype = models.resolve_dtype(settings.model.reference_dtype, trainer.accelerator.device)
+        config = replace(settings.model, name_or_path=folder, tokenizer_name_or_path=None, load_from=None, from_checkpoint=None, build=None)
+        tokenizer = models.load_tokenizer(config)
+        if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
+            raise ValueError(
+                f"{name} {folder} has another tokenizer than the policy ({len(tokenizer)} and {len(trainer.tokenizer)} tokens, or other "
+                "words): it would read other text. Use a model of the same family"
+            )
+        model = models.load_model(config, source=folder, dtype=dtype, trainable=False, head=head)
+        trainer.companions[name] = trainer.place_reference(model)
 
 
 def _reference(

@@ -23,17 +23,23 @@ from trainers.batches import Item
 from trainers.csft import with_control
 
 VOCAB, PAD, TOP_K = 11, 0, 3
-PATHS = {"dckd": ["loss.teacher_cache=none"], "adpa": ["loss.generations=none", "loss.advantages=none"]}
+PATHS = {
+    "dckd": ["loss.teacher_cache=none"], "adpa": ["loss.generations=none", "loss.advantages=none"], "gkd": ["loss.teacher=none"],
+    "opd": ["loss.teacher=none"], "ppo": ["loss.checker=worlds.shop:check"], "grpo": ["loss.checker=worlds.shop:check"],
+}  # fmt: skip
+FIGURES = {"ppo": 5, "grpo": 3, "opd": 2}  # columns that a rollout notes of each token
 
 
 class Bigram(torch.nn.Module):
-    """table [V, V]: row i holds the logits after token i. A reward model reads the first column at the last token."""
+    """table [V, V]: row i holds the logits after token i. A reward model reads the first column at the last token, a value
+    head the second one."""
 
     def __init__(self, seed: int, reward: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.nn.Parameter(torch.randn(VOCAB, VOCAB, dtype=torch.float64, generator=generator))
         self.reward, self.config = reward, SimpleNamespace(pad_token_id=PAD)
+        self.value_head = SimpleNamespace(values=None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool, logits_to_keep: Tensor | None = None):
         """Return an object with logits [B, kept, V], or a reward model's [B, 1]."""
@@ -41,7 +47,9 @@ class Bigram(torch.nn.Module):
         if self.reward:
             last = (input_ids != self.config.pad_token_id).long().cumsum(1).argmax(1)
             return SimpleNamespace(logits=self.table[input_ids.gather(1, last[:, None]).squeeze(1), :1])
-        return SimpleNamespace(logits=self.table[input_ids[:, logits_to_keep]])
+        logits = self.table[input_ids[:, logits_to_keep]]
+        self.value_head.values = logits[..., 1]
+        return SimpleNamespace(logits=logits)
 
 
 def tokens(prompt: list[int], reply: list[int]) -> Tokens:
@@ -76,6 +84,12 @@ def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
         return [Item((e.chosen, e.rejected), (entries(e.chosen, rng, False), entries(e.rejected, rng, False))) for e in examples()]
     if name == "adpa":
         return [Item((e.chosen, e.rejected), (None, entries(e.rejected, rng, True))) for e in examples()]
+    if name in FIGURES:  # drawn instead of a rollout; the first column is the old log-probability, of about one in VOCAB
+        drawn = [rng.normal(size=(sum(e.chosen.response), FIGURES[name])).astype(np.float32) for e in examples()]
+        shift = np.array([-2.4] + [0.0] * (FIGURES[name] - 1), np.float32)
+        return [Item((e.chosen,), label=1.0, figures=0.5 * part + shift) for e, part in zip(examples(), drawn, strict=True)]
+    if name == "reward-weighted-distill":
+        return [Item((e.chosen,), label=float(reward)) for e, reward in zip(examples(), rng.normal(size=6).astype(np.float32), strict=True)]
     if name == "csft":  # the tokens of its control texts lie beyond this vocabulary
         sides = [(len(e.prompt), side, ids) for e in examples() for side, ids in ((e.chosen, [9, 8]), (e.rejected, [7]))]
         return [Item((with_control(side, length, ids, 99),)) for length, side, ids in sides]
@@ -100,6 +114,7 @@ def trainer_of(name: str, *overrides: str) -> BasicTrainer:
     trainer = method(settings, byte_tokenizer, Accelerator(cpu=True))
     trainer.vocab_size = VOCAB
     trainer.policy, trainer.reference = Bigram(1, method.head == "reward"), Bigram(2)
+    trainer.companions = {companion: Bigram(2 + i) for i, companion in enumerate(trainer.companion_folders())}
     return trainer
 
 

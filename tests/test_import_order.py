@@ -18,7 +18,7 @@ ORDER = (
     ),
     ("dataloader", "plan", "report", "checkers", "calculator_generation"),
     ("models", "pipeline"),
-    ("model_shape", "generation"),
+    ("model_shape", "value_head", "generation"),
     ("trainers",),
     ("lengths",),
     ("tasks",),

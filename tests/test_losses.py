@@ -24,6 +24,10 @@ OPTIONS = {
     "kto": ["loss.desirable_weight=1.3 loss.undesirable_weight=0.7", "loss.frac_unique_desirable=0.5 loss.frac_unique_undesirable=0.5"],
     "bradley-terry": ["loss.margin=0.5 loss.center_weight=0.1"],
     "simpo": ["loss.label_smoothing=0.1"],
+    "ppo": ["loss.value_clip=null loss.drift_weight=0.3", "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4"],
+    "grpo": ["loss.reduction=token_mean loss.clip=0.5", "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4"],
+    "gkd": ["loss.beta=0", "loss.beta=1", "loss.beta=0.3 loss.temperature=2.0"],
+    "reward-weighted-distill": [f"loss.teachers=[a,b] loss.kl_weight=0.7 loss.divergence={name}" for name in ("forward", "reverse", "jsd")],
 }  # fmt: skip
 PLAIN = {"sppo-hard": "loss.beta=0.1"}  # its default asks for log-ratios of 500, where differences drown
 CASES = [(name, PLAIN.get(name, "")) for name in LOSSES] + [(name, option) for name, options in OPTIONS.items() for option in options]
@@ -35,7 +39,8 @@ STOPPED = [(n, o) for n, o in CASES if (n in ("tdpo", "ra-dpo") and "variant=1" 
 def test_a_loss_equals_its_twin(name, options):
     trainer = trainer_of(name, *options.split())
     items = items_of(trainer, name)
-    world = World(trainer.config, items, trainer.policy.table.tolist(), trainer.reference.table.tolist())
+    teachers = [model.table.tolist() for model in trainer.companions.values()]
+    world = World(trainer.config, items, trainer.policy.table.tolist(), trainer.reference.table.tolist(), teachers)
     assert float(loss_of(trainer, items)) == pytest.approx(TWINS[name](world), rel=1e-9, abs=1e-12)
 
 

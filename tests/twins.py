@@ -16,9 +16,9 @@ SIGMOID = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
 class World:
     """What a twin sees."""
 
-    def __init__(self, config: Any, items: list, policy: list[list[float]], reference: list[list[float]]) -> None:
+    def __init__(self, config: Any, items: list, policy: list, reference: list, teachers: list = ()) -> None:
         self.config, self.items = config, items
-        self.tables = {"policy": policy, "reference": reference}
+        self.tables = {"policy": policy, "reference": reference, **{f"teacher {i}": table for i, table in enumerate(teachers)}}
 
     def p(self, model: str, previous: int) -> list[float]:
         weights = [math.exp(x) for x in self.tables[model][previous]]
@@ -199,6 +199,94 @@ def adpa(world: World) -> float:
     return config.sft_weight * world.nll() - config.gamma * total / count
 
 
+def clipped(log_ratio: float, advantage: float, clip: float) -> float:
+    ratio = math.exp(log_ratio)
+    return -min(advantage * ratio, advantage * min(max(ratio, 1 - clip), 1 + clip))
+
+
+def figures(world: World) -> list[list[tuple]]:
+    """Return for each reply, for each token, (log pi, the token before, its figures)."""
+    return [
+        [
+            (math.log(world.p("policy", before)[token]), before, [float(x) for x in row])
+            for (before, token), row in zip(world.steps(item.sequences[0]), item.figures, strict=True)
+        ]
+        for item in world.items
+    ]
+
+
+def ppo(world: World) -> float:
+    config, losses = world.config, []
+    for logp, before, (old, _, old_value, target, advantage) in (token for reply in figures(world) for token in reply):
+        drift = logp - old
+        if config.humanline:
+            drift = min(max(drift, config.log_epsilon_P), config.log_epsilon_R)
+        value = world.tables["policy"][before][1]
+        errors = [(value - target) ** 2]
+        if config.value_clip is not None:
+            errors.append((min(max(value, old_value - config.value_clip), old_value + config.value_clip) - target) ** 2)
+        losses.append(clipped(drift, advantage, config.clip) + config.drift_weight * drift + config.value_weight * max(errors) / 2)
+    return sum(losses) / len(losses)
+
+
+def grpo(world: World) -> float:
+    config, replies = world.config, []
+    for reply in figures(world):
+        losses = []
+        for logp, _, (old, base, advantage) in reply:
+            drift = logp - old
+            if config.humanline:
+                drift = min(max(drift, config.log_epsilon_P), config.log_epsilon_R)
+            losses.append(clipped(drift, advantage, config.clip) + config.beta * (math.exp(base - logp) - (base - logp) - 1))
+        replies.append(losses)
+    if config.reduction == "token_mean":
+        return sum(map(sum, replies)) / sum(map(len, replies))
+    return sum(sum(losses) / len(losses) for losses in replies) / len(replies)
+
+
+def opd(world: World) -> float:
+    losses = [clipped(logp - old, advantage, world.config.clip) for reply in figures(world) for logp, _, (old, advantage) in reply]
+    return sum(losses) / len(losses)
+
+
+def jsd(student: list[float], teacher: list[float], beta: float) -> float:
+    """KLs by hand; the ends are the limits that the divergence is named after."""
+    kl = lambda p, q: sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))  # noqa: E731
+    if beta in (0, 1):
+        return kl(teacher, student) if beta == 0 else kl(student, teacher)
+    mixture = [beta * t + (1 - beta) * s for s, t in zip(student, teacher, strict=True)]
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+def tempered(p: list[float], temperature: float) -> list[float]:
+    powers = [x ** (1 / temperature) for x in p]
+    return [x / sum(powers) for x in powers]
+
+
+def gkd(world: World) -> float:
+    config, losses = world.config, []
+    for item in world.items:
+        for before, _ in world.steps(item.sequences[0]):
+            student, teacher = (tempered(world.p(model, before), config.temperature) for model in ("policy", "teacher 0"))
+            losses.append(jsd(student, teacher, config.beta))
+    return sum(losses) / len(losses)
+
+
+def reward_weighted(world: World) -> float:
+    config, total = world.config, 0.0
+    weights = [math.exp(item.label / config.reward_temperature) for item in world.items]
+    beta = {"forward": 0, "reverse": 1, "jsd": 0.5}[config.divergence]
+    for item, weight in zip(world.items, weights, strict=True):
+        value = -config.nll_weight * world.mean(item.sequences[0], lambda s: world.logp("policy", s))
+        for before, _ in world.steps(item.sequences[0]):
+            if config.kl_weight:
+                teachers = [world.p(f"teacher {i}", before) for i in range(len(config.teachers))]
+                mixed = [sum(column) / len(teachers) for column in zip(*teachers, strict=True)]
+                value += config.kl_weight * jsd(world.p("policy", before), mixed, beta) / len(world.steps(item.sequences[0]))
+        total += weight * value
+    return total / sum(weights)
+
+
 TWINS: dict[str, Callable[[World], float]] = {
     "sft": World.nll, "csft": World.nll, "dckd": dckd, "adpa": adpa, "dpo": paired(dpo), "cdpo": paired(dpo),
     "robust-dpo": paired(robust), "ipo": ipo, "exo": paired(exo), "nca": paired(nca), "discopop": paired(discopop),
@@ -210,4 +298,5 @@ TWINS: dict[str, Callable[[World], float]] = {
     "simpo": paired(lambda p, c: smoothed(c.beta * (p.mc - p.mr) - c.gamma, c.label_smoothing)),
     "cpo": paired(lambda p, c: smoothed(c.beta * (p.c - p.r), c.label_smoothing)), "orpo": paired(orpo),
     "tdpo": token_level(kl), "ra-dpo": token_level(tail_risk), "kto": kto, "kto-zero": kto, "bradley-terry": bradley_terry,
+    "ppo": ppo, "grpo": grpo, "opd": opd, "gkd": gkd, "reward-weighted-distill": reward_weighted,
 }  # fmt: skip

@@ -16,8 +16,8 @@ def main() -> None:
         found = []
         for share in (world, 1):
             # alone: this process takes all items; its sums over ranks are then twice one process's, as is its gradient
-            batches = list(trainer.deal(items, list(range(len(items))), 2, share)) if share == world else [trainer.batch_of(items)]
-            batches = trainer.prepared(batches, False)
+            micros = list(trainer.deal(items, list(range(len(items))), 2, share)) if share == world else [items]
+            batches = trainer.prepared([trainer.batch_of(micro) for micro in micros], False)
             counts = trainer.global_counts(batches)
             loss = torch.stack([trainer.terms(batch, counts)[0] for batch in batches]).sum()
             gradient = torch.autograd.grad(loss, trainer.policy.table)[0]

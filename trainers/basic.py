@@ -29,6 +29,7 @@ from trainers.batches import Batch, Item, make_batch
 from trainers.metrics import Mean, MetricsFile, Window, means, named, tracker
 from trainers.needs import Needs
 from trainers.strategy import learning_rate_scale, optimizer_of
+from value_head import VALUE_HEAD
 
 
 class BasicTrainer:
@@ -39,7 +40,7 @@ class BasicTrainer:
     needs: ClassVar[Needs]
     formula: ClassVar[str]  # what is minimised, with the config's keys in {braces}
     source: ClassVar[str]  # arXiv number or author
-    head: ClassVar[str] = "lm"  # lm | reward: what the model ends in
+    head: ClassVar[str] = "lm"  # lm | reward | value (a causal model that also estimates what is to come): what the model ends in
 
     def __init__(self, settings: Settings, tokenizer: Any, accelerator: Accelerator) -> None:
         self.settings, self.run_config, self.model_config = settings, settings.run, settings.model
@@ -55,6 +56,8 @@ class BasicTrainer:
         self.micro_size = settings.model.batch_size // (world * accum)
         self.own_sharding = sharding.is_ours(settings.run.strategy, accelerator)
         self.reference: torch.nn.Module | None = None
+        self.companions: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
+        self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
     # ---- what a method defines
@@ -74,6 +77,18 @@ class BasicTrainer:
     def forward(self, model: torch.nn.Module, sequences: Sequences) -> Any:
         """Return what `sums` works on: the logits at response tokens."""
         return response_logits(model, sequences, self.vocab_size)
+
+    def companion_folders(self) -> dict[str, tuple[str, str]]:
+        """Return (folder, head) of the frozen models that the method asks besides the reference: live teachers, a reward model."""
+        return {}
+
+    def experience(self, micros: list[list[Item]], step: int) -> list[list[Item]]:
+        """Complete a step's micro-batches by what the policy does now (step 0: held-out ones); all ranks call it."""
+        return micros
+
+    def may_stop(self, step: int) -> bool:
+        """Tell whether a checkpoint after this step holds all that the next one needs."""
+        return True
 
     def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
         """Set `shared` where a method must know something of the whole global batch before its parts; all ranks call it."""
@@ -156,7 +171,7 @@ class BasicTrainer:
             self.policy, self.optimizer = accelerator.prepare(policy, optimizer_of(policy, run))
         self.train_items, self.test_items = train, test
         self.steps_per_epoch = math.ceil(len(train) / self.model_config.batch_size)
-        self.total_steps = run.n_steps or run.n_epochs * self.steps_per_epoch
+        self.total_steps = run.n_steps or run.n_epochs * self.steps_per_epoch * self.steps_per_batch
         self.warmup_steps = round(run.warmup * self.total_steps) if run.warmup < 1 else int(run.warmup)
         self.window, self.examples_seen = Window(), 0
         step = self._resume()
@@ -182,8 +197,9 @@ class BasicTrainer:
                 started, tokens = time.perf_counter(), 0
             if step == self.total_steps or (run.eval_every and step % run.eval_every == 0):
                 last_eval = self._evaluate_and_log(step)
-            stop = step < self.total_steps and signals.stop_agreed(self._reduce)
-            if stop or (run.save_every and step % run.save_every == 0 and step < self.total_steps):
+            whole = step < self.total_steps and self.may_stop(step)
+            stop = whole and signals.stop_agreed(self._reduce)
+            if stop or (whole and run.save_every and step % run.save_every == 0):
                 self._save(step)
             if stop:
                 signals.leave(step)
@@ -201,20 +217,20 @@ class BasicTrainer:
             return self.accelerator.prepare_model(reference, evaluation_mode=True)
         return reference.to(self.accelerator.device)
 
-    def _micro_batches(self, step: int) -> list[Batch]:
+    def micro_items(self, step: int) -> list[list[Item]]:
         """Return this rank's micro-batches of a step; ranks without a row get an uncounted filler."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         size, world = self.model_config.batch_size, self.accelerator.num_processes
         order = epoch_order(len(self.train_items), self.run_config.seed, epoch)
         chosen = order[index * size : (index + 1) * size]
         self.examples_seen += len(chosen)
-        return list(self.deal(self.train_items, chosen, self.micro_size, world))
+        return self.experience(list(self.deal(self.train_items, chosen, self.micro_size, world)), step)
 
-    def deal(self, items: list[Item], indices: list[int], micro_size: int, world: int) -> Iterator[Batch]:
+    def deal(self, items: list[Item], indices: list[int], micro_size: int, world: int) -> Iterator[list[Item]]:
         """Yield this rank's micro-batches of the items at `indices`, the same number on every rank."""
         micro_steps = math.ceil(math.ceil(len(indices) / world) / micro_size)
         for micro in local_micro_batches(indices, micro_size, micro_steps, self.accelerator.process_index, world):
-            yield self.batch_of([items[i] for i in micro] or [items[indices[0]].filler()])
+            yield [items[i] for i in micro] or [items[indices[0]].filler()]
 
     def global_counts(self, batches: list[Batch]) -> dict[str, float]:
         """Count the units of each term over all micro-batches and ranks."""
@@ -244,7 +260,7 @@ class BasicTrainer:
         run, accelerator = self.run_config, self.accelerator
         _seed_step(run.seed, step, accelerator.process_index)
         self.policy.train()
-        batches = self.prepared(self._micro_batches(step), True)
+        batches = self.prepared([self.batch_of(items) for items in self.micro_items(step)], True)
         counts = self.global_counts(batches)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -291,11 +307,11 @@ class BasicTrainer:
         window = Window()
         self.policy.eval()
         size, world = self.model_config.eval_batch_size, self.accelerator.num_processes
-        batches: list[Batch] = []
+        micros: list[list[Item]] = []
         for start in range(0, len(self.test_items), size * world):
             indices = list(range(start, min(start + size * world, len(self.test_items))))
-            batches += self.deal(self.test_items, indices, size, world)
-        for batch in self.prepared(batches, False):
+            micros += self.deal(self.test_items, indices, size, world)
+        for batch in self.prepared([self.batch_of(items) for items in self.experience(micros, 0)], False):
             window.add(self.terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
         return named(means(window.reduced(self._reduce)), "eval")
 
@@ -375,6 +391,7 @@ class BasicTrainer:
         """Write the policy as an ordinary Hugging Face folder run_dir/name (LoRA merged); all ranks call it."""
         own = self.own_sharding
         state = sharding.whole_state_dict(self.policy) if own else self.accelerator.get_state_dict(self.policy)
+        state = {key: value for key, value in state.items() if not key.startswith(VALUE_HEAD)}  # an aid of training
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.policy)
             models.save_model(model, self.tokenizer, self.run_config.run_dir / name, state_dict=state)

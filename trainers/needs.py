@@ -8,9 +8,9 @@ from schema import Settings, require
 class Needs(NamedTuple):
     """What a method asks for."""
 
-    data: str  # responses | pairs | feedback (pairs, or responses with a label)
+    data: str  # responses | pairs | feedback (pairs, or responses with a label) | prompts (or rewarded replies) | rewards
     reference: str = ""  # "" | logps (of the response tokens; may be cached) | distributions (a live model)
-    teacher: str = ""  # "" | logprob | advantage: the quantity of the teacher cache
+    teacher: str = ""  # "" | logprob | advantage (the quantity of the teacher cache) | live (a model in memory)
 
 
 def check_needs(settings: Settings, needs: Needs, name: str, head: str) -> None:

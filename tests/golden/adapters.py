@@ -19,7 +19,7 @@ from functional import (
     topk_kl,
     topk_logps,
 )
-from tests.golden import preference
+from tests.golden import policy_gradient, preference
 from tests.golden.common import Outputs, Skip, Variant, forward_pair, gradient, response_tokens
 from trainers.dpo import dpo_loss, wpo_weights
 from trainers.log_ratio import ipo_loss
@@ -239,7 +239,8 @@ ADAPTERS: dict[str, Callable[[Variant], Outputs]] = {
     "B_orpo_cpo_full": preference.b_orpo_cpo_full, "B_reward_pair": preference.reward_pair, "B_trl_kto": preference.trl_kto,
     "C_halos_paired": preference.halos_paired, "C_halos_kto": preference.halos_kto, "C_radpo_kto": preference.halos_kto,
     "C_radpo": preference.radpo, "C_halos_bradley_terry": preference.halos_bradley_terry, "C_halos_sft": halos_sft,
-    "D_compress": d_compress, "D_dckd_kl": d_dckd, "D_adpa_margin": d_margin, "D_adpa_full": d_adpa_full,
+    "C_halos_grpo": policy_gradient.halos_grpo, "C_halos_ppo": policy_gradient.halos_ppo, "D_gkd_jsd": policy_gradient.gkd_jsd,
+    "D_opd_minillm": policy_gradient.opd, "D_compress": d_compress, "D_dckd_kl": d_dckd, "D_adpa_margin": d_margin, "D_adpa_full": d_adpa_full,
     "F_grad_accum": grad_accum, "F_lr_schedules": lr_schedules, "F_optimizers": optimizers,
 }  # fmt: skip
 

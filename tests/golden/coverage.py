@@ -27,4 +27,9 @@ LOSS_CASES: dict[str, list[str]] = {
     "kto": ["C_halos_kto/kto_weighted", "B_trl_kto/kto_weighted", "C_halos_kto/kto_humanline"],
     "kto-zero": ["C_radpo_kto/kto_zero"],
     "bradley-terry": ["C_halos_bradley_terry/bt", "B_reward_pair/pairwise_margin"],
+    "ppo": ["C_halos_ppo/halos", "C_halos_ppo/halos_wide", "C_halos_ppo/halos_humanline"],
+    "grpo": ["C_halos_grpo/grpo", "C_halos_grpo/grpo_wide", "C_halos_grpo/grpo_humanline"],
+    "gkd": ["D_gkd_jsd/gjsd_beta0.0_T1.0", "D_gkd_jsd/gjsd_beta0.5_T1.0", "D_gkd_jsd/gjsd_beta1.0_T1.0", "D_opd_minillm/exact_per_token_reverse_kl"],
+    "opd": ["D_opd_minillm/opd_per_token_advantage", "D_opd_minillm/opd_discounted_future_sum", "D_opd_minillm/opd_policy_gradient_loss"],
+    "reward-weighted-distill": ["C_halos_sft/sft", "D_gkd_jsd/gjsd_beta0.0_T1.0"],
 }

@@ -1,0 +1,105 @@
+"""Generalised knowledge distillation (arXiv 2306.13649): a divergence from a live teacher on every token of a reply.
+
+Replies are the data's or, for a share `on_policy` of the items, what the student says at that step; no gradient goes
+through the sampling. With on_policy=1 and beta=1 this is on-policy distillation by the exact per-token reverse KL.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dataloader import Example, Tokens
+from functional import entropies, generalized_jsd
+from models import ResponseLogits, response_logits
+from schema import require
+from trainers.basic import BasicTrainer
+from trainers.batches import Batch, Item
+from trainers.metrics import Mean
+from trainers.needs import Needs
+from trainers.rollouts import Micros, answers, row_seed, with_reply
+
+
+@dataclass(frozen=True)
+class GKDConfig:
+    """Values of config/loss/gkd.yaml."""
+
+    teacher: str
+    on_policy: float
+    beta: float
+    temperature: float
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        for key in ("on_policy", "beta"):
+            require(0 <= getattr(self, key) <= 1, f"loss.{key}={getattr(self, key)} must be in [0, 1]")
+        require(self.temperature > 0, f"loss.temperature={self.temperature} must be above 0")
+        require(self.max_new_tokens >= 1, f"loss.max_new_tokens={self.max_new_tokens} must be at least 1")
+
+
+class GKD(BasicTrainer):
+    """Unit: tokens. Slot: the reply."""
+
+    config: GKDConfig
+    Config = GKDConfig
+    needs = Needs("responses", teacher="live")
+    formula = (
+        "mean over response tokens of the generalised JSD({beta}) of teacher and student at temperature {temperature}; replies: a share "
+        "{on_policy} the student's own, the rest the data's"
+    )
+    source = "2306.13649"
+
+    def companion_folders(self) -> dict[str, tuple[str, str]]:
+        """Return the teacher."""
+        return {"teacher": (self.config.teacher, "lm")}
+
+    def items(self, examples: list[Example], split: str) -> list[Item]:
+        """Take the reply of each row; a row may have a prompt alone where the student writes every reply."""
+        items = []
+        for i, example in enumerate(examples):
+            reply = example.response or example.chosen
+            if reply is None and (self.config.on_policy < 1 or split == "test"):
+                raise ValueError(
+                    f"loss=gkd with loss.on_policy={self.config.on_policy} needs a reply in every {split} row, and one has a prompt alone"
+                )
+            items.append(Item((reply or Tokens(example.prompt, [False] * len(example.prompt)),), source=i))
+        if split == "train":
+            self.prompts = [example.prompt for example in examples]
+        return items
+
+    def experience(self, micros: Micros, step: int) -> Micros:
+        """Let the student answer the share of the items that this step draws; held-out replies stay the data's."""
+        if not step or not self.config.on_policy:
+            return micros
+        return [self._renewed(items, step) for items in micros]
+
+    def _renewed(self, items: list[Item], step: int) -> list[Item]:
+        seeds = [row_seed(self.run_config.seed, step, item.source, 0) for item in items]
+        draws = [row_seed(self.run_config.seed, step, item.source, 1) / 2**62 for item in items]
+        chosen = [i for i, draw in enumerate(draws) if draw < self.config.on_policy and items[i].source >= 0]
+        asked = chosen or [0]  # ranks of a sharded model generate together, also where none of theirs is drawn
+        prompts = [self.prompts[items[i].source] if items[i].source >= 0 else items[i].sequences[0].ids for i in asked]
+        replies = answers(self, prompts, [seeds[i] for i in asked], self.config.max_new_tokens)
+        renewed = list(items)
+        for i, prompt, (ids, _) in zip(asked, prompts, replies, strict=True):
+            if i in chosen:
+                renewed[i] = with_reply(items[i], prompt, ids)
+        return renewed
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count response tokens."""
+        return {"divergence": batch.num_tokens(0)}
+
+    def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+        """Return the divergence's sum."""
+        teacher = self.companions["teacher"]
+        with torch.no_grad(), self.autocast(teacher):
+            wanted = response_logits(teacher, batch.sequences, self.vocab_size).logits
+        divergence = generalized_jsd(out.logits, wanted, self.config.beta, self.config.temperature)
+        tokens, real = len(divergence), batch.supervised(0)
+        with torch.no_grad():
+            spread = entropies(out.logits).sum()
+        return {"divergence": divergence.sum()}, {
+            "entropy": Mean(spread, tokens),
+            "response_tokens": Mean(tokens, real.sum()),
+        }

@@ -1,0 +1,157 @@
+"""Group relative policy optimization (arXiv 2402.03300): a reply's advantage is its reward against the other replies' to its prompt.
+
+Online, a group is the n replies of a step to one prompt; offline, all replies to one prompt in the data, and the policy that
+replied is taken to be the one that training starts from. Letters: B replies, N response tokens (flat).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloader import Example
+from functional import entropies, row_sums, token_logps
+from models import ResponseLogits
+from schema import one_of, require
+from trainers.batches import Batch, Item
+from trainers.metrics import Mean
+from trainers.needs import Needs
+from trainers.paired import check_humanline, humanline
+from trainers.policy_gradient import clipped_losses
+from trainers.rollouts import Micros, RewardedConfig, RolloutTrainer
+
+OLD_LOGP, REFERENCE_LOGP, ADVANTAGE = range(3)  # columns of an item's figures
+
+
+@dataclass(frozen=True)
+class GRPOConfig(RewardedConfig):
+    """Values of config/loss/grpo.yaml."""
+
+    beta: float
+    clip: float
+    scale: str
+    std_epsilon: float
+    reduction: str
+    humanline: bool
+    log_epsilon_P: float
+    log_epsilon_R: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("loss.scale", self.scale, ("std", "none"))
+        one_of("loss.reduction", self.reduction, ("sequence_mean", "token_mean"))
+        require(self.beta >= 0, f"loss.beta={self.beta} must not be negative")
+        require(0 < self.clip < 1, f"loss.clip={self.clip} must be in (0, 1)")
+        require(self.std_epsilon > 0, f"loss.std_epsilon={self.std_epsilon} must be above 0")
+        require(not self.online or self.n >= 2, f"loss.n={self.n}: a group needs at least 2 replies to compare")
+        check_humanline(self)
+
+
+def group_advantages(rewards: Tensor, groups: Sequence[Any], scale: str, epsilon: float) -> Tensor:
+    """Return (r - mean of its group) / (population deviation of its group + epsilon) of each reply [B], or without division."""
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    index = torch.tensor([number[group] for group in groups])
+    zeros = torch.zeros(len(number), dtype=rewards.dtype)
+    sizes = zeros.index_add(0, index, torch.ones_like(rewards))
+    centred = rewards - (zeros.index_add(0, index, rewards) / sizes)[index]
+    if scale == "none":
+        return centred
+    deviations = (zeros.index_add(0, index, centred**2) / sizes).sqrt()
+    return centred / (deviations + epsilon)[index]
+
+
+def grpo_losses(logps: Tensor, log_ratios: Tensor, reference_logps: Tensor, advantages: Tensor, clip: float, beta: float) -> Tensor:
+    """Return -min(A rho, A clip(rho)) + beta (exp(d) - d - 1) of each token [N], d = log pi_0 - log pi (2402.03300, eq. 3, 4)."""
+    return clipped_losses(log_ratios, advantages, clip) + beta * reference_kl(logps, reference_logps)
+
+
+def reference_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """Return the estimate exp(d) - d - 1 of KL(pi || pi_0) of each token [N], never negative."""
+    d = reference_logps - logps
+    return torch.expm1(d) - d
+
+
+class GRPO(RolloutTrainer):
+    """Unit: replies (token_mean: tokens). Slot: the reply; label: its reward."""
+
+    config: GRPOConfig
+    Config = GRPOConfig
+    needs = Needs("prompts", reference="logps")
+    formula = (
+        "{reduction} over tokens of replies of −min(Aρ, A·clip(ρ, 1 ± {clip})) + {beta}(exp(d) − d − 1), ρ = π_θ/π_old, "
+        "d = log π_0/π_θ, A = reward against the group's mean (scale: {scale})"
+    )
+    source = "2402.03300"
+
+    def items(self, examples: list[Example], split: str) -> list[Item]:
+        """Take prompts, or given replies with their rewards."""
+        items = super().items(examples, split)
+        if self.config.online or split == "test":
+            return items
+        require(
+            not self.rollouts.judged,
+            "loss=grpo with loss.online=false compares all replies to a prompt at once, before training: let task=label write their "
+            "rewards into the data, and leave out loss.checker and loss.reward_model",
+        )
+        prompts = [tuple(examples[item.source].prompt) for item in items]
+        require(len(set(prompts)) < len(prompts), "loss=grpo compares replies to the same prompt, and every prompt in the data has one only")
+        advantages = self.advantages([item.label or 0.0 for item in items], prompts)
+        return [_with_figures(item, [[0.0, 0.0, a]] * sum(item.sequences[0].response)) for item, a in zip(items, advantages, strict=True)]
+
+    def advantages(self, rewards: list[float], groups: Sequence[Any]) -> list[float]:
+        """Compare rewards within groups."""
+        return group_advantages(torch.tensor(rewards, dtype=torch.float64), groups, self.config.scale, self.config.std_epsilon).tolist()
+
+    @torch.no_grad()
+    def experience(self, micros: Micros, step: int) -> Micros:
+        """Reply, judge, compare, and note of each token what policy and reference thought of it."""
+        self.policy.eval()
+        return [self._noted(items) for items in self.rollouts.replied(micros, step)]
+
+    def _noted(self, items: list[Item]) -> list[Item]:
+        batch = self.batch_of(items)
+        reference = self.reference_logps(batch)
+        # Offline, the policy that replied is the start, whose log-probabilities the reference has.
+        old = self.token_logps_of(self.policy, batch.sequences) if self.config.online else reference
+        pairs = torch.stack([old.float(), reference.float()], dim=1).cpu().split(batch.sequences.response.sum(dim=1).tolist())
+        if self.config.online:
+            advantages = self.advantages([item.label or 0.0 for item in items], [item.source for item in items])
+        else:  # a held-out reply is compared with nothing
+            advantages = [0.0 if item.figures is None or not len(item.figures) else item.figures[0, ADVANTAGE] for item in items]
+        return [
+            item._replace(figures=np.concatenate([part.numpy(), np.full((len(part), 1), a, np.float32)], axis=1))
+            for item, part, a in zip(items, pairs, advantages, strict=True)
+        ]
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count replies, or response tokens."""
+        return {"grpo": batch.num_tokens(0) if self.config.reduction == "token_mean" else int(batch.supervised(0).sum())}
+
+    def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+        """Return the loss sum, and what tells how training goes."""
+        assert batch.figures is not None and batch.labels is not None
+        config, logps = self.config, token_logps(out.logits, out.targets)
+        old, base, advantages = batch.figures.to(logps).unbind(dim=1)
+        log_ratios = humanline(logps - old, config)
+        losses = grpo_losses(logps, log_ratios, base, advantages, config.clip, config.beta)
+        tokens, real = len(logps), batch.supervised(0)
+        if config.reduction == "sequence_mean":
+            lengths = row_sums(torch.ones_like(losses), out.rows, batch.num_items).clamp_min(1)
+            losses = row_sums(losses, out.rows, batch.num_items) / lengths
+        with torch.no_grad():
+            estimate, outside = reference_kl(logps, base).sum(), ((log_ratios.exp() - 1).abs() > config.clip).sum()
+            spread = entropies(out.logits).sum()
+        return {"grpo": losses.sum()}, {
+            "reward": Mean(batch.labels[real].sum(), real.sum()),
+            "kl": Mean(estimate, tokens),
+            "clipped": Mean(outside, tokens),
+            "entropy": Mean(spread, tokens),
+            "response_tokens": Mean(tokens, real.sum()),
+        }
+
+
+def _with_figures(item: Item, figures: list[list[float]]) -> Item:
+    return item._replace(figures=np.array(figures, np.float32).reshape(-1, 3))

@@ -1,0 +1,95 @@
+"""On-policy distillation by policy gradient: a sampled token's reward is log pi_teacher - log pi_student.
+
+Its expectation is minus the reverse KL of MiniLLM (arXiv 2306.08543) and on-policy distillation (2306.13649); with a discount the
+later tokens' rewards count, too. One number a token is asked of the teacher, where loss=gkd needs its whole distribution.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from functional import entropies, token_logps
+from models import ResponseLogits
+from schema import require
+from trainers.batches import Batch, Item
+from trainers.metrics import Mean
+from trainers.needs import Needs
+from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
+from trainers.rollouts import Micros, RolloutConfig, RolloutTrainer
+
+
+@dataclass(frozen=True)
+class OPDConfig(RolloutConfig):
+    """Values of config/loss/opd.yaml."""
+
+    teacher: str
+    discount: float
+    clip: float
+    online = True  # what Rollouts asks: every reply is the student's, and nobody else judges it
+    checker = None
+    reward_model = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.discount <= 1, f"loss.discount={self.discount} must be in [0, 1]")
+        require(0 < self.clip < 1, f"loss.clip={self.clip} must be in (0, 1)")
+
+
+def distillation_advantages(logps: Tensor, teacher_logps: Tensor, discount: float) -> Tensor:
+    """Return sum_{s >= t} discount^(s - t) (log pi_teacher - log pi_student) of the sampled tokens [B, T]; 0 where both are."""
+    return discounted_sums(teacher_logps - logps, discount)
+
+
+class OPD(RolloutTrainer):
+    """Unit: tokens. Slot: the student's reply."""
+
+    config: OPDConfig
+    Config = OPDConfig
+    needs = Needs("prompts", teacher="live")
+    formula = (
+        "mean over tokens of the student's replies of max(−Aρ, −A·clip(ρ, 1 ± {clip})), ρ = π_θ/π_old, "
+        "A_t = Σ_s≥t {discount}^(s−t) log π_teacher/π_old(y_s)"
+    )
+    source = "2306.08543, 2306.13649"
+
+    def companion_folders(self) -> dict[str, tuple[str, str]]:
+        """Return the teacher."""
+        return {"teacher": (self.config.teacher, "lm")}
+
+    @torch.no_grad()
+    def experience(self, micros: Micros, step: int) -> Micros:
+        """Let the student reply, and note of each token its log-probability and its advantage."""
+        self.policy.eval()
+        return [self._noted(items) for items in self.rollouts.replied(micros, step)]
+
+    def _noted(self, items: list[Item]) -> list[Item]:
+        batch = self.batch_of(items)
+        response = batch.sequences.response
+        own, teacher = (
+            by_row(self.token_logps_of(model, batch.sequences).float(), response) for model in (self.policy, self.companions["teacher"])
+        )
+        figures = torch.stack([own, distillation_advantages(own, teacher, self.config.discount)], dim=-1).cpu().numpy()
+        lengths = response.sum(dim=1).tolist()
+        return [item._replace(figures=np.ascontiguousarray(figures[i, :length])) for i, (item, length) in enumerate(zip(items, lengths, strict=True))]
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Count response tokens."""
+        return {"policy": batch.num_tokens(0)}
+
+    def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
+        """Return the loss sum, and the sampled reverse KL."""
+        assert batch.figures is not None
+        logps = token_logps(out.logits, out.targets)
+        old, advantages = batch.figures.to(logps).unbind(dim=1)
+        log_ratios = logps - old
+        tokens, real = len(logps), batch.supervised(0)
+        with torch.no_grad():
+            outside, spread = ((log_ratios.exp() - 1).abs() > self.config.clip).sum(), entropies(out.logits).sum()
+        return {"policy": clipped_losses(log_ratios, advantages, self.config.clip).sum()}, {
+            "advantage": Mean(advantages.sum(), tokens),  # with discount 0: minus the sampled reverse KL
+            "clipped": Mean(outside, tokens),
+            "entropy": Mean(spread, tokens),
+            "response_tokens": Mean(tokens, real.sum()),
+        }

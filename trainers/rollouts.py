@@ -1,0 +1,211 @@
+"""Rollouts: what the policy replies to prompts while it trains, and what the replies are worth.
+
+A rollout answers the prompts of `rollout_batches` optimizer steps with the policy as it stands, then `rollout_epochs` passes
+of steps learn from them. Replies are a function of (seed, step, example, number) and of the weights: any layout gives the
+same, and a run resumes between rollouts. Offline the replies, and maybe their rewards, come with the data.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import models
+from checkers import resolve_checker, scored
+from dataloader import Example, Tokens
+from generation.rows import sample_rows
+from models import last_token_scores
+from schema import require
+from trainers.basic import BasicTrainer
+from trainers.batches import Item
+
+Micros = list[list[Item]]
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Values of config/loss/shared/rollout.yaml."""
+
+    n: int
+    max_new_tokens: int
+    rollout_batches: int
+    rollout_epochs: int
+
+    def __post_init__(self) -> None:
+        for key in ("n", "max_new_tokens", "rollout_batches", "rollout_epochs"):
+            require(getattr(self, key) >= 1, f"loss.{key}={getattr(self, key)} must be at least 1")
+
+    @property
+    def period(self) -> int:
+        """Return how many optimizer steps learn from one rollout."""
+        return self.rollout_batches * self.rollout_epochs
+
+
+@dataclass(frozen=True)
+class RewardedConfig(RolloutConfig):
+    """Values of config/loss/shared/rewarded.yaml."""
+
+    online: bool
+    checker: str | None
+    reward_model: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not (self.checker and self.reward_model),
+            f"loss.checker={self.checker} and loss.reward_model={self.reward_model} both give rewards: keep one",
+        )
+        require(
+            not self.online or bool(self.checker or self.reward_model),
+            "loss.online=true needs somebody who judges new replies: set loss.checker=module:function or loss.reward_model=FOLDER "
+            "(or loss.online=false, to learn from replies and rewards in the data)",
+        )
+
+
+class Rollouts:
+    """The rollout that a trainer learns from now, and the judge of its replies."""
+
+    def __init__(self, trainer: BasicTrainer, config: Any) -> None:
+        run = trainer.run_config
+        self.trainer, self.config = trainer, config
+        self.examples: dict[str, list[Example]] = {}
+        self.checker = resolve_checker(config.checker, "loss.checker") if config.checker else None
+        self.kept: list[Micros] = []
+        require(
+            run.save_every % config.period == 0,
+            f"save_every={run.save_every}: a rollout lasts {config.period} steps (loss.rollout_batches x loss.rollout_epochs) and is "
+            f"not kept in checkpoints; a multiple of {config.period} works",
+        )
+        cached = run.cache_reference_logprobs or run.load_reference_logprobs
+        require(not (config.online and cached), "reference log-probabilities cannot be cached: with loss.online=true every reply is new")
+
+    # ---- items
+
+    def items(self, examples: list[Example], split: str) -> list[Item]:
+        """Make an item of each prompt (online) or of each reply with its reward (offline)."""
+        self.examples[split] = examples
+        if self.config.online:
+            return [Item((Tokens(e.prompt, [False] * len(e.prompt)),), label=0.0, source=i) for i, e in enumerate(examples)]
+        return [
+            Item((tokens,), label=label, source=i)
+            for i, example in enumerate(examples)
+            for tokens, label in self._given(example)
+        ]
+
+    def _given(self, example: Example) -> list[tuple[Tokens, float]]:
+        """Return the replies of a row with their rewards: 1 and 0 for chosen and rejected, else the row's column."""
+        replies = [(tokens, label) for tokens, label in ((example.chosen, 1.0), (example.rejected, 0.0)) if tokens is not None]
+        if example.response is not None:
+            replies.append((example.response, 0.0 if self.judged else reward_of(example)))
+        require(bool(replies), "a row has a prompt and no reply: loss.online=true lets the policy reply")
+        return replies
+
+    @property
+    def judged(self) -> bool:
+        """Tell whether a checker or a reward model gives the rewards."""
+        return bool(self.config.checker or self.config.reward_model)
+
+    # ---- steps
+
+    def micro_items(self, step: int, make: Callable[[int], Micros]) -> Micros:
+        """Return the micro-batches of a step: of a new rollout where a period begins, else of the one that is kept."""
+        place = (step - 1) % self.config.period
+        if place == 0:
+            first = (step - 1) // self.config.period * self.config.rollout_batches + 1
+            self.kept = [make(first + i) for i in range(self.config.rollout_batches)]
+        return self.kept[place % self.config.rollout_batches]
+
+    def replied(self, micros: Micros, step: int) -> Micros:
+        """Return items with replies and rewards; held-out prompts (step 0) are answered once."""
+        split = "train" if step else "test"
+        if self.config.online:
+            micros = [self._answered(items, step, self.config.n if step else 1) for items in micros]
+        return [self._rewarded(items, split) for items in micros] if self.judged else micros
+
+    def _answered(self, items: list[Item], step: int, n: int) -> list[Item]:
+        repeated = [(item, k) for item in items for k in range(n)]
+        seeds = [row_seed(self.trainer.run_config.seed, step, item.source, k) for item, k in repeated]
+        replies = answers(self.trainer, [item.sequences[0].ids for item, _ in repeated], seeds, self.config.max_new_tokens)
+        return [with_reply(item, item.sequences[0].ids, ids) for (item, _), (ids, _) in zip(repeated, replies, strict=True)]
+
+    def _rewarded(self, items: list[Item], split: str) -> list[Item]:
+        if self.checker is None:
+            batch = self.trainer.batch_of(items)
+            with torch.no_grad():
+                scores = last_token_scores(self.trainer.companions["reward_model"], batch.sequences).tolist()
+            return [item._replace(label=score) for item, score in zip(items, scores, strict=True)]
+        return [item if item.source < 0 else item._replace(label=self._checked(item, split)) for item in items]
+
+    def _checked(self, item: Item, split: str) -> float:
+        assert self.checker is not None
+        conversation = self.examples[split][item.source].conversation
+        text = reply_text(self.trainer.tokenizer, item.sequences[0])
+        try:
+            return scored(self.checker, conversation, text)
+        except Exception as error:
+            raise ValueError(f"loss.checker={self.config.checker} failed on the reply {text[:200]!r}: {error!r}") from error
+
+
+class RolloutTrainer(BasicTrainer):
+    """What methods share that learn from rollouts: items, the steps that a rollout lasts, the reward model."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.rollouts = Rollouts(self, self.config)
+        self.steps_per_batch = self.config.rollout_epochs
+
+    def companion_folders(self) -> dict[str, tuple[str, str]]:
+        """Return the reward model, if one judges."""
+        return {"reward_model": (self.config.reward_model, "reward")} if self.config.reward_model else {}
+
+    def items(self, examples: list[Example], split: str) -> list[Item]:
+        """Take prompts, or given replies with their rewards."""
+        return self.rollouts.items(examples, split)
+
+    def micro_items(self, step: int) -> Micros:
+        """Return the micro-batches of the rollout that this step learns from."""
+        return self.rollouts.micro_items(step, super().micro_items)
+
+    def may_stop(self, step: int) -> bool:
+        """Stop between rollouts only."""
+        return step % self.config.period == 0
+
+
+def reward_of(example: Example) -> float:
+    """Return the number in a row's `reward` column, or 1 or 0 for its `label`; ValueError if it has neither."""
+    meta = example.conversation.meta
+    found = meta.get("reward", meta.get("label"))
+    if not isinstance(found, (bool, int, float)):
+        raise ValueError(f"a row has no reward: give a column `reward` (a number) or `label` (true or false); it has {sorted(meta)}")
+    return float(found)
+
+
+def row_seed(seed: int, step: int, source: int, number: int) -> int:
+    """Return the seed of one reply, a function of the run's seed, the step, the example and the reply's number."""
+    digest = hashlib.sha256(f"{seed} {step} {source} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def answers(trainer: BasicTrainer, prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[tuple[list[int], str]]:
+    """Reply to each prompt with the policy as it stands; all ranks call it."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.policy)
+    stop = models.stop_ids(trainer.tokenizer, model)
+    sharded = trainer.own_sharding or trainer.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+    training = model.training
+    model.eval()
+    with trainer.autocast(model):
+        replies = sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop, sharded)
+    model.train(training)
+    return replies
+
+
+def with_reply(item: Item, prompt: list[int], ids: list[int]) -> Item:
+    """Give an item the reply to a prompt; that of a filler stays unsupervised."""
+    return item._replace(sequences=(Tokens([*prompt, *ids], [False] * len(prompt) + [item.source >= 0] * len(ids)),))
+
+
+def reply_text(tokenizer: Any, tokens: Tokens) -> str:
+    """Return the text of the supervised tokens, without the token that ends the turn."""
+    return tokenizer.decode([i for i, on in zip(tokens.ids, tokens.response, strict=True) if on], skip_special_tokens=True)
