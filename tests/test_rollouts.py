@@ -1,0 +1,241 @@
+"""Methods that learn from the policy's own replies: sampling, rewards, resume, layouts, and that rewards rise."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import launch
+import models
+from generation.rows import RowSampler, sample_rows
+from tests.helpers import composed, rows_of, write_pairs
+from tests.test_sharding import two
+from trainers.basic import BasicTrainer
+from trainers.grpo import group_advantages
+from trainers.rollouts import row_seed
+
+ATOL = 2e-5  # as in test_layout.py
+ONLINE = {
+    "ppo": ["loss=ppo", "loss.checker=tests.rewards:share_of_e"],
+    "grpo": ["loss=grpo", "loss.n=4", "loss.checker=tests.rewards:share_of_e"],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A folder with 12 pairs and a student that has seen them for a moment."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    write_pairs(folder / "pairs.jsonl", 12)
+    launch.run_task(composed(*common(folder), "exp_name=start", "n_steps=10", "lr=3e-3"))
+    launch.run_task(composed(*common(folder), "exp_name=teacher", "n_steps=60", "lr=3e-3", f"model.load_from={folder}/start/FINAL"))
+    return folder
+
+
+def common(folder: Path) -> list[str]:
+    return [f"cache_dir={folder}", "model=tiny", "datasets=[local]", f"datasets.local.train={folder}/pairs.jsonl", "model.max_length=96",
+            "model.max_prompt_length=48"]  # fmt: skip
+
+
+def online(folder: Path, *overrides: str) -> list[str]:
+    start = [f"model.load_from={folder}/start/FINAL", "loss.max_new_tokens=12", "model.batch_size=4", "log_every=1", "lr=1e-3"]
+    return [*common(folder), *start, *overrides]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "FINAL" / "model.safetensors")
+
+
+# ---- sampling
+
+
+def test_a_row_takes_the_token_at_its_uniform_number():
+    scores = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log().repeat(5, 1)
+    sampler = RowSampler(torch.tensor([[0.0], [0.199], [0.2], [0.69], [0.9999999]], dtype=torch.float64), 3)
+    chosen = sampler(torch.zeros(5, 3, dtype=torch.long), scores).argmax(-1).tolist()
+    assert chosen == [0, 0, 2, 2, 3]  # the token without probability is nobody's
+
+
+def test_samples_follow_the_distribution():
+    torch.manual_seed(0)
+    scores = torch.randn(1, 7)
+    uniforms = torch.rand(20_000, 1, dtype=torch.float64)
+    chosen = RowSampler(uniforms, 0)(torch.zeros(20_000, 0, dtype=torch.long), scores.expand(20_000, 7)).argmax(-1)
+    counts = torch.bincount(chosen, minlength=7) / 20_000
+    torch.testing.assert_close(counts, scores[0].softmax(-1), atol=0.01, rtol=0)  # 3 standard errors
+
+
+def test_a_reply_does_not_depend_on_its_batch(base):
+    config = launch.settings_of(composed(*common(base), f"model.load_from={base}/start/FINAL")).model
+    model, tokenizer = models.load_model(config, trainable=False), models.load_tokenizer(config)
+    prompts = [tokenizer.encode(text) for text in ("a", "some longer prompt", "bee cat", "a")]
+    seeds = [row_seed(1, 1, i, 0) for i in range(4)]
+    together = sample_rows(model, tokenizer, prompts, seeds, 16, models.stop_ids(tokenizer, model), False)
+    alone = [sample_rows(model, tokenizer, [p], [s], 16, models.stop_ids(tokenizer, model), False)[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert together == alone and together[0] != together[3]
+
+
+def test_a_group_is_compared_with_itself():
+    rewards = torch.tensor([1.0, 0.0, 5.0, 5.0, 2.0], dtype=torch.float64)
+    groups = ["a", "a", "b", "b", "c"]
+    torch.testing.assert_close(group_advantages(rewards, groups, "none", 1e-4), torch.tensor([0.5, -0.5, 0, 0, 0], dtype=torch.float64))
+    scaled = group_advantages(rewards, groups, "std", 0.1)
+    torch.testing.assert_close(scaled, torch.tensor([0.5 / 0.6, -0.5 / 0.6, 0, 0, 0], dtype=torch.float64))
+
+
+# ---- layouts and resume
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_micro_batches_change_neither_replies_nor_parameters(name, base):
+    for parts in (1, 4):
+        run = [*ONLINE[name], f"exp_name={name}_by_{parts}", "n_steps=3", f"model.gradient_accumulation_steps={parts}", "model.policy_dtype=float32"]
+        launch.run_task(composed(*online(base, *run)))
+    one, four = (weights(base / f"{name}_by_{parts}") for parts in (1, 4))
+    for key, value in one.items():
+        torch.testing.assert_close(value, four[key], atol=ATOL, rtol=0)
+    rewards = [[row["reward/train"] for row in rows_of(base / f"{name}_by_{parts}" / "metrics.jsonl")] for parts in (1, 4)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)  # float32 labels
+    assert len(set(rewards[0])) == 3
+
+
+@pytest.mark.distributed
+def test_two_shards_reply_and_learn_as_one_process(base):
+    sharded = two(online(base, *ONLINE["ppo"], "exp_name=two", "n_steps=2"))
+    launch.run_task(composed(*online(base, *ONLINE["ppo"], "exp_name=one", "n_steps=2")))
+    _, errors = sharded.communicate(timeout=240)
+    assert sharded.returncode == 0, errors[-3000:]
+    for key, value in weights(base / "one").items():
+        torch.testing.assert_close(value, weights(base / "two")[key], atol=ATOL, rtol=0)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(base, monkeypatch):
+    run = [*ONLINE["ppo"], "n_steps=8", "loss.rollout_batches=2", "loss.rollout_epochs=2", "save_every=4"]
+    launch.run_task(composed(*online(base, *run, "exp_name=whole")))
+    step = BasicTrainer._step
+
+    def interrupted(self: BasicTrainer, number: int) -> int:
+        if number == 7:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BasicTrainer, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            launch.run_task(composed(*online(base, *run, "exp_name=cut")))
+    launch.run_task(composed(*online(base, *run, "exp_name=cut")))
+    one, two = weights(base / "whole"), weights(base / "cut")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    # 8 steps learn twice from each of 4 batches of 4 prompts
+    assert rows_of(base / "whole" / "metrics.jsonl")[-1]["examples"] == 16
+
+
+# ---- what lands on disk, what is refused
+
+
+def test_the_value_head_stays_out_of_final(base):
+    lora = ["++model.use_peft=true", "++model.peft.lora_r=2"]
+    launch.run_task(composed(*online(base, *ONLINE["ppo"], "exp_name=lora", "n_steps=1", *lora)))
+    _, report = AutoModelForCausalLM.from_pretrained(base / "lora" / "FINAL", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_offline_methods_learn_from_rewards_in_the_data(base):
+    rows = [{"prompt": f"say {i // 3}", "response": "ha" * (1 + i % 3), "reward": float(i % 3)} for i in range(9)]
+    (base / "rewarded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replies = [{"prompt": row["prompt"], "teacher_response": row["response"], "reward": row["reward"]} for row in rows]
+    (base / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replies))
+    for name, data, more in (
+        ("ppo", "rewarded", ["loss.online=false", "loss.rollout_epochs=4"]),
+        ("grpo", "rewarded", ["loss.online=false", "++cache_reference_logprobs=true"]),
+        ("reward-weighted-distill", "replies", [f"loss.teachers=[{base}/teacher/FINAL,{base}/start/FINAL]", "loss.kl_weight=0.5"]),
+    ):
+        run = [f"loss={name}", f"exp_name=offline_{name}", f"datasets.local.train={base}/{data}.jsonl", "n_steps=24", "scheduler=constant"]
+        launch.run_task(composed(*common(base), f"model.load_from={base}/start/FINAL", "model.batch_size=9", "lr=1e-3", "log_every=1", *run, *more))
+        logged = rows_of(base / f"offline_{name}" / "metrics.jsonl")
+        assert logged[0]["reward/train"] == pytest.approx(1.0)
+        assert logged[-1]["loss/train"] < logged[0]["loss/train"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss=ppo"], "loss.online=true needs somebody who judges"),
+        (["loss=grpo", "loss.checker=tests.rewards:share_of_e", "loss.n=1"], "a group needs at least 2 replies"),
+        ([*ONLINE["ppo"], "loss.rollout_batches=3", "save_every=4"], "save_every=4: a rollout lasts 3 steps .* a multiple of 3 works"),
+        ([*ONLINE["ppo"], "cache_reference_logprobs=true"], "reference log-probabilities cannot be cached"),
+        (["loss=ppo", "loss.checker=tests.rewards:nobody"], "tests.rewards has no function 'nobody'"),
+        (["loss=ppo", "loss.checker=tests.rewards:raises"], "loss.checker=tests.rewards:raises failed on the reply .*no such order"),
+        (["loss=grpo", "loss.online=false"], "compares replies to the same prompt|a row has no reward"),
+        (["loss=gkd", "loss.teacher=assets/shop_tokenizer"], "another tokenizer than the policy"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(base, overrides, message):
+    prompts = [] if "loss.online=false" not in overrides else [f"datasets.local.train={base}/one_each.jsonl"]
+    rows = [{"prompt": f"say {i}", "response": "ha", "reward": 1.0} for i in range(3)]
+    (base / "one_each.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = f"refused_{abs(hash(tuple(overrides)))}"
+    extra = [] if "loss=gkd" in overrides else ["loss.max_new_tokens=4"]
+    with pytest.raises(ValueError, match=message):
+        launch.run_task(composed(*common(base), f"model.load_from={base}/start/FINAL", f"exp_name={name}", *extra, *prompts, *overrides))
+
+
+# ---- that they do what they are for
+
+
+@pytest.mark.parametrize("name", ["gkd", "opd"])
+def test_on_policy_distillation_comes_nearer_to_the_teacher(name, base):
+    """The exact reverse KL on the student's own replies falls, from prompts alone."""
+    (base / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("ant", "bee", "cat", "dog")))
+    teacher = [f"loss.teacher={base}/teacher/FINAL", f"datasets.local.train={base}/prompts.jsonl", "scheduler=constant"]
+    settings = {"gkd": ["loss=gkd", "loss.on_policy=1", "loss.beta=1"], "opd": ["loss=opd", "loss.n=4"]}[name]
+    launch.run_task(composed(*online(base, *settings, *teacher, f"exp_name={name}", "n_steps=30")))
+    found = []
+    for folder in (base / "start", base / name):  # judged by the other method's first step: KL to the teacher on own replies
+        judged = ["loss=gkd", "loss.on_policy=1", "loss.beta=1", "n_steps=1", "lr=1e-12", f"exp_name={folder.name}_judged_{name}"]
+        launch.run_task(composed(*online(base, *judged, *teacher, f"model.load_from={folder}/FINAL")))
+        found.append(rows_of(base / f"{folder.name}_judged_{name}" / "metrics.jsonl")[0]["loss/train"])
+    assert found[1] < 0.8 * found[0]
+
+
+def world(folder: Path, data: str, model: str = "quickstart_student") -> list[str]:
+    sizes = ["model.batch_size=32", "model.eval_batch_size=250", "model.max_length=80", "model.max_prompt_length=32", "betas=[0.9,0.98]"]
+    files = [f"datasets.local.train={folder}/world/WORLD/{data}.jsonl", f"datasets.local.test={folder}/world/WORLD/prompts_test.jsonl"]
+    return [f"cache_dir={folder}", f"model={model}", "datasets=[local]", *files, *sizes, "warmup=0.05"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Path:
+    """The quickstart world, its student after SFT, and a reward model trained on its pairs."""
+    folder = tmp_path_factory.mktemp("shop")
+    launch.run_task(composed(f"cache_dir={folder}", "task=world", "exp_name=world"))
+    no_test = "datasets.local.test=null"
+    launch.run_task(composed(*world(folder, "sft_train"), no_test, "exp_name=sft", "lr=5e-3", "n_steps=500"))
+    run = ["loss=bradley-terry", "exp_name=reward", "lr=1e-3", "n_steps=300"]
+    launch.run_task(composed(*world(folder, "pairs_train", "quickstart_teacher"), no_test, *run))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "grpo", "reward_model"])
+def test_the_reward_of_the_shop_rises_beyond_the_interval(name, shop):
+    """From the quickstart's student after SFT (right about once in 35 replies), in 120 steps."""
+    folder = shop
+    judge = "loss.checker=worlds.shop:check"
+    more = {
+        "ppo": ["loss=ppo", "model.batch_size=256", "lr=3e-3", "loss.rollout_epochs=4", "loss.value_weight=0.5"],
+        "grpo": ["loss=grpo", "model.batch_size=32", "lr=2e-3"],
+        "reward_model": ["loss=grpo", "model.batch_size=32", "lr=2e-3"],
+    }[name]
+    if name == "reward_model":
+        judge = f"loss.reward_model={folder}/reward/FINAL"
+    launch.run_task(composed(*world(folder, "pairs_train"), judge, "loss.max_new_tokens=40", f"model.load_from={folder}/sft/FINAL", *more,
+                             f"exp_name={name}", "n_steps=120"))  # fmt: skip
+    models_of = [f"evaluation.models.{who}={folder}/{who}/FINAL" for who in ("sft", name)]
+    launch.run_task(composed(*world(folder, "pairs_train"), "task=evaluate", f"exp_name=eval_{name}", "evaluation.checker=worlds.shop:check",
+                             "evaluation.temperatures=[1.0]", *[f"+{line}" for line in models_of]))  # fmt: skip
+    found = json.loads((folder / f"eval_{name}" / "results.json").read_text())["models"]
+    scores = {who: found[who]["score"] for who in ("sft", name)}
+    assert found[name]["ci95"][0] > found["sft"]["ci95"][1], scores
