@@ -1,6 +1,7 @@
 """Sampling inside a training step: each row draws with uniform numbers of its own, whatever it is batched with.
 
-So the replies of a step are the same on one process and on many, in one batch and in eight.
+So the replies of a step are the same on one process and on many, in one batch and in eight. Nothing that the policy may say
+is forbidden: a policy gradient on samples of another distribution pushes probability into what is never sampled.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from generation.hf import Forbid, left_padded
-from generation.replies import Reply, cut, forbidden_ids
+from generation.replies import Reply, cut
 
 
 class RowSampler(LogitsProcessor):
@@ -38,9 +39,12 @@ def uniforms_of(seeds: Sequence[int], count: int) -> Tensor:
 def sample_rows(
     model: Any, tokenizer: Any, prompts: list[list[int]], seeds: Sequence[int], max_new_tokens: int, stop: list[int], synced: bool
 ) -> list[Reply]:  # fmt: skip
-    """Reply to every prompt from the model's own distribution, row i by seeds[i]; `synced` keeps sharded ranks in step."""
+    """Reply to every prompt from the model's distribution over the tokenizer's vocabulary, row i by seeds[i].
+
+    `synced` keeps the ranks of a sharded model in step.
+    """
     width = model.get_output_embeddings().weight.shape[0]
-    forbid = Forbid(forbidden_ids(tokenizer, stop, len(tokenizer), width).to(model.device))
+    forbid = Forbid((torch.arange(width) >= len(tokenizer)).to(model.device))
     ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
     sampler = RowSampler(uniforms_of(seeds, max_new_tokens).to(model.device), ids.shape[1])
     config = transformers.GenerationConfig(

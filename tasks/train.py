@@ -42,10 +42,10 @@ def run(settings: Settings) -> None:
         ref_model, items, test_items = _reference(settings, trainer, items, test_items)
     policy = _policy(settings, trainer)
     _companions(settings, trainer)
-    with signals.watched():
-        meter.restart()
+    meter.restart()
     before = checkpoint.examples_seen(settings.run.run_dir)
-    trainer.fit(policy, ref_model, items, test_items)
+    with signals.watched():
+        trainer.fit(policy, ref_model, items, test_items)
     _record(settings, trainer, meter, trainer.examples_seen - before, running)
     trainer.save_model("FINAL")
     if accelerator.is_main_process:

@@ -141,7 +141,7 @@ class Rollouts:
     def _checked(self, item: Item, split: str) -> float:
         assert self.checker is not None
         conversation = self.examples[split][item.source].conversation
-        text = reply_text(self.trainer.tokenizer, item.sequences[0])
+        text = reply_text(self.trainer.tokenizer, item.sequences[0], models.stop_ids(self.trainer.tokenizer))
         try:
             return scored(self.checker, conversation, text)
         except Exception as error:
@@ -206,6 +206,7 @@ def with_reply(item: Item, prompt: list[int], ids: list[int]) -> Item:
     return item._replace(sequences=(Tokens([*prompt, *ids], [False] * len(prompt) + [item.source >= 0] * len(ids)),))
 
 
-def reply_text(tokenizer: Any, tokens: Tokens) -> str:
-    """Return the text of the supervised tokens, without the token that ends the turn."""
-    return tokenizer.decode([i for i, on in zip(tokens.ids, tokens.response, strict=True) if on], skip_special_tokens=True)
+def reply_text(tokenizer: Any, tokens: Tokens, stop: list[int]) -> str:
+    """Return the text of the supervised tokens without the one that ends the turn; other special tokens stay visible to a judge."""
+    ids = [i for i, on in zip(tokens.ids, tokens.response, strict=True) if on]
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in stop else ids, clean_up_tokenization_spaces=False)
