@@ -152,19 +152,25 @@ def run(config: DictConfig) -> None:
         code = run_pipeline(plain, list(HydraConfig.get().overrides.task))
         if code:
             sys.exit(code)
-        if plain["dry_run"]:
-            print_estimates(plain, list(HydraConfig.get().overrides.task))
+        show_costs(plain, list(HydraConfig.get().overrides.task))
         return
     plain.pop("pipeline", None)
     run_task(plain)
 
 
-def print_estimates(plain: dict[str, Any], overrides: list[str]) -> None:
-    """Print what the stages of a plan would take."""
+def show_costs(plain: dict[str, Any], overrides: list[str]) -> None:
+    """Print what the stages of a plan would take, or write costs.md: what those of a finished pipeline took beside it."""
+    from pipeline import run_folder
     from plan import build_plan
-    from tasks.estimate import print_plan
+    from tasks.estimate import costs, print_plan
 
-    print_plan(build_plan(plain, overrides), plain["estimate"])
+    stages = build_plan(plain, overrides)
+    if plain["dry_run"]:
+        print_plan(stages, plain["estimate"])
+        return
+    path = run_folder(plain, overrides) / "costs.md"
+    path.write_text(costs(stages, plain["estimate"]) + "\n", encoding="utf-8")
+    print(f"predicted and actual costs: {path}")
 
 
 def explain(error: Exception) -> str:

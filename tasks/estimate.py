@@ -22,7 +22,7 @@ from model_shape import shape_of
 from plan import ROOT, Stage
 from schema import Settings, settings_from
 from tasks.estimate_speed import tokens_per_second
-from tasks.estimate_text import comparison, single, table
+from tasks.estimate_text import comparison, cost_table, single, table
 from trainers.needs import Needs
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -45,7 +45,11 @@ def run(settings: Settings) -> None:
 
 def compared(settings: Settings) -> dict[str, Any]:
     """Estimate a finished run from its own configuration and lay what it really took beside it."""
-    folder = Path(settings.estimate.run or "").expanduser()
+    return compared_run(Path(settings.estimate.run or "").expanduser(), {**settings.raw["estimate"], "rows": None})
+
+
+def compared_run(folder: Path, section: dict[str, Any]) -> dict[str, Any]:
+    """Estimate the training run in a folder as it was laid out; `section` is the estimate section that asks."""
     for name in ("config.yaml", "resources.json"):
         if not (folder / name).is_file():
             raise ValueError(f"estimate.run={folder} has no {name}: give the folder of a finished task=train")
@@ -55,7 +59,7 @@ def compared(settings: Settings) -> dict[str, Any]:
     plain = {str(key): value for key, value in raw.items()}
     layout = {"devices": actual["devices"], "accelerator": actual["device"]}
     layout["strategy"] = "fsdp" if actual["strategy"] in ("fsdp", "deepspeed") else actual["strategy"]
-    plain["estimate"] = {**settings.raw["estimate"], **layout, "run": None, "rows": None}
+    plain["estimate"] = {**section, **layout, "run": None}
     return {"predicted": estimated(settings_from(plain, None), "train"), "actual": actual, "run": str(folder)}
 
 
@@ -278,6 +282,17 @@ def of_stage(stage: Stage, section: dict[str, Any]) -> dict[str, Any] | str:
         return estimated(settings_from({**stage.config, "estimate": {**section, **own}}, None), task)
     except ValueError as error:
         return str(error).splitlines()[0].rstrip(".")
+
+
+def costs(stages: list[Stage], section: dict[str, Any]) -> str:
+    """Return a table of what the training stages of a finished pipeline were predicted to take and what they took."""
+    rows: list[tuple[str, dict[str, Any] | str]] = []
+    for stage in [stage for stage in stages if (stage.folder / "resources.json").is_file()]:
+        try:
+            rows.append((stage.label, compared_run(stage.folder, section)))
+        except ValueError as error:  # the run stands, whatever an estimate says
+            rows.append((stage.label, str(error).splitlines()[0]))
+    return cost_table(rows)
 
 
 def print_plan(stages: list[Stage], section: dict[str, Any]) -> None:

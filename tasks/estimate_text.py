@@ -110,10 +110,32 @@ def broken(label: str, found: dict[str, Any]) -> str:
     return f"{label} does not fit into {found['device_memory_gb']:g} GB: {size(found['peak_bytes'])} ({parts})"
 
 
+def used_bytes(actual: dict[str, Any]) -> int:
+    """Return the largest process's peak above what it held before the model was loaded."""
+    return max(peak - base for peak, base in zip(actual["peak_bytes"], actual["baseline_bytes"], strict=True))
+
+
+def cost_table(runs: list[tuple[str, dict[str, Any] | str]]) -> str:
+    """Write prediction and measurement of several runs as a Markdown table."""
+    lines = ["| stage | memory of a device, predicted | actual | tokens, predicted | actual | time, actual | tokens/s |", "|---" * 7 + "|"]
+    for label, found in runs:
+        if isinstance(found, str):
+            lines.append(f"| {label} | not estimated: {found} |" + " |" * 5)
+            continue
+        predicted, actual = found["predicted"], found["actual"]
+        cells = (
+            size(predicted["peak_bytes"]), size(used_bytes(actual)), count(predicted["tokens"]), count(actual["tokens"]),
+            duration(actual["seconds"] / 3600), f"{actual['tokens_per_second']:,.0f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join((label, *cells)) + " |")
+    note = "Memory on a CPU: the peak above what the process held before the model was loaded. Replies sampled while training are not predicted."
+    return "\n".join([*lines, "", note])
+
+
 def comparison(found: dict[str, Any]) -> str:
     """Write prediction and measurement of a finished run side by side."""
     predicted, actual = found["predicted"], found["actual"]
-    used = max(peak - base for peak, base in zip(actual["peak_bytes"], actual["baseline_bytes"], strict=True))
+    used = used_bytes(actual)
     ratio = predicted["peak_bytes"] / max(1, used)
     base = max(actual["baseline_bytes"])
     what = f"above the {size(base)} before the model was loaded" if base else "allocated by torch"

@@ -1,5 +1,6 @@
 """The pipeline: what a changed knob runs again, that nothing runs twice, lineage, the plan, failures, Ctrl-C."""
 
+import json
 import os
 import shlex
 import signal
@@ -17,7 +18,7 @@ import digests
 from digests import digest_of
 from pipeline import run_pipeline
 from plan import Stage, build_plan, spelt
-from tests.helpers import write_pairs
+from tests.helpers import launch, write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -211,3 +212,18 @@ def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
     folder = next(tmp_path.glob("stages/student_sft-*"))
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert folder.name not in left and not (folder / "DONE").exists()
+
+
+@pytest.mark.slow
+def test_rewards_run_through_and_leave_their_costs(tmp_path: Path) -> None:
+    """pipeline=rewards with few steps: every stage of every method, the table, and predicted beside actual costs."""
+    names = ("teacher_sft", "teacher_dpo", "student_sft", "grpo", "ppo", "gkd", "opd")
+    short = [f"pipeline.stages.{name}.set.n_steps=2" for name in names]
+    run = launch("pipeline=rewards", f"cache_dir={tmp_path}", "n_eval_examples=20", *short, timeout=400)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    results = json.loads((tmp_path / "rewards" / "results.json").read_text())
+    assert {"grpo", "ppo", "gkd", "opd", "student_sft"} <= set(results["models"])
+    costs = (tmp_path / "rewards" / "costs.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line for line in costs.splitlines() if line.startswith("| ")}
+    assert set(rows) == {"stage", *names} and "not estimated" not in costs
+    assert all(line.count(" MB") + line.count(" kB") + line.count(" GB") == 2 for name, line in rows.items() if name != "stage")

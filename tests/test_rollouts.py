@@ -96,7 +96,7 @@ def test_micro_batches_change_neither_replies_nor_parameters(name, base):
         launch.run_task(composed(*online(base, *run)))
     one, four = (weights(base / f"{name}_by_{parts}") for parts in (1, 4))
     for key, value in one.items():
-        torch.testing.assert_close(value, four[key], atol=2e-6, rtol=0)
+        torch.testing.assert_close(value, four[key], atol=1e-6, rtol=0)  # measured: 1.2e-7
     rewards = [[row["reward/train"] for row in rows_of(base / f"{name}_by_{parts}" / "metrics.jsonl")] for parts in (1, 4)]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)  # float32 labels
     assert len(set(rewards[0])) > 1
