@@ -94,7 +94,7 @@ class Writer:
         self.dtypes = _dtypes(asdict(meta))
         self.keys: set[bytes] = set()
         self.num_tokens = 0
-        rows = self._whole_rows()
+        rows, index_bytes = self._whole_rows()
         lengths = [sum(r["n"] for r in rows), sum(r["l"] for r in rows)]
         self._streams = {}
         for name, dtype in self.dtypes.items():
@@ -103,8 +103,8 @@ class Writer:
             path.touch()
             os.truncate(path, count * dtype.itemsize)
             self._streams[name] = path.open("ab")
-        (self.shard / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         self._index = (self.shard / "index.jsonl").open("a", encoding="utf-8")
+        self._index.truncate(index_bytes)  # cut, not written anew: a kill here must not lose what is whole
         for row in rows:
             self.keys.add(bytes.fromhex(row["key"]))
             self.num_tokens += row["l"]
@@ -120,24 +120,28 @@ class Writer:
         else:
             _write_atomically(path, asdict(self.meta))
 
-    def _whole_rows(self) -> list[dict[str, Any]]:
-        """Return the index rows whose arrays are all there."""
+    def _whole_rows(self) -> tuple[list[dict[str, Any]], int]:
+        """Return the index rows whose arrays are all there, and their bytes in the index."""
         path = self.shard / "index.jsonl"
         rows: list[dict[str, Any]] = []
+        size = 0
         if not path.is_file():
-            return rows
+            return rows, size
         sizes = {n: (self.shard / f"{n}.bin").stat().st_size // d.itemsize for n, d in self.dtypes.items()}
         tokens = length = 0
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):  # torn just before its end
                 break
             tokens, length = tokens + row["n"], length + row["l"]
             if tokens > sizes["seq_ids"] or length > sizes["tail"] or length * self.meta.k > sizes["values"]:
                 break
             rows.append(row)
-        return rows
+            size += len(line)
+        return rows, size
 
     def has(self, key: bytes) -> bool:
         """Say whether a sequence is written."""
@@ -194,6 +198,8 @@ def finish(folder: Path | str) -> Meta:
     ]
     stored.update(num_sequences=len(rows), num_tokens=sum(r["l"] for r in rows))
     _write_atomically(folder / "meta.json", stored)
+    for part in folder.glob("meta.json.*"):  # of a process that was killed
+        part.unlink()
     (folder / "DONE").touch()
     return Meta(**stored)
 

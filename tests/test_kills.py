@@ -1,0 +1,185 @@
+"""Twenty kills at random moments of a run, of task=cache and of a pipeline: nothing is lost, and the same bits come out.
+
+A kill is SIGKILL to every process of the command. One in five hits the start-up; the others come at a random moment within
+`window` seconds after the run has gone on from where the last one was killed (so even a slow machine makes progress).
+"""
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.helpers import ROOT, write_pairs
+from tests.test_resume import without_timing
+from tests.test_sharding import free_port
+from tests.zygote import Zygote
+
+SEED = 20261121
+
+
+class Plain:
+    """Commands started in the ordinary way, with the interface of a zygote."""
+
+    def __init__(self) -> None:
+        self.processes: dict[int, subprocess.Popen] = {}
+
+    def start(self, argv: list[str], log: Path) -> int:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        with log.open("ab") as output:  # a pipe that nobody reads would fill up and stop the run
+            process = subprocess.Popen([sys.executable, *argv], env=environment, cwd=ROOT, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        self.processes[process.pid] = process
+        return process.pid
+
+    def wait(self, pid: int) -> int:
+        return self.processes[pid].wait(timeout=400)
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def kill_all(pid: int) -> None:
+    """Kill a command with all its descendants, whatever process groups they have."""
+    family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    deadline = time.time() + 30
+    while any(alive(member.pid) for member in family) and time.time() < deadline:
+        time.sleep(0.005)
+
+
+def survive(
+    system: Plain | Zygote, command: Callable[[], list[str]], log: Path, kills: int, state: Callable[[], object], start_up: float, window: float
+) -> int:  # fmt: skip
+    """Start the command `kills` times and kill it, then let it end; return how many kills came while it worked.
+
+    `state` is anything that changes when the work goes on; `start_up` is about how long a start takes, in seconds.
+    """
+    rng, at_work = random.Random(SEED), 0
+    for _ in range(kills):
+        before, pid = state(), system.start(command(), log)
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0, start_up))
+        else:
+            deadline = time.time() + 120
+            while state() == before and alive(pid) and time.time() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, window))
+            at_work += alive(pid)
+        kill_all(pid)
+        system.wait(pid)
+    assert system.wait(system.start(command(), log)) == 0, log.read_text(errors="replace")[-3000:]
+    return at_work
+
+
+@pytest.fixture
+def zygote() -> Iterator[Zygote]:
+    process = Zygote()
+    yield process
+    process.close()
+
+
+def files_of(folder: Path, *patterns: str) -> dict[str, str]:
+    """Return the digest of every file."""
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    assert found, f"{folder} has nothing that matches {patterns}"
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def training(base: Path, name: str, steps: int) -> list[str]:
+    return [
+        "loss=dpo", "model=tiny", "datasets=[local]", f"datasets.local.train={base}/pairs.jsonl", f"datasets.local.test={base}/pairs.jsonl",
+        f"cache_dir={base}", f"exp_name={name}", "lr=1e-3", f"n_steps={steps}", "log_every=1", "save_every=3", "eval_every=50", "model.batch_size=8",
+    ]  # fmt: skip
+
+
+def checkpoints(folder: Path) -> Callable[[], object]:
+    return lambda: sorted(path.parent.name for path in folder.glob("checkpoint-*/DONE"))
+
+
+@pytest.mark.slow
+def test_a_run_survives_twenty_kills(tmp_path: Path, zygote: Zygote) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", 30)
+    whole = zygote.start(training(tmp_path, "whole", 240), tmp_path / "whole.log")
+    assert zygote.wait(whole) == 0
+    state, log = checkpoints(tmp_path / "killed"), tmp_path / "killed.log"
+    killed = survive(zygote, lambda: training(tmp_path, "killed", 240), log, 20, state, start_up=1.5, window=0.3)
+    assert killed >= 12
+    kept = ("FINAL/*.safetensors", "FINAL/config.json")
+    assert files_of(tmp_path / "whole", *kept) == files_of(tmp_path / "killed", *kept)
+    rows = without_timing(tmp_path / "killed" / "metrics.jsonl")
+    assert rows == without_timing(tmp_path / "whole" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss/train" in row] == list(range(1, 241))
+    left = {path.name for path in (tmp_path / "killed").iterdir()} - {path.name for path in (tmp_path / "whole").iterdir()}
+    assert not {name for name in left if not name.startswith("config.yaml.")}, left  # no torn checkpoint stays
+
+
+@pytest.mark.distributed
+def test_two_processes_survive_kills(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", 30)
+
+    def command(name: str) -> list[str]:
+        two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "launch.py"]
+        return [*two, *training(tmp_path, name, 60)]
+
+    state, log = checkpoints(tmp_path / "killed"), tmp_path / "killed.log"
+    killed = survive(Plain(), lambda: command("killed"), log, 5, state, start_up=8.0, window=0.3)
+    assert killed >= 3
+    system = Plain()
+    assert system.wait(system.start(command("whole"), tmp_path / "whole.log")) == 0
+    assert files_of(tmp_path / "whole", "FINAL/*.safetensors") == files_of(tmp_path / "killed", "FINAL/*.safetensors")
+    assert without_timing(tmp_path / "killed" / "metrics.jsonl") == without_timing(tmp_path / "whole" / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path, zygote: Zygote) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", 1500)
+
+    def command(name: str) -> list[str]:
+        data = ["model=tiny", "datasets=[local]", f"datasets.local.train={tmp_path}/pairs.jsonl", f"cache_dir={tmp_path}"]
+        return ["task=cache", *data, f"exp_name={name}", "cache.top_k=8", "cache.batch_size=1"]
+
+    assert zygote.wait(zygote.start(command("whole"), tmp_path / "whole.log")) == 0
+    index, log = tmp_path / "killed" / "CACHE" / "shard-00000" / "index.jsonl", tmp_path / "killed.log"
+    size = lambda: index.stat().st_size if index.is_file() else 0  # noqa: E731
+    assert survive(zygote, lambda: command("killed"), log, 20, size, start_up=1.5, window=0.2) >= 12
+    # the order of sequences is fixed, so the arrays are equal byte by byte; meta.json holds the command with its exp_name
+    assert files_of(tmp_path / "whole", "CACHE/shard-*/*") == files_of(tmp_path / "killed", "CACHE/shard-*/*")
+    names = [sorted(path.name for path in (tmp_path / name / "CACHE").iterdir()) for name in ("whole", "killed")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_a_pipeline_survives_twenty_kills(tmp_path: Path) -> None:
+    """Teacher SFT -> teacher DPO -> cache on the small world: whichever stage is at work, and whatever it is doing."""
+    kept = ("world", "teacher_sft", "teacher_dpo", "cache_logprobs")
+    stages = yaml.safe_load((ROOT / "config/pipeline/quickstart.yaml").read_text())["stages"]
+    off = [f"pipeline.stages.{name}=null" for name in stages if name not in kept]
+    short = ["pipeline.stages.teacher_sft.set.n_steps=40", "pipeline.stages.teacher_dpo.set.n_steps=20", "n_examples=300", "++save_every=5"]
+
+    def command(base: str) -> list[str]:
+        return ["launch.py", "pipeline=quickstart", *off, *short, f"cache_dir={tmp_path / base}"]
+
+    folder = tmp_path / "killed" / "stages"
+
+    def state() -> object:
+        return sorted(str(path) for pattern in ("*/DONE", "*/checkpoint-*/DONE") for path in folder.glob(pattern))
+
+    system = Plain()
+    whole = system.start(command("whole"), tmp_path / "whole.log")
+    # most kills come at any moment: stages take seconds to start, and there are four of them
+    survive(system, lambda: command("killed"), tmp_path / "killed.log", 20, state, start_up=12.0, window=1.0)
+    assert system.wait(whole) == 0
+    results = [files_of(tmp_path / base / "stages", "*/FINAL/*.safetensors", "*/CACHE/shard-*/*") for base in ("whole", "killed")]
+    assert results[0] == results[1] and {name.split("-")[0] for name in results[0]} == set(kept) - {"world"}
