@@ -20,6 +20,7 @@ lock() { # lock NAME OPTIONS...: NAME.in -> NAME.lock
 
 lock base "${cpu[@]}"
 lock dev -c base.lock
+lock lm_eval -c base.lock "${cpu[@]}"
 lock vllm "${cpu[@]}" --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
     --no-emit-package triton
 lock vllm_gpu

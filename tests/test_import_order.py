@@ -17,7 +17,7 @@ ORDER = (
         "estimate", "resources",
     ),
     ("dataloader", "plan", "report", "checkers", "calculator_generation"),
-    ("models", "pipeline"),
+    ("models", "pipeline", "report_tables"),
     ("model_shape", "generation"),
     ("trainers",),
     ("lengths",),
