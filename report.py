@@ -17,6 +17,7 @@ from typing import Any
 from report_charts import Curves, Plotted, Series, interval_chart, is_number, line_chart, panel_of, read_curves
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+MOST_OPEN = 15  # differences that stand open: more are folded away
 MAX_TOP = 12  # entries of a token's list on hover
 # Panels that stand open, in this order; every other metric is folded away.
 MAIN_PANELS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected", "advantage", "entropy")
@@ -133,7 +134,7 @@ def differences(rows: Sequence[Mapping[str, Any]], how: str) -> str:
     columns = (f"models, {how}", "difference", "95 % over prompts", *(["95 % over seeds"] if seeds else []), *last)
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (
-        f'<details{" open" if how == "sampled" else ""}><summary>Differences on the same prompts, {how}</summary><div class="scroll" tabindex="0" '
+        f'<details{" open" if how == "sampled" and len(rows) <= MOST_OPEN else ""}><summary>Differences on the same prompts, {how}</summary><div class="scroll" tabindex="0" '
         f'role="region" aria-label="Differences, {how}"><table class="differences"><thead><tr>{head}</tr></thead><tbody>{written}</tbody></table></div></details>'
     )
 

@@ -13,7 +13,7 @@ def html_table(label: str, columns: Row, rows: Sequence[Row]) -> str:
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     body = "".join(f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="results">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="results figures">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -86,6 +86,6 @@ def latency_section(timed: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     one = next(entries[0] for entries in timed.values() if entries)
     note = (
         f'<p class="note">{text(one["device"])}, {text(one["dtype"])}; prompts of the data set, {one["new_tokens"]} new tokens a reply, '
-        f"{one['repetitions']} timed batches after {one['warmup']} that is not timed; keys and values are cached.</p>"
+        f"{one['repetitions']} timed batches after {one['warmup']} that are not timed; keys and values are cached.</p>"
     )
     return section("latency", "Latency", html_table("Latency", columns, rows) + note)

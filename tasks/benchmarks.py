@@ -4,8 +4,9 @@ Tasks come from the library, or from YAML files in evaluation.lm_eval_path; thei
 there is no hub. A task's YAML may run Python of its own folder: name only folders that you trust.
 """
 
-import warnings
+import logging
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,20 @@ def check_benchmarks(config: EvaluationConfig) -> None:
         raise ValueError(f"evaluation.lm_eval={config.lm_eval} needs lm-evaluation-harness, which is not installed: {INSTALL}")
     if config.lm_eval_path and not Path(config.lm_eval_path).expanduser().is_dir():
         raise ValueError(f"evaluation.lm_eval_path={config.lm_eval_path} is no folder: give one that holds task YAMLs")
-    known = _task_manager(config).all_tasks
+    known = _task_manager(config.lm_eval_path).all_tasks
     for name in config.lm_eval:
         if name not in known:
             close = nearest(name, known) if len(known) < 50 or "Did you mean" in nearest(name, known) else ""
             raise ValueError(f"evaluation.lm_eval: lm-evaluation-harness has no task {name!r}.{close} Tasks of your own: evaluation.lm_eval_path=FOLDER")
 
 
-def _task_manager(config: EvaluationConfig) -> Any:
+@cache
+def _task_manager(folder: str | None) -> Any:
+    """Index the library's tasks and those of a folder; it takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(Path(config.lm_eval_path).expanduser()) if config.lm_eval_path else None)
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    return TaskManager(include_path=str(Path(folder).expanduser()) if folder else None)
 
 
 def benchmark_figures(settings: Settings, model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -45,17 +49,14 @@ def benchmark_figures(settings: Settings, model: Any, tokenizer: Any) -> dict[st
     from lm_eval.models.huggingface import HFLM
 
     config, seed = settings.evaluation, settings.run.seed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=settings.model.eval_batch_size,
-            max_length=settings.model.max_length,
-        )  # fmt: skip
-        found = lm_eval.simple_evaluate(
-            model=wrapped, tasks=list(config.lm_eval), task_manager=_task_manager(config), log_samples=False,
-            apply_chat_template=config.lm_eval_chat_template, random_seed=seed, numpy_random_seed=seed,
-            torch_random_seed=seed, fewshot_random_seed=seed,
-        )  # fmt: skip
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=settings.model.eval_batch_size, max_length=settings.model.max_length
+    )
+    found = lm_eval.simple_evaluate(
+        model=wrapped, tasks=list(config.lm_eval), task_manager=_task_manager(config.lm_eval_path), log_samples=False,
+        apply_chat_template=config.lm_eval_chat_template, random_seed=seed, numpy_random_seed=seed,
+        torch_random_seed=seed, fewshot_random_seed=seed,
+    )  # fmt: skip
     assert found is not None, "simple_evaluate returns None on ranks other than 0 only"
     counts = {name: count["effective"] for name, count in found["n-samples"].items()}
     return {name: {"n": counts.get(name), "metrics": metrics_of(row)} for name, row in found["results"].items()}
