@@ -28,7 +28,7 @@ from report import best_model
 from schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
 from tasks.benchmarks import benchmark_figures, check_benchmarks
 from tasks.comparisons import compare_all
-from tasks.evaluation_report import write_artifacts
+from tasks.evaluation_report import check_advantages, write_artifacts
 from tasks.generate import Reply, sample
 from tasks.latency import check_latency, latency_rows
 from tasks.majority import majority_figures, majority_scores, majority_temperature, vote_settings
@@ -401,6 +401,7 @@ def run(settings: Settings) -> None:
     if config.majority and checker:
         vote_of(checker)  # refuses a module without one
     check_benchmarks(config)
+    check_advantages(config)
     accelerator = Accelerator()
     check_latency(config, accelerator.num_processes)
     check_strategy(settings.run.strategy, accelerator)

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from models import local_source
 from report import write_report
 from report_tables import benchmarks_section, latency_section, pairs_section, replies_section
+from schema import EvaluationConfig
 from tasks import benchmarks, comparisons, latency
 from tasks.summarise import NUM_SAMPLES, Evaluation, advantages_of, curves_of, samples_of, tokens_of
 from teacher_cache import Reader
@@ -25,20 +26,32 @@ def summary_text(table: str, results: Mapping[str, Any], timed: Mapping[str, Seq
         "Latency": latency.table(timed),
     }
     found = "".join(f"\n## {title}\n\n{part}" for title, part in parts.items() if part)
-    return f"# {TITLE}\n\n{table}{found}"
+    judged = f"\n{table}" if table.count("|") > 3 * table.count("\n") else ""  # a table of names alone says nothing
+    return f"# {TITLE}\n{judged}{found}"
+
+
+def check_advantages(config: EvaluationConfig) -> None:
+    """Refuse an evaluation.advantages that is no finished cache of advantages, before a model loads."""
+    if config.advantages is None:
+        return
+    quantity = Reader(config.advantages).meta.quantity
+    if quantity != "advantage":
+        raise ValueError(f"evaluation.advantages={config.advantages} caches {quantity}s: give one of task=cache cache.reference=FOLDER")
+    _reader_for(config.advantages, next(iter(config.models.values())))
+
+
+def _reader_for(cache: str, model: str) -> tuple[Reader, Any]:
+    """Open a cache with the tokenizer of a model; ValueError where they have other vocabularies."""
+    reader = Reader(cache)
+    tokenizer: Any = AutoTokenizer.from_pretrained(local_source(model), trust_remote_code=False)
+    if reader.meta.vocab_size != len(tokenizer):
+        raise ValueError(f"evaluation.advantages={cache} is over {reader.meta.vocab_size} tokens, the tokenizer of {model} has {len(tokenizer)}")
+    return reader, tokenizer
 
 
 def advantages_in(cache: str, model: str) -> list[dict[str, Any]]:
-    """Return sequences of an advantage cache, decoded with the model's tokenizer, as the report takes them.
-
-    ValueError if the folder is no finished cache of advantages, or was made with another vocabulary.
-    """
-    reader = Reader(cache)
-    tokenizer: Any = AutoTokenizer.from_pretrained(local_source(model), trust_remote_code=False)
-    if reader.meta.quantity != "advantage":
-        raise ValueError(f"evaluation.advantages={cache} caches {reader.meta.quantity}s: give one of task=cache cache.reference=FOLDER")
-    if reader.meta.vocab_size != len(tokenizer):
-        raise ValueError(f"evaluation.advantages={cache} is over {reader.meta.vocab_size} tokens, the tokenizer of {model} has {len(tokenizer)}")
+    """Return sequences of an advantage cache, decoded with the model's tokenizer, as the report takes them."""
+    reader, tokenizer = _reader_for(cache, model)
     rows = []
     for ids, response in reader.sequences(NUM_SAMPLES):
         prompt = [token for token, on in zip(ids, response, strict=True) if not on]

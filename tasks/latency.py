@@ -113,7 +113,7 @@ def vllm_timed(llm: Any, new_tokens: int) -> Timed:
 
     def timed(prompts: list[list[int]]) -> Timing:
         core = llm.llm_engine
-        llm.reset_prefix_cache()
+        assert llm.reset_prefix_cache(), "vLLM keeps the prefixes of an earlier batch"
         said, first, before, steps = dict.fromkeys(map(str, range(len(prompts))), 0), 0.0, 0, []
         start = last = time.perf_counter()
         for name, ids in zip(said, prompts, strict=True):
@@ -159,14 +159,15 @@ def figures_of(timings: Sequence[Timing]) -> dict[str, Any]:
     }
 
 
-def device_name(device: torch.device) -> str:
-    """Name the device, a CPU with the threads that torch uses."""
+def device_name(device: torch.device, backend: str) -> str:
+    """Name the device, a CPU with the threads that the backend uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name or 'CPU'}, {torch.get_num_threads()} thread(s)"
+    threads = f"{torch.get_num_threads()} thread(s)" if backend == "hf" else "threads as vLLM binds them"
+    return f"{name or 'CPU'}, {threads}"
 
 
 def latency_rows(
@@ -209,7 +210,7 @@ def _rows(
             "new_tokens": wanted.latency_new_tokens, "repetitions": wanted.latency_repetitions, "warmup": WARMUP, "kv_cache": True,
             "prompt_tokens": {"min": min(lengths), "p50": float(np.median(lengths)), "max": max(lengths)},
             "prompts": f"{len(prompts)} held-out prompts of {', '.join(settings.datasets)}",
-            "device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+            "device": device_name(device, backend), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
             "backend_version": version("transformers") if backend == "hf" else import_module("vllm").__version__,
         })  # fmt: skip
         print(f"latency, {backend}, batch {size}: {rows[-1]['first_token_ms']['p50']:.1f} ms to the first token, "

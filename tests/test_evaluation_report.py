@@ -124,8 +124,11 @@ def test_an_advantage_cache_alone_gives_the_view_and_others_are_refused(folder: 
     (row,) = advantages_in(str(folder / "CACHE"), str(folder / "a"))
     assert [token["advantage"] for token in row["tokens"]] == [1.25, None] and row["tokens"][1]["top"][0][1] == 0.25
     other = advantage_cache(folder / "LOGPROBS", models.load_tokenizer(settings_for(folder, "x").model), "logprob")
+    small = {"small": str(folder / "a")}
     with pytest.raises(ValueError, match="caches logprobs: give one of task=cache cache.reference"):
-        advantages_in(str(other), str(folder / "a"))
+        evaluate.run(settings_for(folder, "x", models=small, advantages=str(other)))
+    with pytest.raises(ValueError, match="does not exist"):
+        evaluate.run(settings_for(folder, "x", models=small, advantages=str(folder / "none")))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+import launch
 import models
 from model_card import Facts, Source, card
-from tests.helpers import launch, rows_of, write_pairs
+from tests.helpers import composed, rows_of, write_pairs
 
 FACTS = Facts(
     name="mine", loss="dpo", objective="L = -log sigmoid(0.1 (u - v))", base="owner/base-1B", base_is_folder=False, base_digest="abc123",
@@ -47,11 +48,10 @@ def test_what_is_not_known_is_said() -> None:
 
 def test_training_writes_a_card_that_is_no_part_of_the_digest(tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl", 8)
-    done = launch(
+    launch.run_task(composed(
         "loss=dpo", "model=tiny", "model.batch_size=4", "datasets=[local]", f"datasets.local.train={data}", f"datasets.local.test={data}",
         f"cache_dir={tmp_path}", "exp_name=run", "n_steps=1", "lr=1e-4", "log_every=1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ))  # fmt: skip
     final = tmp_path / "run/FINAL"
     read = ModelCard.load(final / "README.md")
     last = next(row["loss/eval"] for row in reversed(rows_of(tmp_path / "run/metrics.jsonl")) if "loss/eval" in row)
