@@ -54,8 +54,8 @@ def _file_digest(path: str, size: int, modified: int) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """Hash a file, or the names and contents of a folder's files."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    """Hash a file, or the names and contents of a folder's files; a model card (README.md) changes no result."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
     found = [(str(p.relative_to(path)), _file_digest(str(p), p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 

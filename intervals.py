@@ -78,3 +78,37 @@ def paired_difference(
         raise ValueError(f"{len(first)} and {len(second)} scores: a paired difference needs the same prompts in both")
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     return float(differences.mean()), bootstrap_interval(differences.tolist(), resamples, seed)
+
+
+def paired_p_values(differences: np.ndarray, resamples: int = 9_999, seed: int = 0) -> list[float]:
+    """Return the two-sided p-value of each row of paired differences [C, P] by the sign-flip test (Fisher 1935).
+
+    Where two models are alike every difference could as well have the other sign. The flips are the same for all
+    rows; no p-value is below 1 / (resamples + 1).
+    """
+    values = np.atleast_2d(np.asarray(differences, dtype=np.float64))
+    if values.size == 0:
+        raise ValueError(f"differences of shape {values.shape}: a test needs at least one comparison and one prompt")
+    observed, rng = np.abs(values.sum(axis=1)), np.random.default_rng(seed)
+    slack = 1e-9 * np.abs(values).sum(axis=1)  # equal sums in another order of addition count as equal
+    reached, done = np.zeros(len(values)), 0
+    while done < resamples:  # in blocks: [1_000, P] signs at a time
+        count = min(1_000, resamples - done)
+        signs = rng.integers(2, size=(count, values.shape[1]), dtype=np.int8) * 2.0 - 1.0
+        reached += (np.abs(signs @ values.T) >= observed - slack).sum(axis=0)
+        done += count
+    return ((reached + 1) / (resamples + 1)).tolist()
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for as many tests as there are, in their order (Holm 1979, step-down).
+
+    A test counts where its adjusted value is below the level; then the chance of any false claim is below it, too.
+    """
+    if any(not 0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p_values={list(p_values)}: each must be in [0, 1]")
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for position, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - position) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted

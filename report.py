@@ -9,6 +9,7 @@ import hashlib
 import html
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from report_charts import Curves, Plotted, Series, interval_chart, is_number, line_chart, panel_of, read_curves
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+MOST_OPEN = 15  # differences that stand open: more are folded away
 MAX_TOP = 12  # entries of a token's list on hover
 # Panels that stand open, in this order; every other metric is folded away.
 MAIN_PANELS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected", "advantage", "entropy")
@@ -40,11 +42,20 @@ def interval_of(entry: Mapping[str, Any], key: str = "ci95") -> tuple[float, flo
     return None
 
 
-def best_model(models: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the model whose interval lies above every other's; None where intervals touch or are missing.
+def all_pairs(comparisons: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Tell whether comparisons are those of all pairs with Holm's correction (task=evaluate), not a chosen few."""
+    return bool(comparisons) and all("separate" in row for row in comparisons or ())
 
-    With several seeds it is the interval over seeds: the one over prompts says nothing about training again.
+
+def best_model(models: Mapping[str, Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+    """Return the model that is better than every other one beyond chance; None where there is none.
+
+    With comparisons of all pairs: separate from each other model after Holm's correction. Else its interval lies above
+    every other's; with several seeds the interval over seeds: the one over prompts says nothing about training again.
     """
+    if comparisons and all_pairs(comparisons):
+        wins = Counter(row["first"] for row in comparisons if row["separate"])
+        return next((name for name in models if wins[name] == len(models) - 1), None)
     key = "ci95_over_seeds" if any(interval_of(entry, "ci95_over_seeds") for entry in models.values()) else "ci95"
     intervals = {name: interval_of(entry, key) for name, entry in models.items()}
     if len(intervals) < 2 or any(interval is None for interval in intervals.values()):
@@ -62,7 +73,8 @@ def results_section(results: Mapping[str, Any]) -> str:
     models = results.get("models") or {}
     if not models:
         return section("results", "Scores", '<p class="empty">No scores in this run.</p>')
-    best = best_model(models)
+    corrected = all_pairs(results.get("comparisons"))
+    best = best_model(models, results.get("comparisons"))
     seeds = any(interval_of(entry, "ci95_over_seeds") for entry in models.values())
     rows = "".join(result_row(name, entry, name == best, seeds) for name, entry in models.items())
     columns = ["model", "score", "95 % over prompts", *(["95 % over seeds"] if seeds else []), "greedy", "95 % over prompts", "n", "per seed"]
@@ -84,11 +96,11 @@ def results_section(results: Mapping[str, Any]) -> str:
         + ('<span><i class="key thin"></i>95 % over seeds</span><span><i class="key tick"></i>one seed</span>' if seeds else "")
         + '<span><i class="key diamond"></i>greedy</span></p>'
     )
-    notes = [
-        f"<b>{text(best)}</b> is marked: its interval {'' if seeds else 'over prompts '}lies above every other one."
-        if best
-        else "No model is marked best: no interval lies above all the others."
-    ]
+    if corrected:
+        why = ("its score is above every other one", "no score is above all the others", " on the same prompts, after Holm’s correction for all pairs.")
+    else:
+        why = (f"its interval {'' if seeds else 'over prompts '}lies above every other one", "no interval lies above all the others", ".")
+    notes = [f"<b>{text(best)}</b> is marked: {why[0]}{why[2]}" if best else f"No model is marked best: {why[1]}{why[2]}"]
     if not seeds:
         notes.append("No interval over seeds: these say what other prompts would change, not what training again would.")
     notes += [greedy_note(models)] if greedy_note(models) else []
@@ -108,19 +120,21 @@ def differences(rows: Sequence[Mapping[str, Any]], how: str) -> str:
     """Write paired differences; a sign says on which side of 0 the whole interval lies."""
     if not rows:
         return ""
-    written, seeds = "", any(interval_of(row, "ci95_over_seeds") for row in rows)
+    written, seeds, corrected = "", any(interval_of(row, "ci95_over_seeds") for row in rows), all_pairs(rows)
     for row in rows:
         interval = interval_of(row, "ci95_over_seeds") or interval_of(row)
-        mark = "" if interval is None else "▲ above 0" if interval[0] > 0 else "▼ below 0" if interval[1] < 0 else "holds 0"
+        mark = ("▲ separate" if row["separate"] else "not separate") if corrected else "" if interval is None else "▲ above 0" if interval[0] > 0 else "▼ below 0" if interval[1] < 0 else "holds 0"
         spans = "".join(f"<td>{signed_interval(row, key)}</td>" for key in ("ci95", *(["ci95_over_seeds"] if seeds else [])))
+        tests = f"<td>{number(row['p'], 4)}</td><td>{number(row['p_holm'], 4)}</td>" if corrected else ""
         written += (
             f'<tr><th scope="row">{text(row["first"])} − {text(row["second"])}</th><td>{signed(row["difference"])}</td>'
-            f"{spans}<td>{mark}</td></tr>"
+            f"{spans}{tests}<td>{mark}</td></tr>"
         )
-    columns = (f"models, {how}", "difference", "95 % over prompts", *(["95 % over seeds"] if seeds else []), "interval")
+    last = ("p", "p, Holm", "all pairs") if corrected else ("interval",)
+    columns = (f"models, {how}", "difference", "95 % over prompts", *(["95 % over seeds"] if seeds else []), *last)
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (
-        f'<details{" open" if how == "sampled" else ""}><summary>Differences on the same prompts, {how}</summary><div class="scroll" tabindex="0" '
+        f'<details{" open" if how == "sampled" and len(rows) <= MOST_OPEN else ""}><summary>Differences on the same prompts, {how}</summary><div class="scroll" tabindex="0" '
         f'role="region" aria-label="Differences, {how}"><table class="differences"><thead><tr>{head}</tr></thead><tbody>{written}</tbody></table></div></details>'
     )
 
@@ -330,7 +344,7 @@ def page(title: str, body: str) -> str:
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
-    links = {"results": "Scores", "curves": "Training", "responses": "Responses", "advantages": "Advantages"}
+    links = {"results": "Scores", "pairs": "Pairs", "replies": "Replies", "benchmarks": "Benchmarks", "latency": "Latency", "curves": "Training", "responses": "Responses", "advantages": "Advantages"}
     menu = "".join(f'<a href="#{name}">{label}</a>' for name, label in links.items() if f'id="{name}"' in body)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -344,15 +358,16 @@ def page(title: str, body: str) -> str:
 
 def write_report(
     run_dir: Path, title: str, curves: Mapping[str, Path], results: Mapping[str, Any],
-    samples: Sequence[Mapping[str, Any]], advantages: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]], advantages: Sequence[Mapping[str, Any]], more: str = "",
 ) -> Path:  # fmt: skip
     """Write run_dir/report.html, whole or not at all, and return its path.
 
     curves: stage (or seed_N/stage) -> its metrics.jsonl. results: {"models": {name: {"score", "ci95", "n", "seeds",
     "per_seed", "ci95_over_seeds" (optional), "greedy": {"score", "ci95"}}}, "comparisons" (optional)}. samples: {"prompt", "model", "response", "score"}. advantages:
     {"prompt", "tokens": [{"text", "advantage" | None, "top": [[text, advantage, teacher probability], ...]}]}.
+    more: sections that stand below the scores, as HTML made by `section` and `text`.
     """
-    body = results_section(results) + curves_section(curves) + samples_section(samples) + advantages_section(advantages)
+    body = results_section(results) + more + curves_section(curves) + samples_section(samples) + advantages_section(advantages)
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     part = run_dir / f"report.html.{os.getpid()}"

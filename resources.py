@@ -36,6 +36,18 @@ def peak_resident_bytes() -> int:
     return _status("VmHWM") or (used if sys.platform == "darwin" else used * 1024)
 
 
+def restart_peak() -> bool:
+    """Let peak memory (of the GPU, or of the process on Linux) count from now on; False where it cannot."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
 class Meter:
     """Started before the models are loaded, read after the last step."""
 

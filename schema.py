@@ -321,6 +321,16 @@ class EvaluationConfig:
     reference: dict[str, str]
     majority: int
     calculator: bool
+    refusal_phrases: list[str]
+    advantages: str | None
+    latency: bool
+    latency_backends: list[str]
+    latency_batch_sizes: list[int]
+    latency_new_tokens: int
+    latency_repetitions: int
+    lm_eval: list[str]
+    lm_eval_path: str | None
+    lm_eval_chat_template: bool
 
     def __post_init__(self) -> None:
         require(
@@ -331,6 +341,25 @@ class EvaluationConfig:
             require(name in self.models, f"evaluation.reference.{name} names no model of evaluation.models")
         require(self.majority >= 0 and self.majority != 1, f"evaluation.majority={self.majority}: 0 is none, else at least 2 votes")
         require(not self.majority or self.checker is not None, f"evaluation.majority={self.majority} needs evaluation.checker")
+        for phrase in self.refusal_phrases:
+            require(bool(phrase.strip()), "evaluation.refusal_phrases holds an empty phrase: every reply would be a refusal")
+        self._check_latency()
+        require(
+            bool(self.lm_eval) or self.lm_eval_path is None,
+            f"evaluation.lm_eval_path={self.lm_eval_path} holds task files, but evaluation.lm_eval names no task: evaluation.lm_eval=[TASK]",
+        )
+
+    def _check_latency(self) -> None:
+        for name in self.latency_backends:
+            one_of("evaluation.latency_backends", name, ("hf", "vllm"))
+        require(
+            not self.latency or bool(self.latency_backends and self.latency_batch_sizes),
+            "evaluation.latency=true needs evaluation.latency_backends and evaluation.latency_batch_sizes, and one of them is empty",
+        )
+        for size in self.latency_batch_sizes:
+            require(size >= 1, f"evaluation.latency_batch_sizes={self.latency_batch_sizes}: each must be at least 1")
+        require(self.latency_new_tokens >= 2, f"evaluation.latency_new_tokens={self.latency_new_tokens} must be at least 2: the first is the prompt's")
+        require(self.latency_repetitions >= 2, f"evaluation.latency_repetitions={self.latency_repetitions} must be at least 2, for percentiles")
 
 
 @dataclass(frozen=True)

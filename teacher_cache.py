@@ -282,6 +282,11 @@ class Reader:
                 return shard.entry(key)
         raise ValueError(self._explain(list(ids), list(response)))
 
+    def sequences(self, limit: int) -> list[tuple[list[int], list[bool]]]:
+        """Return the ids and response masks of up to `limit` sequences, spread evenly over the cache."""
+        places = [(shard, key) for shard in self.shards for key in shard.places]
+        return [shard.sequence(key) for shard, key in places[:: max(1, -(-len(places) // max(1, limit)))][:limit]]
+
     def coverage(self, keys: Iterable[bytes]) -> float:
         """Return the share of the keys that are cached."""
         wanted = list(keys)

@@ -1,7 +1,8 @@
 """task=evaluate: judge several models on the same held-out prompts and pairs.
 
-Writes results.json (scores with 95 % intervals over prompts), results.md (the same as a table), scores.json (every
-prompt's score, for paired comparisons later) and samples.jsonl (replies side by side).
+Writes results.json (scores with 95 % intervals over prompts, comparisons), results.md (a table), scores.json (every
+prompt's score, for paired comparisons later), samples.jsonl (replies side by side), summary.md and report.html (all of
+it, tasks/evaluation_report.py), and with evaluation.latency latency.json.
 With several processes each takes its share of the models; rank 0 writes.
 """
 
@@ -22,9 +23,15 @@ from checkers import Checker, prompt_text, resolve_checker, scored, vote_of
 from dataloader import Example, Sequences, collate, load_examples
 from functional import row_sums, token_logps
 from intervals import paired_difference, score_interval
+from report import best_model
 from schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
+from tasks.benchmarks import benchmark_figures, check_benchmarks
+from tasks.comparisons import compare_all
+from tasks.evaluation_report import check_advantages, write_artifacts
 from tasks.generate import Reply, sample
+from tasks.latency import check_latency, latency_rows
 from tasks.majority import majority_figures, majority_scores, majority_temperature, vote_settings
+from tasks.text_statistics import text_figures
 from trainers.strategy import check_strategy
 
 MAX_SAMPLES = 200  # replies a model in samples.jsonl
@@ -53,6 +60,8 @@ class Judged(NamedTuple):
     replies: dict[float, Replies]
     pair_figures: dict[str, Any]
     majority_scores: list[float] = []  # of the most frequent answer to each prompt, where it was asked for
+    latency: list[dict[str, Any]] = []  # a row a backend and batch size
+    benchmarks: dict[str, Any] = {}  # figures of lm-evaluation-harness by task
 
 
 # ---- inputs
@@ -68,7 +77,7 @@ def check_request(config: EvaluationConfig) -> None:
         raise ValueError(
             "evaluation.checker judges replies, but evaluation.temperatures is empty: give one, e.g. [1.0]"
         )
-    if not config.temperatures and not config.reward_accuracy:
+    if not (config.temperatures or config.reward_accuracy or config.latency or config.lm_eval):
         raise ValueError("nothing to evaluate: give evaluation.temperatures, or evaluation.reward_accuracy=true")
     if config.opponent and not config.checker:
         raise ValueError(f"evaluation.opponent={config.opponent!r} needs evaluation.checker: it decides who wins")
@@ -199,6 +208,8 @@ def judge(settings: Settings, name: str, accelerator: Accelerator, checker: Chec
             samples = answer(vote_settings(settings, k), model, tokenizer, data.prompts, voting, f"{name} vote {k + 1}")
             passes.append(judge_replies(samples, tokenizer, data.prompts, None).texts)
         votes = majority_scores(passes, [row.conversation for row in data.prompts], checker)
+    benchmarks = benchmark_figures(settings, model, tokenizer) if config.lm_eval else {}
+    timed = latency_rows(settings, own, model, tokenizer, data.prompts) if config.latency else []
     figures: dict[str, Any] = {}
     if config.reward_accuracy:
         size = settings.model.eval_batch_size
@@ -209,21 +220,21 @@ def judge(settings: Settings, name: str, accelerator: Accelerator, checker: Chec
             pair_logps(load(reference), tokenizer, data.pairs, size, f"{name}, reference") if reference else None
         )
         figures = rank_pairs(logps, reference_logps, reference)
-    return Judged([prompt_text(row.conversation.prompt) for row in data.prompts], replies, figures, votes)
+    return Judged([prompt_text(row.conversation.prompt) for row in data.prompts], replies, figures, votes, timed, benchmarks)
 
 
 # ---- results
 
 
-def summary(replies: Replies) -> dict[str, Any]:
-    """Return score, interval, lengths and end-of-turn rate of one model at one temperature."""
+def summary(replies: Replies, phrases: Sequence[str]) -> dict[str, Any]:
+    """Return score, interval, text statistics and end-of-turn rate of one model at one temperature."""
     score: dict[str, Any] = {"score": None, "ci95": None}
     if replies.scores:
         score = {"score": float(np.mean(replies.scores)), "ci95": list(score_interval(replies.scores))}
     return {
         **score,
         "n": len(replies.texts),
-        "mean_response_tokens": float(np.mean(replies.num_tokens)),
+        **text_figures(replies.texts, replies.num_tokens, phrases),
         "eot_rate": float(np.mean(replies.ended)),
     }
 
@@ -251,15 +262,15 @@ def results_of(settings: Settings, judged: dict[str, Judged]) -> dict[str, Any]:
     for name, one in judged.items():
         row: dict[str, Any] = {"folder": config.models[name], "seeds": [seed]}
         if main is not None:
-            row |= {**summary(one.replies[main]), "temperature": main}
+            row |= {**summary(one.replies[main], config.refusal_phrases), "temperature": main}
         if 0.0 in one.replies:
-            row["greedy"] = summary(one.replies[0.0])
+            row["greedy"] = summary(one.replies[0.0], config.refusal_phrases)
         if one.majority_scores:
             row["majority"] = majority_figures(config, one.majority_scores)
         others = [temperature for temperature in one.replies if temperature not in (main, 0.0)]
         if others:
             row["other_temperatures"] = {
-                f"{temperature:g}": summary(one.replies[temperature]) for temperature in others
+                f"{temperature:g}": summary(one.replies[temperature], config.refusal_phrases) for temperature in others
             }
         if config.opponent and name != config.opponent and main is not None:
             row["against"] = against(
@@ -267,9 +278,16 @@ def results_of(settings: Settings, judged: dict[str, Judged]) -> dict[str, Any]:
             )
             wins, ties = row["against"]["wins"], row["against"]["ties"]
             row["win_rate"] = (wins + 0.5 * ties) / row["n"]
-        rows[name] = row | one.pair_figures
+        rows[name] = row | one.pair_figures | ({"lm_eval": one.benchmarks} if one.benchmarks else {})
+
+    def compared(temperature: float | None) -> list[dict[str, Any]]:
+        scores = {name: one.replies[temperature].scores for name, one in judged.items() if temperature in one.replies}
+        return compare_all(scores)
+
     return {
         "models": rows,
+        "comparisons": compared(main),
+        "greedy_comparisons": compared(0.0 if main else None),
         "checker": config.checker,
         "opponent": config.opponent,
         "temperatures": config.temperatures,
@@ -284,13 +302,16 @@ def _with_interval(value: float | None, interval: Sequence[float] | None) -> str
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results as a Markdown table; columns that no model fills are left out."""
-    lines = []
+    """Return the results as a Markdown table; columns that no model fills are left out.
+
+    A model is marked best only where it is separate from every other one after Holm's correction.
+    """
+    lines, best = [], best_model(results["models"], results.get("comparisons"))
     for name, row in results["models"].items():
         other, greedy, majority = row.get("against", {}), row.get("greedy", {}), row.get("majority", {})
         ranked = "reward" if "reward_accuracy" in row else "logprob"
         lines.append({
-            "model": name,
+            "model": f"**{name}** ▲" if name == best else name,
             f"score, t {row.get('temperature', 0):g} [95 %]": _with_interval(row.get("score"), row.get("ci95")),
             "greedy [95 %]": _with_interval(greedy.get("score"), greedy.get("ci95")),
             f"majority of {majority.get('votes')} [95 %]": _with_interval(majority.get("score"), majority.get("ci95")),
@@ -299,7 +320,10 @@ def table(results: dict[str, Any]) -> str:
             "log-prob accuracy": _with_interval(row.get("logprob_accuracy"), row.get("logprob_accuracy_ci95")),
             "margin, nats": _with_interval(row.get(f"{ranked}_margin"), None),
             "tokens": f"{row['mean_response_tokens']:.1f}" if "mean_response_tokens" in row else "-",
-            "ended": f"{row['eot_rate']:.3f}" if "eot_rate" in row else "-",
+            "ended": _with_interval(row.get("eot_rate"), None),
+            "refused": _with_interval(row.get("refusal_rate"), None),
+            "repeated 4-grams": _with_interval(row.get("repeated_4grams"), None),
+            "loops": _with_interval(row.get("loop_rate"), None),
         })  # fmt: skip
     columns = [column for column in lines[0] if any(line[column] != "-" for line in lines)]
     body = ["| " + " | ".join(line[column] for column in columns) + " |" for line in lines]
@@ -313,8 +337,9 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def write_results(run_dir: Path, results: dict[str, Any], judged: dict[str, Judged]) -> None:
-    """Write samples.jsonl, scores.json, results.md and, last, results.json."""
+def write_results(settings: Settings, results: dict[str, Any], judged: dict[str, Judged]) -> None:
+    """Write samples.jsonl, scores.json, results.md, summary.md, report.html and, last, results.json."""
+    run_dir = settings.run.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     first = next(iter(judged.values()))
     temperatures = list(first.replies)
@@ -338,6 +363,10 @@ def write_results(run_dir: Path, results: dict[str, Any], judged: dict[str, Judg
             every["majority"] = {name: one.majority_scores for name, one in judged.items()}
         _write(run_dir / "scores.json", json.dumps(every) + "\n")
     _write(run_dir / "results.md", table(results))
+    timed = {name: one.latency for name, one in judged.items() if one.latency}
+    if timed:
+        _write(run_dir / "latency.json", json.dumps(timed, indent=1) + "\n")
+    write_artifacts(run_dir, table(results), results, timed, settings.evaluation.advantages)
     _write(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
 
 
@@ -348,7 +377,10 @@ def run(settings: Settings) -> None:
     checker = resolve_checker(config.checker) if config.checker else None
     if config.majority and checker:
         vote_of(checker)  # refuses a module without one
+    check_benchmarks(config)
+    check_advantages(config)
     accelerator = Accelerator()
+    check_latency(config, accelerator.num_processes)
     check_strategy(settings.run.strategy, accelerator)
     names = list(config.models)
     own = names[accelerator.process_index :: accelerator.num_processes]
@@ -362,6 +394,6 @@ def run(settings: Settings) -> None:
             )
     if accelerator.is_main_process:
         results = results_of(settings, judged)
-        write_results(settings.run.run_dir, results, judged)
+        write_results(settings, results, judged)
         print(f"\n{table(results)}\n{settings.run.run_dir / 'results.json'}", flush=True)
     accelerator.wait_for_everyone()

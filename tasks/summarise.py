@@ -187,13 +187,14 @@ def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
         reader = Reader(loss["advantages"])
         generations = read_generations(loss["generations"])[:: max(1, reader.meta.num_sequences // NUM_SAMPLES)][:NUM_SAMPLES]
         return [
-            {"prompt": g.prompt[-1]["content"], "tokens": _tokens_of(tokenizer, g.response_ids, reader.get(g.tokens.ids, g.tokens.response))}
+            {"prompt": g.prompt[-1]["content"], "tokens": tokens_of(tokenizer, g.response_ids, reader.get(g.tokens.ids, g.tokens.response))}
             for g in generations
         ]
     return []
 
 
-def _tokens_of(tokenizer: Any, response_ids: list[int], entry: Entry) -> list[dict[str, Any]]:
+def tokens_of(tokenizer: Any, response_ids: list[int], entry: Entry) -> list[dict[str, Any]]:
+    """Return a response's tokens as the report takes them: text, own advantage, the teacher's top entries."""
     tokens = []
     for i, token in enumerate(response_ids):
         ids, values = entry.ids[i].tolist(), [float(v) for v in entry.values[i]]

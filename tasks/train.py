@@ -12,6 +12,7 @@ import models
 import resources
 from dataloader import Example, load_examples
 from schema import Settings
+from tasks.card import facts_of, write_card
 from trainers import checkpoint, reference, signals
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
@@ -49,6 +50,8 @@ def run(settings: Settings) -> None:
     _record(settings, trainer, meter, trainer.examples_seen - before, running)
     trainer.save_model("FINAL")
     if accelerator.is_main_process:
+        facts = facts_of(settings, trainer.objective(), trainer.head, len(train), len(test))
+        write_card(settings.run.run_dir / "FINAL", facts)
         checkpoint.remove_all(settings.run.run_dir)
     if accelerator.num_processes > 1:
         # DDP goes before its process group: as the group's last owner it would join gloo's thread with Python's lock

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     (
         "functional", "schema", "teacher_cache", "intervals", "conversations", "smollm2", "report_charts", "digests", "calculator", "sweeps",
-        "estimate", "resources",
+        "estimate", "resources", "model_card",
     ),
     ("dataloader", "plan", "report", "checkers", "calculator_generation"),
-    ("models", "pipeline"),
+    ("models", "pipeline", "report_tables"),
     ("model_shape", "value_head", "generation"),
     ("trainers",),
     ("lengths",),
@@ -26,7 +26,7 @@ ORDER = (
 )
 # fmt: on
 ALONE = (  # these import nothing of ours
-    "calculator", "estimate", "resources", "functional", "schema", "teacher_cache", "intervals", "smollm2", "worlds",
+    "calculator", "estimate", "resources", "functional", "schema", "teacher_cache", "intervals", "smollm2", "worlds", "model_card",
 )  # fmt: skip
 PACKAGES = ("generation", "trainers", "tasks", "worlds")
 NOT_IN_A_METHOD = {"hydra", "omegaconf", "accelerate", "wandb", "launch", "pipeline", "tasks"}

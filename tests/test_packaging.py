@@ -101,7 +101,7 @@ def test_a_lock_pins_everything_and_names_no_host(path: Path) -> None:
     assert "://" not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["base", "dev", "vllm", "vllm_gpu"])
+@pytest.mark.parametrize("name", ["base", "dev", "lm_eval", "vllm", "vllm_gpu"])
 def test_a_lock_holds_what_its_in_file_asks_for(name: str) -> None:
     lock = pinned(ROOT / "requirements" / f"{name}.lock")
     for line in (ROOT / "requirements" / f"{name}.in").read_text(encoding="utf-8").splitlines():
