@@ -18,13 +18,14 @@ SECTIONS = {
     "train": ("model", "loss", "datasets"),
     "cache": ("model", "datasets", "cache"),
     "generate": ("model", "datasets", "generation"),
-    "evaluate": ("model", "datasets", "evaluation"),
+    "evaluate": ("model", "datasets", "evaluation", "judge"),
     "world": ("world",),
     "summarise": ("evaluation",),
     "select": ("datasets", "select"),
+    "label": ("model", "label", "judge"),
 }
 # Of the run section; training reads all of it, cache and generate by their split.
-RUN_KEYS = {"world": ("seed",), "select": ("seed",), "summarise": (), "evaluate": ("seed", "n_eval_examples")}
+RUN_KEYS = {"world": ("seed",), "select": ("seed",), "label": (), "summarise": (), "evaluate": ("seed", "n_eval_examples")}
 SCORING_RUN_KEYS = ("seed", "n_examples", "n_eval_examples")
 # Where a run lands and what it shows on the way; how it evaluates itself while training changes no weight.
 UNIMPORTANT = (
@@ -37,6 +38,11 @@ TRAINING_MODEL_KEYS = (
 )  # fmt: skip
 # How a generator or scorer is run, not what it gives.
 SERVING_KEYS = ("tensor_parallel", "kv_cache_gb", "base_url", "concurrency", "timeout", "retries", "check_rows", "max_logp_gap")
+
+# Keys that name a file or a model's folder: its content counts, not its name.
+FOLDERS = (
+    ("loss", "teacher"), ("loss", "reward_model"), ("label", "replies"), ("label", "reward_model"), ("evaluation", "reward_model"),
+)  # fmt: skip
 
 
 def reads(task: str, section: str) -> bool:
@@ -84,7 +90,7 @@ def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
     every = ("pipeline", *(name for names in SECTIONS.values() for name in names))
     kept = {key: raw[key] for key in raw if (key not in every and key not in UNIMPORTANT if task == "train" else key in run_keys)}
     kept |= {key: dict(raw[key]) for key in sections if raw.get(key)}
-    for section in ("generation", "cache"):
+    for section in ("generation", "cache", "judge"):
         if section in kept:
             kept[section] = {k: v for k, v in kept[section].items() if k not in SERVING_KEYS}
     if task != "train" and "model" in kept:
@@ -94,6 +100,9 @@ def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
             kept["model"][key] = _by_content(kept["model"].get(key), stages_dir)
         if kept["model"].get("load_from"):  # the weights come from there
             kept["model"].pop("build_seed", None)
+    for section, key in FOLDERS:
+        if kept.get(section, {}).get(key):
+            kept[section][key] = _by_content(kept[section][key], stages_dir)
     for name, entry in kept.get("datasets", {}).items():
         kept["datasets"][name] = entry | {k: _by_content(entry.get(k), stages_dir) for k in ("train", "test")}
     modules = [raw["loss"]["trainer"].rpartition(".")[0], "trainers.basic"] if task == "train" else [f"tasks.{task}"]

@@ -30,7 +30,7 @@ from schema import Settings, nearest, settings_from
 from sweeps import as_sweep, job_folder
 from trainers.needs import check_needs
 
-TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise", "select", "report", "estimate")
+TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise", "select", "label", "report", "estimate")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
 UNIMPORTANT = (
     "debug", "wandb", "dry_run", "strategy", "log_every", "save_every", "keep_last", "intermediate_checkpoints",

@@ -317,6 +317,8 @@ class EvaluationConfig:
     max_new_tokens: int
     batch_size: int
     opponent: str | None
+    reward_model: str | None
+    judge: bool
     reward_accuracy: bool
     reference: dict[str, str]
     majority: int
@@ -336,6 +338,10 @@ class EvaluationConfig:
         require(
             self.opponent is None or self.opponent in self.models,
             f"evaluation.opponent={self.opponent!r} is not among evaluation.models ({', '.join(self.models)})",
+        )
+        require(
+            self.opponent is not None or not (self.reward_model or self.judge),
+            "evaluation.reward_model and evaluation.judge compare with an opponent: set evaluation.opponent to one of evaluation.models",
         )
         for name in self.reference:
             require(name in self.models, f"evaluation.reference.{name} names no model of evaluation.models")
@@ -379,6 +385,64 @@ class SelectConfig:
         require(self.pairs_per_prompt >= 1, f"select.pairs_per_prompt={self.pairs_per_prompt} must be at least 1")
         require(0 <= self.holdout < 1, f"select.holdout={self.holdout} must be in [0, 1): a share of the questions")
         require(0 < self.max_similarity <= 1, f"select.max_similarity={self.max_similarity} must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The `judge` section: an OpenAI-compatible chat server that compares or scores replies."""
+
+    base_url: str | None
+    model_name: str | None
+    temperature: float
+    max_tokens: int
+    concurrency: int
+    timeout: float
+    retries: int
+    score_template: str
+    pair_template: str
+    on_error: str
+
+    def __post_init__(self) -> None:
+        one_of("judge.on_error", self.on_error, ("fail", "skip"))
+        require(
+            self.base_url is None or bool(re.match(r"https?://[^@/]+(/[^@]*)?$", self.base_url)),
+            f"judge.base_url={self.base_url!r} must be http://HOST:PORT/v1 (without a key or password in it)",
+        )
+        require(self.temperature >= 0, f"judge.temperature={self.temperature} must not be negative")
+        for key in ("max_tokens", "concurrency"):
+            require(getattr(self, key) >= 1, f"judge.{key}={getattr(self, key)} must be at least 1")
+        require(self.timeout > 0, f"judge.timeout={self.timeout} must be above 0")
+        require(self.retries >= 0, f"judge.retries={self.retries} must not be negative")
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """The `label` section: which replies are scored, by whom, and what is made of the scores."""
+
+    replies: str | None
+    checker: str | None
+    reward_model: str | None
+    judge: bool
+    make: str
+    threshold: float
+    margin: float
+    batch_size: int
+    on_error: str
+
+    def __post_init__(self) -> None:
+        one_of("label.make", self.make, ("scores", "pairs", "binary"))
+        one_of("label.on_error", self.on_error, ("fail", "skip"))
+        require(self.margin >= 0, f"label.margin={self.margin} must not be negative")
+        require(self.batch_size >= 1, f"label.batch_size={self.batch_size} must be at least 1")
+
+    def check_request(self) -> None:
+        """Refuse a request without replies, or without exactly one who scores them."""
+        require(bool(self.replies), "task=label needs label.replies=FILE: generations.jsonl, or rows with prompt and response")
+        given = [key for key in ("checker", "reward_model", "judge") if getattr(self, key)]
+        require(
+            len(given) == 1,
+            f"task=label needs one of label.checker=module:function, label.reward_model=FOLDER, label.judge=true; given: {', '.join(given) or 'none'}",
+        )
 
 
 @dataclass(frozen=True)
@@ -436,13 +500,15 @@ class Settings:
     cache: CacheConfig
     evaluation: EvaluationConfig
     select: SelectConfig
+    label: LabelConfig
+    judge: JudgeConfig
     world: WorldConfig
     estimate: EstimateConfig
     wandb: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
 
 
-SECTIONS = ("model", "loss", "datasets", "generation", "cache", "evaluation", "select", "world", "estimate", "wandb", "pipeline", "dry_run")
+SECTIONS = ("model", "loss", "datasets", "generation", "cache", "evaluation", "select", "label", "judge", "world", "estimate", "wandb", "pipeline", "dry_run")
 
 
 def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
@@ -471,6 +537,8 @@ def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
         cache=typed(raw["cache"], CacheConfig, "cache."),
         evaluation=typed(raw["evaluation"], EvaluationConfig, "evaluation."),
         select=typed(raw["select"], SelectConfig, "select."),
+        label=typed(raw["label"], LabelConfig, "label."),
+        judge=typed(raw["judge"], JudgeConfig, "judge."),
         world=typed(raw["world"], WorldConfig, "world."),
         estimate=typed(raw["estimate"], EstimateConfig, "estimate."),
         wandb=dict(raw["wandb"]),

@@ -19,7 +19,7 @@ ORDER = (
     ("dataloader", "plan", "report", "checkers", "calculator_generation"),
     ("models", "pipeline", "report_tables"),
     ("model_shape", "value_head", "generation"),
-    ("trainers",),
+    ("trainers", "judge"),
     ("lengths",),
     ("tasks",),
     ("launch",),

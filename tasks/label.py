@@ -1,0 +1,208 @@
+"""task=label: score replies by a checker, a reward model or a judge, and write rows that the loaders read back.
+
+Reads generations.jsonl or plain rows {"prompt", "response"}. Writes LABEL/: scores.jsonl (one score a row, as they come: a
+killed run goes on there), then labelled.jsonl: every row with its `reward`, or pairs of the best and the worst reply to a
+prompt, or rows with a `label`; summary.json counts what was left out.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import models
+from checkers import prompt_text, resolve_checker, scored
+from conversations import Conversation, find_format, read_rows, to_conversation
+from judge import Judge
+from schema import LabelConfig, Settings
+from tasks.reward import RewardModel
+from tasks.select import conversation_of, key_of, pair_row, write_rows
+
+VERSION = 1
+CHUNK = 256  # rows that are scored before their scores are written
+
+
+class Reply(NamedTuple):
+    """A row that can be scored: its number in the file, the row as it was read, and the conversation it holds."""
+
+    number: int
+    row: dict[str, Any]
+    conversation: Conversation
+
+    @property
+    def text(self) -> str:
+        """Return what was replied."""
+        assert self.conversation.response is not None
+        return self.conversation.response[0]["content"]
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether the reply came to its end, as far as the row says."""
+        return self.row.get("finish_reason", "stop") == "stop"
+
+    def key(self, source: str) -> str:
+        """Name what was scored and by whom: a score on disk belongs to that, whatever its place in the file."""
+        facts = [source, self.conversation.prompt, self.text, self.ended]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_replies(config: LabelConfig, counts: Counter[str]) -> list[Reply]:
+    """Read the rows; one that holds no reply is an error or, with on_error=skip, counted."""
+    assert config.replies is not None
+    rows, found = read_rows(config.replies, "label.replies"), []
+    for number, row in enumerate(rows):
+        where = f"{config.replies}, row {number + 1}"
+        try:
+            # a generated row carries the meta data of the row that it answers, where a reference answer travels
+            conversation = conversation_of(row) if "response_ids" in row else to_conversation(row, find_format(row, where), where)
+            if conversation.response is None:
+                raise ValueError(f"{where}: has no response to score")
+        except ValueError as error:
+            _skip_or_raise(config, counts, "rows that could not be read", error)
+            continue
+        found.append(Reply(number, row, conversation))
+    if not found:
+        raise ValueError(f"label.replies={config.replies}: none of {len(rows)} rows holds a reply")
+    return found
+
+
+def _skip_or_raise(config: LabelConfig, counts: Counter[str], what: str, error: Exception) -> None:
+    if config.on_error == "fail":
+        raise ValueError(f"{error}. (label.on_error=skip leaves such rows out and counts them)") from error
+    counts[what] += 1
+    print(f"skipped: {error}")
+
+
+# ---- scores
+
+
+def scores_of(settings: Settings, replies: list[Reply], folder: Path, counts: Counter[str]) -> Iterator[tuple[Reply, float]]:
+    """Yield every reply that gets a score, chunk by chunk."""
+    config = settings.label
+    if config.checker:
+        checker = resolve_checker(config.checker, "label.checker")
+        for reply in replies:
+            try:
+                value = scored(checker, reply.conversation, reply.text)
+            except Exception as error:
+                shown = f"label.checker={config.checker} failed on row {reply.number + 1} ({reply.text[:120]!r}): {error!r}"
+                _skip_or_raise(config, counts, "replies on which the checker failed", ValueError(shown))
+                continue
+            yield reply, value
+        return
+    if config.reward_model:
+        model = RewardModel(settings, config.reward_model, "label.reward_model")
+        for start in range(0, len(replies), CHUNK):
+            chunk = replies[start : start + CHUNK]
+            rows = [(r.conversation.prompt, r.text, r.ended) for r in chunk]
+            yield from zip(chunk, model.scores(rows, config.batch_size, "reward"), strict=True)
+        return
+    judge = Judge(settings.judge, folder / "judged.jsonl", config.on_error)
+    answers = judge.asked([judge.score_question(prompt_text(r.conversation.prompt), r.text) for r in replies])
+    counts["replies without a verdict"] += sum(answer is None for answer in answers)
+    yield from ((reply, answer) for reply, answer in zip(replies, answers, strict=True) if answer is not None)
+
+
+def all_scores(settings: Settings, replies: list[Reply], folder: Path, counts: Counter[str]) -> dict[int, float]:
+    """Return the score of each row by its number; those on disk are taken, new ones appended as they come."""
+    path = folder / "scores.jsonl"
+    known = _stored(path)
+    source = source_of(settings)
+    keys = {reply.number: reply.key(source) for reply in replies}
+    counts["scores taken from an earlier run"] = sum(key in known for key in keys.values())
+    with path.open("a", encoding="utf-8") as out:
+        todo = [reply for reply in replies if keys[reply.number] not in known]
+        for reply, value in scores_of(settings, todo, folder, counts) if todo else ():
+            key = keys[reply.number]
+            known[key] = value
+            out.write(json.dumps({"key": key, "score": value}) + "\n")
+            out.flush()
+    return {number: known[key] for number, key in keys.items() if key in known}
+
+
+def source_of(settings: Settings) -> str:
+    """Name who scores, by content where there is one."""
+    config = settings.label
+    if config.reward_model:
+        lengths = [settings.model.max_length, settings.model.max_prompt_length]
+        return f"reward model {models.model_digest(config.reward_model)} {lengths}"
+    return f"checker {config.checker}" if config.checker else f"judge {settings.judge}"
+
+
+def _stored(path: Path) -> dict[str, float]:
+    known: dict[str, float] = {}
+    if not path.is_file():
+        return known
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if row is None:  # torn when the run ended
+            break
+        known[row["key"]] = row["score"]
+        size += len(line)
+    os.truncate(path, size)
+    return known
+
+
+# ---- rows
+
+
+def rewarded(replies: list[Reply], scores: dict[int, float]) -> list[dict[str, Any]]:
+    """Return the rows as they were, with `reward`."""
+    return [{**reply.row, "reward": scores[reply.number]} for reply in replies if reply.number in scores]
+
+
+def labelled(replies: list[Reply], scores: dict[int, float], threshold: float) -> list[dict[str, Any]]:
+    """Return the rows as they were, with `reward` and `label`: true from the threshold on."""
+    return [{**row, "label": row["reward"] >= threshold} for row in rewarded(replies, scores)]
+
+
+def best_against_worst(replies: list[Reply], scores: dict[int, float], margin: float, counts: Counter[str]) -> list[dict[str, Any]]:
+    """Return a pair for each prompt whose best and worst replies lie more than `margin` apart; the first of equals is taken."""
+    groups: dict[str, list[Reply]] = {}
+    for reply in replies:
+        if reply.number in scores:
+            groups.setdefault(key_of(reply.conversation.prompt), []).append(reply)
+    pairs = []
+    for group in groups.values():
+        best = max(group, key=lambda r: (scores[r.number], -r.number))
+        worst = min(group, key=lambda r: (scores[r.number], r.number))
+        if scores[best.number] - scores[worst.number] <= margin:
+            counts["prompts with one reply" if len(group) == 1 else "prompts whose replies tie"] += 1
+            continue
+        rewards = {"chosen_reward": scores[best.number], "rejected_reward": scores[worst.number]}
+        if "response_ids" in best.row:
+            pairs.append({**pair_row(best.row, worst.row), **rewards})
+        else:
+            pairs.append({"prompt": best.row["prompt"], "chosen": best.text, "rejected": worst.text, **rewards})
+    return pairs
+
+
+def run(settings: Settings) -> None:
+    """Score the replies and write LABEL/labelled.jsonl."""
+    config, counts = settings.label, Counter[str]()
+    config.check_request()
+    replies = read_replies(config, counts)
+    folder = settings.run.run_dir / "LABEL"
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = all_scores(settings, replies, folder, counts)
+    if config.make == "pairs":
+        rows = best_against_worst(replies, scores, config.margin, counts)
+    elif config.make == "binary":
+        rows = labelled(replies, scores, config.threshold)
+    else:
+        rows = rewarded(replies, scores)
+    if not rows:
+        raise ValueError(f"nothing to write of {config.replies}: {dict(counts)}. Sample more replies (generation.n), or warmer ones")
+    write_rows(folder / "labelled.jsonl", rows)
+    values = list(scores.values())
+    summary = {"replies": len(replies), "scored": len(values), "rows": len(rows), "mean_score": sum(values) / max(1, len(values)), **counts}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(f"{value:10.4g} {what}" for what, value in summary.items()))
+    print(f"{folder / 'labelled.jsonl'}", flush=True)
