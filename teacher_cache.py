@@ -103,7 +103,9 @@ class Writer:
             path.touch()
             os.truncate(path, count * dtype.itemsize)
             self._streams[name] = path.open("ab")
-        (self.shard / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        part = self.shard / "index.jsonl.tmp"  # a kill while rewriting in place would lose what was scored
+        part.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        part.replace(self.shard / "index.jsonl")
         self._index = (self.shard / "index.jsonl").open("a", encoding="utf-8")
         for row in rows:
             self.keys.add(bytes.fromhex(row["key"]))
