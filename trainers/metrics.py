@@ -61,6 +61,7 @@ class MetricsFile:
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError):
                     continue  # a line torn by a kill
+        self.kept: list[dict[str, Any]] = [json.loads(line) for line in kept]
         part = path.with_name(f"{path.name}.tmp")  # a kill while rewriting in place would lose the rows
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         part.replace(path)
