@@ -148,11 +148,12 @@ class Scorer:
 def _score_all(
     sequences: list[Tokens], writer: Writer, scorer: Callable[[list[Tokens]], Any], size: int, show: bool
 ) -> None:
-    todo = [t for t in sequences if not writer.has(content_key(t.ids, t.response))]
+    # Batches are the same whether a run was cut off or not: other neighbours mean other padding, and other last bits.
+    batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+    todo = [b for b in batches if not all(writer.has(content_key(t.ids, t.response)) for t in b)]
     started, tokens = time.perf_counter(), 0
-    bar = tqdm(total=len(sequences), initial=len(sequences) - len(todo), desc="cache", mininterval=1, disable=not show)
-    for start in range(0, len(todo), size):
-        batch = todo[start : start + size]
+    bar = tqdm(total=len(sequences), initial=len(sequences) - sum(map(len, todo)), desc="cache", mininterval=1, disable=not show)
+    for batch in todo:
         for row, (ids, values, tail, kept) in zip(batch, scorer(batch), strict=True):
             writer.add(row.ids, row.response, ids, values, tail, kept)
             tokens += len(tail)

@@ -148,7 +148,7 @@ def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path, zygote: Zygote) -
 
     def command(name: str) -> list[str]:
         data = ["model=tiny", "datasets=[local]", f"datasets.local.train={tmp_path}/pairs.jsonl", f"cache_dir={tmp_path}"]
-        return ["task=cache", *data, f"exp_name={name}", "cache.top_k=8", "cache.batch_size=1"]
+        return ["task=cache", *data, f"exp_name={name}", "cache.top_k=8", "cache.batch_size=2"]
 
     assert zygote.wait(zygote.start(command("whole"), tmp_path / "whole.log")) == 0
     index, log = tmp_path / "killed" / "CACHE" / "shard-00000" / "index.jsonl", tmp_path / "killed.log"

@@ -178,6 +178,9 @@ class BasicTrainer:
         first = step + 1
         self.rows = MetricsFile(run.run_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
         self.tracker = tracker(self.settings) if accelerator.is_main_process else None
+        if self.rows is not None and self.tracker is not None:
+            for row in self.rows.kept:  # wandb buffers: what a killed process had logged may never have reached its file
+                self.tracker.log(row, step=row["step"])
         if run.do_first_eval and step == 0:
             self._evaluate_and_log(0)
         started, tokens = time.perf_counter(), 0

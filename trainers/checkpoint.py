@@ -90,6 +90,7 @@ def _wait() -> None:
 def remove_all(run_dir: Path) -> None:
     """Remove every checkpoint: the final model stands."""
     for folder in run_dir.glob("checkpoint-*"):
+        (folder / "DONE").unlink(missing_ok=True)  # no longer whole, should a kill leave the rest half removed
         shutil.rmtree(folder, ignore_errors=True)
 
 
