@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import models
+from checkers import resolve_checker
 from schema import Settings, settings_from
+from tasks import evaluate
+from tasks.win_rate import against
 from tests.helpers import composed
 from worlds import shop
-
-evaluate = pytest.importorskip("tasks.evaluate")
 
 
 def settings_for(folder: Path, *overrides: str, **evaluation: Any) -> Settings:
@@ -41,17 +42,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_missing_checker_says_which_half_is_missing() -> None:
-    assert evaluate.resolve_checker("worlds.shop:check") is shop.check
+    assert resolve_checker("worlds.shop:check") is shop.check
     with pytest.raises(ValueError, match="must be written module:function"):
-        evaluate.resolve_checker("worlds.shop")
+        resolve_checker("worlds.shop")
     with pytest.raises(ValueError, match=r"cannot import 'worlds\.shoe'"):
-        evaluate.resolve_checker("worlds.shoe:check")
+        resolve_checker("worlds.shoe:check")
     with pytest.raises(ValueError, match=r"has no function 'chek'.*check, "):
-        evaluate.resolve_checker("worlds.shop:chek")
+        resolve_checker("worlds.shop:chek")
 
 
 def test_a_tie_is_half_a_win() -> None:
-    figures = evaluate.against([1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0], "other")
+    figures = against([1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0], [3, 3, 3, 3], [3, 3, 3, 3], "other")
     assert (figures["wins"], figures["ties"], figures["losses"]) == (1, 2, 1)
     assert figures["score_difference"] == 0.0
     low, high = figures["win_rate_ci95"]
@@ -74,7 +75,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_loads(folder: Path) 
         ({}, "evaluation.models is empty"),
         ({"models": {"a": "a"}, "temperatures": []}, "nothing to evaluate"),
         ({"models": {"a": "a"}, "temperatures": [], "checker": "worlds.shop:check"}, "temperatures is empty"),
-        ({"models": {"a": "a"}, "opponent": "a"}, "needs evaluation.checker"),
+        ({"models": {"a": "a"}, "opponent": "a"}, "needs somebody who decides who wins"),
         ({"models": {"a": "a"}, "temperatures": [-1.0]}, "none may be negative"),
     ]:
         with pytest.raises(ValueError, match=message):

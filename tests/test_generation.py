@@ -18,7 +18,7 @@ import models
 from dataloader import Tokens, collate
 from functional import token_logps
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
-from generation.openai import Server
+from generation.server import Server
 from schema import GenerationConfig, ModelConfig, settings_from, typed
 from tasks.generate import backend_name
 from tests.helpers import composed, rows_of
