@@ -217,13 +217,27 @@ def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rewards_run_through_and_leave_their_costs(tmp_path: Path) -> None:
     """pipeline=rewards with few steps: every stage of every method, the table, and predicted beside actual costs."""
-    names = ("teacher_sft", "teacher_dpo", "student_sft", "grpo", "ppo", "gkd", "opd")
+    names = ("teacher_sft", "teacher_dpo", "student_sft", "grpo", "ppo", "gkd", "opd", "reward_weighted")
     short = [f"pipeline.stages.{name}.set.n_steps=2" for name in names]
     run = launch("pipeline=rewards", f"cache_dir={tmp_path}", "n_eval_examples=20", *short, timeout=400)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     results = json.loads((tmp_path / "rewards" / "results.json").read_text())
-    assert {"grpo", "ppo", "gkd", "opd", "student_sft"} <= set(results["models"])
+    assert {"grpo", "ppo", "gkd", "opd", "reward_weighted", "student_sft"} <= set(results["models"])
     costs = (tmp_path / "rewards" / "costs.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line for line in costs.splitlines() if line.startswith("| ")}
     assert set(rows) == {"stage", *names} and "not estimated" not in costs
     assert all(line.count(" MB") + line.count(" kB") + line.count(" GB") == 2 for name, line in rows.items() if name != "stage")
+
+
+@pytest.mark.slow
+def test_online_rounds_run_through(tmp_path: Path) -> None:
+    """pipeline=online_dpo with few steps: reply, label, train, twice; DPO learns from what was labelled."""
+    short = [f"pipeline.stages.{name}.set.n_steps=3" for name in ("dpo_1", "dpo_2")]
+    run = launch("pipeline=online_dpo", f"cache_dir={tmp_path}", "n_eval_examples=20", "n_examples=600", "pipeline.stages.student_sft.set.n_steps=300",
+                 *short, timeout=400)  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert {"student_sft", "round_1", "round_2"} == set(json.loads((tmp_path / "online_dpo" / "results.json").read_text())["models"])
+    pairs = [json.loads(line) for line in (tmp_path / "online_dpo" / "label_1" / "LABEL" / "labelled.jsonl").read_text().splitlines()]
+    assert pairs and all(pair["chosen_reward"] == 1.0 and pair["rejected_reward"] == 0.0 for pair in pairs)
+    log = (tmp_path / "online_dpo" / "dpo_1" / "log.txt").read_text()
+    assert f"train: {len(pairs)} of {len(pairs)} rows" in log
