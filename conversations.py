@@ -5,6 +5,7 @@ Nothing here knows tokens: `dataloader.py` does. A source is a local JSONL/JSON/
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,24 @@ class Conversation(NamedTuple):
     rejected: list[Message] | None
     response: list[Message] | None
     meta: dict[str, Any]
+
+
+def resumed_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSONL file that a killed run was writing, after cutting off a torn last one; none without a file."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if row is None:
+            break
+        rows.append(row)
+        size += len(line)
+    if path.is_file():
+        os.truncate(path, size)
+    return rows
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

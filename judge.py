@@ -6,7 +6,6 @@ does not end as the template asks is no verdict; it is an error or a counted ski
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from conversations import resumed_rows
 from digests import ROOT
 from generation.server import Server, in_parallel, served_model
 from schema import JudgeConfig, require
@@ -78,7 +78,7 @@ class Judge:
         self.pair = read_template(config.pair_template, ("prompt", "first", "second"), "judge.pair_template")
         self.server = Server(config.base_url or "", config.timeout, config.retries, "judge")
         self.model = served_model(self.server, config.model_name)
-        self.known = self._stored()
+        self.known: dict[str, float] = {row["key"]: row["value"] for row in resumed_rows(store)}
         self.skipped: Counter[str] = Counter()
 
     def score_question(self, prompt: str, response: str) -> Question:
@@ -125,21 +125,3 @@ class Judge:
             return key, str(response["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{self.server.base_url}/chat/completions answers without a message: {str(response)[:300]}") from error
-
-    def _stored(self) -> dict[str, float]:
-        """Read what was answered before; a row that was torn by a kill is cut off."""
-        known: dict[str, float] = {}
-        if not self.store.is_file():
-            return known
-        size = 0
-        for line in self.store.read_bytes().splitlines(keepends=True):
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if row is None:
-                break
-            known[row["key"]] = row["value"]
-            size += len(line)
-        os.truncate(self.store, size)
-        return known

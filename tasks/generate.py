@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import models
+from conversations import resumed_rows
 from dataloader import Example, Tokens, adds_bos, load_examples
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.hf import HfBackend, hf_backend
@@ -260,29 +261,15 @@ def _row(job: Job, answer: Answer, tokenizer: Any, stop: list[int], head: dict[s
 def _resume(path: Path, jobs: list[Job], head: dict[str, Any], n: int) -> set[int]:
     """Cut off a torn last row and return which jobs have their row; ValueError if the rows are another run's."""
     done: set[int] = set()
-    if not path.is_file():
-        return done
-    size = 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if row is None:  # torn when the run or the machine ended
-                break
-            job = row.get("index", -1) * n + row.get("sample", 0)
-            difference = next((key for key, value in head.items() if row.get(key) != value), None)
-            if not 0 <= job < len(jobs) or row.get("prompt_ids") != jobs[job].example.prompt:
-                difference = difference or "prompt"
-            if difference:
-                raise ValueError(
-                    f"{path}, line {number}: written with another {difference}. Remove the file or choose another exp_name"
-                )
-            assert job not in done, f"{path}, line {number}: a second row for reply {job}"
-            done.add(job)
-            size += len(line)
-    os.truncate(path, size)
+    for number, row in enumerate(resumed_rows(path), 1):
+        job = row.get("index", -1) * n + row.get("sample", 0)
+        difference = next((key for key, value in head.items() if row.get(key) != value), None)
+        if not 0 <= job < len(jobs) or row.get("prompt_ids") != jobs[job].example.prompt:
+            difference = difference or "prompt"
+        if difference:
+            raise ValueError(f"{path}, line {number}: written with another {difference}. Remove the file or choose another exp_name")
+        assert job not in done, f"{path}, line {number}: a second row for reply {job}"
+        done.add(job)
     if 0 < len(done) < len(jobs):
         print(f"{path}: going on after {len(done)} of {len(jobs)} replies")
     return done

@@ -7,7 +7,6 @@ prompt, or rows with a `label`; summary.json counts what was left out.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import models
 from checkers import prompt_text, resolve_checker, scored
-from conversations import Conversation, find_format, read_rows, to_conversation
+from conversations import Conversation, find_format, read_rows, resumed_rows, to_conversation
 from judge import Judge
 from schema import LabelConfig, Settings
 from tasks.reward import RewardModel
@@ -109,7 +108,7 @@ def scores_of(settings: Settings, replies: list[Reply], folder: Path, counts: Co
 def all_scores(settings: Settings, replies: list[Reply], folder: Path, counts: Counter[str]) -> dict[int, float]:
     """Return the score of each row by its number; those on disk are taken, new ones appended as they come."""
     path = folder / "scores.jsonl"
-    known = _stored(path)
+    known: dict[str, float] = {row["key"]: row["score"] for row in resumed_rows(path)}
     source = source_of(settings)
     keys = {reply.number: reply.key(source) for reply in replies}
     counts["scores taken from an earlier run"] = sum(key in known for key in keys.values())
@@ -130,24 +129,6 @@ def source_of(settings: Settings) -> str:
         lengths = [settings.model.max_length, settings.model.max_prompt_length]
         return f"reward model {models.model_digest(config.reward_model)} {lengths}"
     return f"checker {config.checker}" if config.checker else f"judge {settings.judge}"
-
-
-def _stored(path: Path) -> dict[str, float]:
-    known: dict[str, float] = {}
-    if not path.is_file():
-        return known
-    size = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            row = None
-        if row is None:  # torn when the run ended
-            break
-        known[row["key"]] = row["score"]
-        size += len(line)
-    os.truncate(path, size)
-    return known
 
 
 # ---- rows

@@ -21,7 +21,7 @@ from trainers.metrics import Mean
 from trainers.needs import Needs
 from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import clipped_losses
-from trainers.rollouts import Micros, RewardedConfig, RolloutTrainer
+from trainers.rollouts import RewardedConfig, RolloutTrainer
 
 OLD_LOGP, REFERENCE_LOGP, ADVANTAGE = range(3)  # columns of an item's figures
 
@@ -105,13 +105,8 @@ class GRPO(RolloutTrainer):
         """Compare rewards within groups."""
         return group_advantages(torch.tensor(rewards, dtype=torch.float64), groups, self.config.scale, self.config.std_epsilon).tolist()
 
-    @torch.no_grad()
-    def experience(self, micros: Micros, step: int) -> Micros:
-        """Reply, judge, compare, and note of each token what policy and reference thought of it."""
-        self.policy.eval()
-        return [self._noted(items) for items in self.rollouts.replied(micros, step)]
-
-    def _noted(self, items: list[Item]) -> list[Item]:
+    def noted(self, items: list[Item]) -> list[Item]:
+        """Return the items with their figures [n, 3]."""
         batch = self.batch_of(items)
         reference = self.reference_logps(batch)
         # Offline, the policy that replied is the start, whose log-probabilities the reference has.

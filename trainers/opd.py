@@ -17,7 +17,7 @@ from trainers.batches import Batch, Item
 from trainers.metrics import Mean
 from trainers.needs import Needs
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
-from trainers.rollouts import Micros, RolloutConfig, RolloutTrainer
+from trainers.rollouts import RolloutConfig, RolloutTrainer
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,8 @@ class OPD(RolloutTrainer):
         """Return the teacher."""
         return {"teacher": (self.config.teacher, "lm")}
 
-    @torch.no_grad()
-    def experience(self, micros: Micros, step: int) -> Micros:
-        """Let the student reply, and note of each token its log-probability and its advantage."""
-        self.policy.eval()
-        return [self._noted(items) for items in self.rollouts.replied(micros, step)]
-
-    def _noted(self, items: list[Item]) -> list[Item]:
+    def noted(self, items: list[Item]) -> list[Item]:
+        """Return the items with their figures [n, 2]."""
         batch = self.batch_of(items)
         response = batch.sequences.response
         own, teacher = (

@@ -93,17 +93,16 @@ class PPO(RolloutTrainer):
 
     @torch.no_grad()
     def experience(self, micros: Micros, step: int) -> Micros:
-        """Reply, judge, and note of each token what the policy thought of it; advantages are whitened over the global batch."""
-        self.policy.eval()
-        micros = [self._noted(items) for items in self.rollouts.replied(micros, step)]
+        """Reply, judge, note, and whiten the advantages over the global batch."""
+        micros = super().experience(micros, step)
         every = torch.from_numpy(np.concatenate([item.figures[:, ADVANTAGE] for items in micros for item in items if item.figures is not None])).double()
         count, total, squares = self.global_sum(torch.tensor(float(len(every))), every.sum(), (every**2).sum())
         mean = total / max(1.0, count)
         variance = max(0.0, squares / max(1.0, count) - mean**2)
         return [[_with_whitened(item, mean, variance) for item in items] for items in micros]
 
-    def _noted(self, items: list[Item]) -> list[Item]:
-        """Return the items with their figures [n, 5], advantages as they are."""
+    def noted(self, items: list[Item]) -> list[Item]:
+        """Return the items with their figures [n, 5], advantages not yet whitened."""
         batch, config = self.batch_of(items), self.config
         with self.autocast(self.policy):
             out, flat_values = self.forward(self.policy, batch.sequences)

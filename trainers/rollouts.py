@@ -172,6 +172,16 @@ class RolloutTrainer(BasicTrainer):
         """Stop between rollouts only."""
         return step % self.config.period == 0
 
+    @torch.no_grad()
+    def experience(self, micros: Micros, step: int) -> Micros:
+        """Reply, judge, and note of each token what the method wants to remember."""
+        self.policy.eval()
+        return [self.noted(items) for items in self.rollouts.replied(micros, step)]
+
+    def noted(self, items: list[Item]) -> list[Item]:
+        """Return the items of a micro-batch with their figures."""
+        raise NotImplementedError
+
 
 def reward_of(example: Example) -> float:
     """Return the number in a row's `reward` column, or 1 or 0 for its `label`; ValueError if it has neither."""
