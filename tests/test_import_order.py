@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 # A module imports only what stands on an earlier line (or, in a package, its neighbours without a circle).
 # fmt: off
 ORDER = (
+    ("typed_config",),
+    ("sections",),
     (
         "functional", "schema", "teacher_cache", "intervals", "conversations", "smollm2", "report_charts", "digests", "calculator", "sweeps",
         "estimate", "resources", "model_card",
@@ -26,7 +28,7 @@ ORDER = (
 )
 # fmt: on
 ALONE = (  # these import nothing of ours
-    "calculator", "estimate", "resources", "functional", "schema", "teacher_cache", "intervals", "smollm2", "worlds", "model_card",
+    "calculator", "estimate", "resources", "functional", "typed_config", "teacher_cache", "intervals", "smollm2", "worlds", "model_card",
 )  # fmt: skip
 PACKAGES = ("generation", "trainers", "tasks", "worlds")
 NOT_IN_A_METHOD = {"hydra", "omegaconf", "accelerate", "wandb", "launch", "pipeline", "tasks"}

@@ -1,0 +1,68 @@
+"""From a plain section of the configuration to a flat frozen dataclass, and the words for what is wrong with it."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+T = TypeVar("T")
+
+# Spellings of neighbouring projects, with ours beside them.
+OTHER_SPELLINGS = {
+    "train_datasets": "datasets=[NAME]",
+    "test_datasets": "datasets.NAME.test=PATH",
+    "config": "the key itself, without `config.`",
+    "loss_fn": "loss=NAME",
+    "learning_rate": "lr",
+    "num_train_epochs": "n_epochs",
+    "per_device_train_batch_size": "model.batch_size (global, in examples)",
+    "output_dir": "cache_dir and exp_name",
+}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return ' Did you mean ...?' for the closest of the known names, or the list of them."""
+    if name in OTHER_SPELLINGS:
+        return f" Here it is spelt: {OTHER_SPELLINGS[name]}."
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def typed(section: Mapping[str, Any], cls: type[T], where: str = "") -> T:
+    """Build the frozen dataclass `cls` from a plain mapping.
+
+    Raises ValueError for an unknown key (the nearest one is named), a missing one, or a value of another type.
+    """
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    unknown = [str(key) for key in section if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key {where + unknown[0]!r}.{nearest(unknown[0], known)}")
+    missing = [
+        f.name
+        for f in fields(cls)  # type: ignore[arg-type]
+        if f.name not in section and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where}{missing[0]} has no value: set it in the YAML or on the command line")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), dict(section))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except (ConfigKeyError, OmegaConfBaseException) as error:
+        key = getattr(error, "full_key", None) or "?"
+        seen = section.get(str(key).split(".")[0])
+        detail = str(error).splitlines()[0]
+        raise ValueError(f"{where}{key}: {detail} (value seen: {seen!r})") from error
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the choices."""
+    require(value in choices, f"{key}={value!r} is not known; choose one of {', '.join(choices)}")
