@@ -26,9 +26,10 @@ from schema import Settings
 from teacher_cache import content_key
 from trainers import checkpoint, sharding, signals
 from trainers.batches import Batch, Item, make_batch
-from trainers.metrics import Mean, MetricsFile, Window, means, named, tracker
+from trainers.metrics import Mean, MetricsFile, Window, means, named
 from trainers.needs import Needs
 from trainers.strategy import learning_rate_scale, optimizer_of
+from trainers.tracking import tracker
 from value_head import VALUE_HEAD
 
 
@@ -177,7 +178,7 @@ class BasicTrainer:
         step = self._resume()
         first = step + 1
         self.rows = MetricsFile(run.run_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
-        self.tracker = tracker(self.settings) if accelerator.is_main_process else None
+        self.tracker = tracker(self.settings, step) if accelerator.is_main_process else None
         if run.do_first_eval and step == 0:
             self._evaluate_and_log(0)
         started, tokens = time.perf_counter(), 0
@@ -334,7 +335,7 @@ class BasicTrainer:
         if self.rows is not None:
             self.rows.write(row)
         if self.tracker is not None:
-            self.tracker.log(row, step=row["step"])
+            self.tracker.log(row)
 
     # ---- save and resume
 

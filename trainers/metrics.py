@@ -1,15 +1,12 @@
 """Metrics as sums and counts: one division at the end, one all-reduce on logging steps."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-
-from schema import Settings
 
 
 class Mean(NamedTuple):
@@ -75,19 +72,3 @@ def named(values: dict[str, float], split: str) -> dict[str, float]:
         head, _, tail = name.partition("/")
         row[name if name == "grad_norm" else (f"{head}_{split}/{tail}" if tail else f"{name}/{split}")] = value
     return row
-
-
-def tracker(settings: Settings) -> Any:
-    """Start wandb if it is enabled; offline unless asked for, and never waiting for a login."""
-    if not settings.wandb["enabled"]:
-        return None
-    import wandb
-
-    mode = settings.wandb["mode"]
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        raise ValueError("wandb.mode=online needs WANDB_API_KEY in the environment; or use wandb.mode=offline")
-    run_dir = settings.run.run_dir
-    return wandb.init(
-        project=settings.wandb["project"], entity=settings.wandb["entity"], group=settings.wandb["group"],
-        name=str(run_dir.relative_to(run_dir.parents[1])), mode=mode, dir=str(run_dir), config=settings.raw,
-    )  # fmt: skip
