@@ -26,6 +26,7 @@ from schema import Settings
 from teacher_cache import content_key
 from trainers import checkpoint, sharding, signals
 from trainers.batches import Batch, Item, make_batch
+from trainers.compiling import compile_blocks
 from trainers.metrics import Mean, MetricsFile, Window, means, named
 from trainers.needs import Needs
 from trainers.strategy import learning_rate_scale, optimizer_of
@@ -56,6 +57,7 @@ class BasicTrainer:
             )
         self.micro_size = settings.model.batch_size // (world * accum)
         self.own_sharding = sharding.is_ours(settings.run.strategy, accelerator)
+        self.is_filled = self.own_sharding and accelerator.process_index > 0  # models come without weights, which rank 0 sends
         self.reference: torch.nn.Module | None = None
         self.companions: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
@@ -165,6 +167,7 @@ class BasicTrainer:
         """Train to the end, resuming from the newest whole checkpoint; return the last evaluation's metrics."""
         run, accelerator = self.run_config, self.accelerator
         self.reference = reference if reference is None else self.place_reference(reference)
+        compile_blocks(policy, self.model_config)
         if self.own_sharding:
             self.policy = sharding.shard(policy, accelerator.device, self.model_config.block_class)
             self.optimizer = optimizer_of(self.policy, run)
@@ -212,6 +215,7 @@ class BasicTrainer:
     def place_reference(self, reference: torch.nn.Module) -> torch.nn.Module:
         """Put the frozen reference on this rank's device, sharded as the policy is."""
         reference.eval()
+        compile_blocks(reference, self.model_config)
         if self.own_sharding:
             return sharding.shard(reference, self.accelerator.device, self.model_config.block_class)
         if self.accelerator.distributed_type.value == "FSDP":
