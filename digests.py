@@ -34,7 +34,7 @@ UNIMPORTANT = (
 )  # fmt: skip
 TRAINING_MODEL_KEYS = (
     "batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_grad_norm", "activation_checkpointing",
-    "use_peft", "peft", "master_dtype",
+    "compile", "use_peft", "peft", "master_dtype",
 )  # fmt: skip
 # How a generator or scorer is run, not what it gives.
 SERVING_KEYS = ("tensor_parallel", "kv_cache_gb", "base_url", "concurrency", "timeout", "retries", "check_rows", "max_logp_gap")

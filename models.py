@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -181,18 +181,25 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
 
 
 def load_model(
-    config: ModelConfig, *, source: str | None = None, dtype: torch.dtype | None = None, trainable: bool, head: str = "lm"
-) -> PreTrainedModel:
+    config: ModelConfig, *, source: str | None = None, dtype: torch.dtype | None = None, trainable: bool, head: str = "lm",
+    empty: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """Load or build the model (float32 unless dtype says otherwise); frozen and in evaluation mode unless trainable.
 
     head: `lm`, or `reward` for one score a sequence (a new head gets weights that are a function of build_seed).
+
+    empty: build it on the meta device without reading weights, for trainers.sharding.shard to fill from rank 0.
 
     An explicit `source` is another model's folder and taken as it is; num_layers belongs to the config's own source.
     """
     check_attention(config.attn_implementation)
     folder = local_source(source) if source else model_source(config)
     dtype = dtype or torch.float32
-    model = _built(config, dtype, head) if folder is None else _from_folder(config, folder, dtype, head)
+    with torch.device("meta") if empty else nullcontext():
+        if folder is None:
+            model = _built(config, dtype, head)
+        else:
+            model = (_without_weights if empty else _from_folder)(config, folder, dtype, head)
     if config.num_layers is not None and source is None:
         keep_layers(model, config.num_layers)
     model.requires_grad_(trainable)
@@ -230,6 +237,16 @@ def _from_folder(config: ModelConfig, source: str, dtype: torch.dtype, head: str
     missing = [name for name in missing if head != "reward" or not name.startswith("score.")]
     if missing:
         raise ValueError(f"the weights in {source!r} are not whole: {len(missing)} tensors missing, e.g. {missing[0]}")
+    return model
+
+
+def _without_weights(config: ModelConfig, source: str, dtype: torch.dtype, head: str) -> PreTrainedModel:
+    """Return what _from_folder gives, but for the weights."""
+    options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    architecture = _loaded(AutoConfig.from_pretrained, source, "model", **({"num_labels": 1} if head == "reward" else {}))
+    model = _auto_class(head).from_config(architecture, dtype=dtype, **options)
+    if model.can_generate() and (Path(source) / "generation_config.json").is_file():
+        model.generation_config = GenerationDefaults.from_pretrained(source)
     return model
 
 

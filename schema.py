@@ -100,6 +100,7 @@ class ModelConfig:
     max_length: int
     max_prompt_length: int
     activation_checkpointing: bool
+    compile: bool
     batch_size: int
     gradient_accumulation_steps: int
     eval_batch_size: int

@@ -13,9 +13,11 @@ import resources
 from dataloader import Example, load_examples
 from schema import Settings
 from tasks.card import facts_of, write_card
+from tasks.reward import check_reward_model
 from trainers import checkpoint, reference, signals
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
+from trainers.compiling import check_compiler
 from trainers.strategy import check_strategy
 from value_head import add_value_head
 
@@ -24,6 +26,7 @@ def run(settings: Settings) -> None:
     """Train with the method that the loss names; the model lands in run_dir/FINAL."""
     # Without this accelerate starts every process of a CPU run on its own, unless a variable tells it otherwise.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    check_compiler(settings.model, accelerator.device)
     meter = resources.Meter()
     running = check_strategy(settings.run.strategy, accelerator)
     module, _, name = settings.raw["loss"]["trainer"].rpartition(".")
@@ -94,7 +97,7 @@ def _policy(settings: Settings, trainer: BasicTrainer) -> torch.nn.Module:
         master = torch.float32
     else:
         master = models.resolve_dtype(config.master_dtype, trainer.accelerator.device)
-    policy = models.load_model(config, dtype=master, trainable=True, head=trainer.head)
+    policy = models.load_model(config, dtype=master, trainable=True, head=trainer.head, empty=trainer.is_filled)
     if trainer.head == "reward":
         models.set_padding(policy, trainer.tokenizer)
     model = models.add_lora(policy, config) if config.use_peft else policy
@@ -106,6 +109,8 @@ def _policy(settings: Settings, trainer: BasicTrainer) -> torch.nn.Module:
 def _companions(settings: Settings, trainer: BasicTrainer) -> None:
     """Load the frozen models that the method asks: they read the policy's token ids, so they must share its tokenizer."""
     for name, (folder, head) in trainer.companion_folders().items():
+        if head == "reward":
+            check_reward_model(folder, f"loss.{name}")
         dtype = models.resolve_dtype(settings.model.reference_dtype, trainer.accelerator.device)
         config = replace(settings.model, name_or_path=folder, tokenizer_name_or_path=None, load_from=None, from_checkpoint=None, build=None)
         tokenizer = models.load_tokenizer(config)
@@ -114,7 +119,7 @@ def _companions(settings: Settings, trainer: BasicTrainer) -> None:
                 f"{name} {folder} has another tokenizer than the policy ({len(tokenizer)} and {len(trainer.tokenizer)} tokens, or other "
                 "words): it would read other text. Use a model of the same family"
             )
-        model = models.load_model(config, source=folder, dtype=dtype, trainable=False, head=head)
+        model = models.load_model(config, source=folder, dtype=dtype, trainable=False, head=head, empty=trainer.is_filled)
         trainer.companions[name] = trainer.place_reference(model)
 
 
@@ -128,14 +133,14 @@ def _reference(
         return None, items, test_items
     dtype = models.resolve_dtype(config.reference_dtype, trainer.accelerator.device)
     if not cached:
-        return models.load_model(config, dtype=dtype, trainable=False), items, test_items
+        return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.is_filled), items, test_items
     # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
     meta = reference.meta_of(config, dtype, trainer.tokenizer)
     shared = Path(run.cache_dir).expanduser() / "reference_logprobs"
     folder = Path(run.load_reference_logprobs or reference.folder_of(shared, items + test_items, meta)).expanduser()
     there = trainer.gathered([(folder / "DONE").is_file()])[0]  # what rank 0 sees: another run may be writing it
     if not run.load_reference_logprobs and not there:
-        model = models.load_model(config, dtype=dtype, trainable=False)
+        model = models.load_model(config, dtype=dtype, trainable=False, empty=trainer.is_filled)
         reference.score(trainer, model, items + test_items, folder, meta)
         del model
     trainer.accelerator.print(f"reference log-probabilities: {folder}")

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers import ROOT, rows_of, write_pairs
-from trainers.metrics import tracker_id
 
 TIMING = ("tokens_per_second",)
 
@@ -59,10 +58,3 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_the_same_metrics(tmp_path: Pa
     one, other = (load_file(tmp_path / n / "FINAL" / "model.safetensors") for n in ("whole", "killed"))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert without_timing(tmp_path / "whole" / "metrics.jsonl") == without_timing(tmp_path / "killed" / "metrics.jsonl")
-
-
-def test_a_run_has_one_wandb_id_and_another_run_another(tmp_path: Path):
-    raw = {"lr": 1e-3, "log_every": 3}
-    again, shown_otherwise = tracker_id(tmp_path, dict(raw)), tracker_id(tmp_path, raw | {"log_every": 1})
-    assert again == shown_otherwise == tracker_id(tmp_path, raw)
-    assert again not in (tracker_id(tmp_path / "other", raw), tracker_id(tmp_path, raw | {"lr": 2e-3}))

@@ -28,8 +28,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def two(overrides: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "launch.py"]
+def two(overrides: list[str], program: tuple[str, ...] = ("launch.py",)) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), *program]
     return subprocess.Popen(
         [*command, *overrides, "strategy=fsdp"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -91,6 +91,25 @@ def test_a_sharded_checkpoint_resumes_on_one_process_and_on_two(tmp_path, overri
     for name in ("to_one", "to_two"):
         close(tmp_path / name, tmp_path / "whole")
         assert [row["step"] for row in rows_of(tmp_path / name / "metrics.jsonl")] == list(range(1, 25))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("extra", "models_read"),
+    [(["loss=dpo", "loss.nll_weight=0.3"], 2), (["loss=dpo", "model.use_peft=true", "model.peft.lora_dropout=0"], 1)],
+    ids=["dpo", "lora"],
+)
+def test_only_rank_0_reads_the_weights(tmp_path, overrides, extra, models_read):
+    start = tmp_path / "start"
+    settings = launch.settings_of(composed(*overrides)).model
+    models.save_model(models.load_model(settings, trainable=True), models.load_tokenizer(settings), start)
+    read = [o for o in overrides if not o.startswith("loss")] + [f"model.load_from={start}", "n_steps=3", *extra]
+    sharded = two([*read, "exp_name=two"], ("-m", "tests.count_reads"))
+    launch.run_task(composed(*read, "exp_name=one"))
+    out, errors = sharded.communicate(timeout=240)
+    assert sharded.returncode == 0, errors[-3000:]
+    assert f"rank 0 read {models_read} models" in out and "rank 1 read 0 models" in out
+    close(tmp_path / "two", tmp_path / "one")
 
 
 def test_the_blocks_are_found_from_the_model_and_a_wrong_class_is_refused():

@@ -26,9 +26,11 @@ from schema import Settings
 from teacher_cache import content_key
 from trainers import checkpoint, sharding, signals
 from trainers.batches import Batch, Item, make_batch
-from trainers.metrics import Mean, MetricsFile, Window, means, named, tracker
+from trainers.compiling import compile_blocks
+from trainers.metrics import Mean, MetricsFile, Window, means, named
 from trainers.needs import Needs
 from trainers.strategy import learning_rate_scale, optimizer_of
+from trainers.tracking import tracker
 from value_head import VALUE_HEAD
 
 
@@ -55,6 +57,7 @@ class BasicTrainer:
             )
         self.micro_size = settings.model.batch_size // (world * accum)
         self.own_sharding = sharding.is_ours(settings.run.strategy, accelerator)
+        self.is_filled = self.own_sharding and accelerator.process_index > 0  # models come without weights, which rank 0 sends
         self.reference: torch.nn.Module | None = None
         self.companions: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
@@ -164,6 +167,7 @@ class BasicTrainer:
         """Train to the end, resuming from the newest whole checkpoint; return the last evaluation's metrics."""
         run, accelerator = self.run_config, self.accelerator
         self.reference = reference if reference is None else self.place_reference(reference)
+        compile_blocks(policy, self.model_config)
         if self.own_sharding:
             self.policy = sharding.shard(policy, accelerator.device, self.model_config.block_class)
             self.optimizer = optimizer_of(self.policy, run)
@@ -177,10 +181,7 @@ class BasicTrainer:
         step = self._resume()
         first = step + 1
         self.rows = MetricsFile(run.run_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
-        self.tracker = tracker(self.settings) if accelerator.is_main_process else None
-        if self.rows is not None and self.tracker is not None:
-            for row in self.rows.kept:  # wandb buffers: what a killed process had logged may never have reached its file
-                self.tracker.log(row, step=row["step"])
+        self.tracker = tracker(self.settings, step) if accelerator.is_main_process else None
         if run.do_first_eval and step == 0:
             self._evaluate_and_log(0)
         started, tokens = time.perf_counter(), 0
@@ -214,6 +215,7 @@ class BasicTrainer:
     def place_reference(self, reference: torch.nn.Module) -> torch.nn.Module:
         """Put the frozen reference on this rank's device, sharded as the policy is."""
         reference.eval()
+        compile_blocks(reference, self.model_config)
         if self.own_sharding:
             return sharding.shard(reference, self.accelerator.device, self.model_config.block_class)
         if self.accelerator.distributed_type.value == "FSDP":
@@ -337,7 +339,7 @@ class BasicTrainer:
         if self.rows is not None:
             self.rows.write(row)
         if self.tracker is not None:
-            self.tracker.log(row, step=row["step"])
+            self.tracker.log(row)
 
     # ---- save and resume
 

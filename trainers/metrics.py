@@ -1,17 +1,12 @@
 """Metrics as sums and counts: one division at the end, one all-reduce on logging steps."""
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-
-from digests import UNIMPORTANT
-from schema import Settings
 
 
 class Mean(NamedTuple):
@@ -61,7 +56,6 @@ class MetricsFile:
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError):
                     continue  # a line torn by a kill
-        self.kept: list[dict[str, Any]] = [json.loads(line) for line in kept]
         part = path.with_name(f"{path.name}.tmp")  # a kill while rewriting in place would lose the rows
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         part.replace(path)
@@ -80,27 +74,3 @@ def named(values: dict[str, float], split: str) -> dict[str, float]:
         head, _, tail = name.partition("/")
         row[name if name == "grad_norm" else (f"{head}_{split}/{tail}" if tail else f"{name}/{split}")] = value
     return row
-
-
-def tracker_id(run_dir: Path, raw: dict[str, Any]) -> str:
-    """Return wandb's id of a run: the same whenever the same command goes on in the same folder."""
-    kept = {key: value for key, value in raw.items() if key not in UNIMPORTANT}
-    text = json.dumps([str(run_dir.resolve()), kept], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def tracker(settings: Settings) -> Any:
-    """Start wandb if it is enabled; offline unless asked for, and never waiting for a login."""
-    if not settings.wandb["enabled"]:
-        return None
-    import wandb
-
-    mode = settings.wandb["mode"]
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        raise ValueError("wandb.mode=online needs WANDB_API_KEY in the environment; or use wandb.mode=offline")
-    run_dir = settings.run.run_dir
-    return wandb.init(
-        project=settings.wandb["project"], entity=settings.wandb["entity"], group=settings.wandb["group"],
-        id=tracker_id(run_dir, settings.raw), resume="allow",
-        name=str(run_dir.relative_to(run_dir.parents[1])), mode=mode, dir=str(run_dir), config=settings.raw,
-    )  # fmt: skip

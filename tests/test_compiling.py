@@ -1,0 +1,66 @@
+"""model.compile: the eager run's parameters, ordinary names, and a clear refusal where nothing can be compiled."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import launch
+import models
+from tests.helpers import composed, write_pairs
+from trainers.compiling import check_compiler
+
+# Two AdamW steps at lr 1e-3 in float32, kernels that add in another order: the largest difference measured was ?.
+ATOL = 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["loss=dpo", "loss.nll_weight=0.3", "model.gradient_accumulation_steps=2"],
+        ["loss=sft", "model.use_peft=true", "model.peft.lora_dropout=0", "model.activation_checkpointing=true"],
+    ],
+    ids=["dpo_accumulated", "lora_checkpointed"],
+)
+def test_a_compiled_run_is_the_eager_run(tmp_path: Path, extra: list[str]):
+    data = write_pairs(tmp_path / "pairs.jsonl", 16)
+    common = [*extra, "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "lr=1e-3", "n_steps=2", "model.batch_size=8"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    launch.run_task(composed(*common, "exp_name=eager"))
+    launch.run_task(composed(*common, "exp_name=compiled", "model.compile=true"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    eager, compiled = (load_file(tmp_path / name / "FINAL" / "model.safetensors") for name in ("eager", "compiled"))
+    assert list(eager) == list(compiled)
+    print("largest difference", max(float((compiled[key] - value).abs().max()) for key, value in eager.items()))
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value, atol=ATOL, rtol=0)
+
+
+@pytest.fixture
+def compiled() -> models.ModelConfig:
+    return replace(launch.settings_of(composed("model=tiny")).model, compile=True)
+
+
+def test_no_compiler_is_said_before_a_model_loads(monkeypatch, tmp_path, compiled):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"C\+\+ compiler on cpu, and g\+\+ is not found"):
+        check_compiler(compiled, torch.device("cpu"))
+    monkeypatch.setenv("CXX", "my-cxx")
+    with pytest.raises(ValueError, match="my-cxx is not found"):
+        check_compiler(compiled, torch.device("cpu"))
+    check_compiler(replace(compiled, compile=False), torch.device("cpu"))
+
+
+def test_a_reference_and_a_policy_keep_their_names_when_they_are_compiled(compiled):
+    from trainers.compiling import compile_blocks
+
+    model = models.load_model(compiled, trainable=True)
+    before = list(model.state_dict())
+    compile_blocks(model, compiled)
+    assert list(model.state_dict()) == before
+    assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
