@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 import models
 import resources
+import saving
 from dataloader import Example, load_examples
 from schema import Settings
 from tasks.card import facts_of, write_card
@@ -100,7 +101,7 @@ def _policy(settings: Settings, trainer: BasicTrainer) -> torch.nn.Module:
     policy = models.load_model(config, dtype=master, trainable=True, head=trainer.head, empty=trainer.is_filled)
     if trainer.head == "reward":
         models.set_padding(policy, trainer.tokenizer)
-    model = models.add_lora(policy, config) if config.use_peft else policy
+    model = saving.add_lora(policy, config) if config.use_peft else policy
     if trainer.head == "value":
         add_value_head(model)
     return model

@@ -20,6 +20,7 @@ import estimate
 import launch
 import lengths
 import models
+import saving
 from dataloader import collate
 from docs import worked_plan
 from estimate import Batch, Setup, Work
@@ -56,7 +57,7 @@ def test_parameters_counted_without_weights_are_those_of_the_model(options: list
     model: Any = models.load_model(config, trainable=True)
     embedding = model.get_input_embeddings().weight.numel()
     if config.use_peft:
-        model = models.add_lora(model, config)
+        model = saving.add_lora(model, config)
     found = shape_of(config)
     parameters = list(model.parameters())
     assert found.parameters + found.adapters == sum(p.numel() for p in parameters)

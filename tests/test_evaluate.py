@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import models
+import saving
 from checkers import resolve_checker
 from schema import Settings, settings_from
 from tasks import evaluate
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = settings_for(folder).model
     for seed, name in enumerate(("a", "b")):
         model = models.load_model(replace(config, build_seed=seed), trainable=False)
-        models.save_model(model, models.load_tokenizer(config), folder / name)
+        saving.save_model(model, models.load_tokenizer(config), folder / name)
     return folder
 
 

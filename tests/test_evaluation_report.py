@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import models
+import saving
 from report import write_report
 from report_tables import benchmarks_section, latency_section, pairs_section, replies_section
 from schema import Settings, settings_from
@@ -61,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = settings_for(folder, "x").model
     tokenizer = models.load_tokenizer(config)
     for seed, name in enumerate(("a", "b")):
-        models.save_model(models.load_model(replace(config, build_seed=seed), trainable=False), tokenizer, folder / name)
+        saving.save_model(models.load_model(replace(config, build_seed=seed), trainable=False), tokenizer, folder / name)
     cache = advantage_cache(folder / "CACHE", tokenizer)
     evaluate.run(settings_for(
         folder, "e", models={"a": str(folder / "a"), "b": str(folder / "b")}, checker="worlds.shop:check", reward_accuracy=True,

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 import models
+import saving
 from schema import ModelConfig, typed
 from tasks import evaluate
 from tests.helpers import composed, launch
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = shop.generate(1)["pairs_test.jsonl"][:NUM_ROWS]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = typed(composed("model=quickstart_student")["model"], ModelConfig)
-    models.save_model(models.load_model(config, trainable=False), models.load_tokenizer(config), folder / "model")
+    saving.save_model(models.load_model(config, trainable=False), models.load_tokenizer(config), folder / "model")
     (folder / "tasks").mkdir()
     task = {
         "task": "shop_pairs", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "test.jsonl")}},

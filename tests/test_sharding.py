@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import launch
 import models
+import saving
 from tests.helpers import ROOT, composed, rows_of, write_pairs
 from trainers.sharding import blocks_of
 
@@ -102,7 +103,7 @@ def test_a_sharded_checkpoint_resumes_on_one_process_and_on_two(tmp_path, overri
 def test_only_rank_0_reads_the_weights(tmp_path, overrides, extra, models_read):
     start = tmp_path / "start"
     settings = launch.settings_of(composed(*overrides)).model
-    models.save_model(models.load_model(settings, trainable=True), models.load_tokenizer(settings), start)
+    saving.save_model(models.load_model(settings, trainable=True), models.load_tokenizer(settings), start)
     read = [o for o in overrides if not o.startswith("loss")] + [f"model.load_from={start}", "n_steps=3", *extra]
     sharded = two([*read, "exp_name=two"], ("-m", "tests.count_reads"))
     launch.run_task(composed(*read, "exp_name=one"))

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import models
+import saving
 from dataloader import Example, Sequences, Tokens, epoch_order, local_micro_batches
 from functional import token_logps
 from models import response_logits
@@ -399,7 +400,7 @@ class BasicTrainer:
         state = {key: value for key, value in state.items() if not key.startswith(VALUE_HEAD)}  # an aid of training
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.policy)
-            models.save_model(model, self.tokenizer, self.run_config.run_dir / name, state_dict=state)
+            saving.save_model(model, self.tokenizer, self.run_config.run_dir / name, state_dict=state)
         self.accelerator.wait_for_everyone()
 
 
