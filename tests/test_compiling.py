@@ -12,7 +12,7 @@ import models
 from tests.helpers import composed, write_pairs
 from trainers.compiling import check_compiler
 
-# Two AdamW steps at lr 1e-3 in float32, kernels that add in another order: the largest difference measured was ?.
+# Two AdamW steps at lr 1e-3 in float32, kernels that add in another order: the largest difference measured was 4.6e-6.
 ATOL = 2e-5
 
 
@@ -35,7 +35,6 @@ def test_a_compiled_run_is_the_eager_run(tmp_path: Path, extra: list[str]):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     eager, compiled = (load_file(tmp_path / name / "FINAL" / "model.safetensors") for name in ("eager", "compiled"))
     assert list(eager) == list(compiled)
-    print("largest difference", max(float((compiled[key] - value).abs().max()) for key, value in eager.items()))
     for key, value in eager.items():
         torch.testing.assert_close(compiled[key], value, atol=ATOL, rtol=0)
 
