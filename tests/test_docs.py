@@ -58,6 +58,7 @@ def test_the_readme_shows_the_nine_stages_and_the_pipelines() -> None:
     assert len(PIPELINES) >= 2
 
 
+@pytest.mark.slow  # test_pipeline.py plans in the default run
 @pytest.mark.parametrize("command", PIPELINES, ids=lambda c: next(w for w in c if w.startswith("pipeline=")))
 def test_the_pipelines_of_the_readme_have_a_plan(command: list[str], tmp_path: Path) -> None:
     done = launch(*[w for w in overrides(command) if w != "dry_run=true"], "dry_run=true", f"cache_dir={tmp_path}")

@@ -293,6 +293,7 @@ def test_a_model_without_a_readable_configuration_is_named() -> None:
         estimated(settings("model=llama", "model.name_or_path=nobody/nothing-of-this-name"), "train")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "written"), worked_plan.parts(), ids=lambda text: text[:40])
 def test_the_worked_plan_is_what_its_commands_print(line: str, written: str) -> None:
     assert worked_plan.output_of(line) == written, "run: python -m docs.worked_plan"

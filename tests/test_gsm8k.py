@@ -137,7 +137,7 @@ def test_evaluation_with_calculator_and_majority(tmp_path: Path) -> None:
         ))  # fmt: skip
 
 
-@pytest.mark.parametrize(("pipeline", "stages"), [("dpo_st", 17), ("dpo_st_arithmetic", 18)])
+@pytest.mark.parametrize(("pipeline", "stages"), [("dpo_st", 17), pytest.param("dpo_st_arithmetic", 18, marks=pytest.mark.slow)])
 def test_the_pipelines_have_a_plan(pipeline: str, stages: int, tmp_path: Path) -> None:
     done = command(f"pipeline={pipeline}", "dry_run=true", f"cache_dir={tmp_path}")
     assert done.returncode == 0, done.stderr

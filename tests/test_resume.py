@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -39,6 +40,7 @@ def without_timing(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMING} for row in rows_of(path)]
 
 
+@pytest.mark.slow  # test_kills.py does it twenty times
 def test_a_killed_run_goes_on_to_the_same_bits_and_the_same_metrics(tmp_path: Path):
     data = write_pairs(tmp_path / "pairs.jsonl", 30)
     whole, killed = start(arguments(tmp_path, data, "whole")), start(arguments(tmp_path, data, "killed"))
