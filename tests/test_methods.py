@@ -17,7 +17,9 @@ from tests.helpers import ROOT, composed, rows_of, write_pairs
 
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Where a default is meant for large models or long runs, a value at which 20 steps of a tiny one move.
-SETTINGS = {"sppo-hard": ["loss.beta=0.05"], "adpa": ["loss.gamma=0.5"]}
+SETTINGS = {"sppo-hard": ["loss.beta=0.05"], "adpa": ["loss.gamma=0.5"], "gkd": ["loss.on_policy=0"]}
+# Those that learn from rewards have another aim than a falling loss: test_rollouts.py shows that they reach it.
+REWARDED = {"ppo", "grpo", "opd", "reward-weighted-distill"}
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +28,12 @@ def chain(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in REWARDED])
 def test_twenty_steps_lower_the_objective(name, chain):
     paths = {
         "dckd": [f"loss.teacher_cache={chain['base']}/cache/CACHE"],
         "adpa": [f"loss.generations={chain['generations']}", f"loss.advantages={chain['base']}/adv/CACHE"],
+        "gkd": [f"loss.teacher={chain['base']}/teacher/FINAL"],
     }
     run = [
         f"cache_dir={chain['base']}", "model=tiny", "datasets=[local]", f"datasets.local.train={chain['data']}", chain["start"],
