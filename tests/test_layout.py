@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import launch
 from tests.chain import chain_of
 from tests.helpers import ROOT, composed, rows_of
+from tests.test_sharding import free_port
 
 STEPS = 3
 # Sums over 8 ragged rows in another order: measured up to 2e-6 on parameters after 3 AdamW steps at lr 1e-3.
@@ -74,7 +75,7 @@ def test_two_processes_change_nothing(method, world):
     # 22 pairs: the third step has 6 rows, so one micro-batch of a rank is short.
     launch.run_task(composed(*run_overrides(method, world, "one", 1)))
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29600 + os.getpid() % 300),
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(),
          str(ROOT / "launch.py"), *run_overrides(method, world, "two", 2)],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, cwd=ROOT,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from tests.bigram import gradient_of, items_of, loss_of, trainer_of
 from tests.helpers import ROOT
+from tests.test_sharding import free_port
 from tests.twins import TWINS, World
 
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
@@ -142,7 +143,7 @@ def test_the_running_mean_of_bco_goes_on_from_step_to_step():
 
 @pytest.mark.distributed
 def test_two_processes_give_the_loss_and_gradient_of_one():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29000 + os.getpid() % 300)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     run = subprocess.run(
         [*command, "-m", "tests.two_ranks"], capture_output=True, text=True, timeout=300, cwd=ROOT,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
