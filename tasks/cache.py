@@ -49,6 +49,8 @@ def run(settings: Settings) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(folder)
+    if state.num_processes > 1:
+        state.destroy_process_group()  # left to the interpreter's end, gloo's threads may abort the process
 
 
 def _run_with_vllm(settings: Settings) -> None:

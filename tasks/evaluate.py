@@ -227,3 +227,5 @@ def run(settings: Settings) -> None:
         write_results(settings, results, judged)
         print(f"\n{table(results)}\n{settings.run.run_dir / 'results.json'}", flush=True)
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        accelerator.end_training()  # left to the interpreter's end, gloo's threads may abort the process

@@ -27,6 +27,8 @@ def main() -> None:
         torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-9)
         if rank == 0:
             print(f"equal {path.stem}", flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # left to the interpreter's end, gloo's threads may abort the process
 
 
 if __name__ == "__main__":
