@@ -42,6 +42,7 @@ SERVING_KEYS = ("tensor_parallel", "kv_cache_gb", "base_url", "concurrency", "ti
 # Keys that name a file or a model's folder: its content counts, not its name.
 FOLDERS = (
     ("loss", "teacher"), ("loss", "reward_model"), ("label", "replies"), ("label", "reward_model"), ("evaluation", "reward_model"),
+    ("judge", "score_template"), ("judge", "pair_template"),
 )  # fmt: skip
 
 

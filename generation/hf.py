@@ -60,6 +60,7 @@ def hf_backend(
 
     @torch.inference_mode()
     def batch(prompts: list[list[int]], seed: int) -> list[Reply]:
+        """Reply to each prompt, in their order; the seed is the batch's."""
         ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
         longest = ids.shape[1]
         own, model.generation_config = model.generation_config, config  # else its penalties and cuts fill our gaps

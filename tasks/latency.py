@@ -21,6 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import models
 import resources
 from dataloader import Example
+from generation.hf import left_padded
 from generation.vllm import engine, shut_down
 from schema import EvaluationConfig, ModelConfig, Settings
 
@@ -82,17 +83,15 @@ def hf_timed(model: Any, tokenizer: Any, new_tokens: int) -> Timed:
 
     @torch.inference_mode()
     def timed(prompts: list[list[int]]) -> Timing:
-        longest = max(map(len, prompts))
-        pad = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
-        attention = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        ids, mask = (torch.tensor(rows, device=model.device) for rows in (pad, attention))
+        """Time one batch of prompts."""
+        ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
         own, model.generation_config = model.generation_config, config  # else its penalties and cuts fill our gaps
         try:
             clock = _Clock(model.device)
             out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([clock]))
         finally:
             model.generation_config = own
-        assert out.shape == (len(prompts), longest + new_tokens), f"a reply of another length: {tuple(out.shape)}"
+        assert out.shape == (len(prompts), ids.shape[1] + new_tokens), f"a reply of another length: {tuple(out.shape)}"
         spans = np.diff(clock.times).tolist()
         return Timing(spans[0], spans[1:], len(prompts) * (new_tokens - 1))
 
@@ -112,6 +111,7 @@ def vllm_timed(llm: Any, new_tokens: int) -> Timed:
     )
 
     def timed(prompts: list[list[int]]) -> Timing:
+        """Time one batch of prompts."""
         core = llm.llm_engine
         assert llm.reset_prefix_cache(), "vLLM keeps the prefixes of an earlier batch"
         said, first, before, steps = dict.fromkeys(map(str, range(len(prompts))), 0), 0.0, 0, []

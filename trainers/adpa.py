@@ -13,8 +13,8 @@ from dataloader import Example, read_generations
 from functional import entropies, expected_advantage, gather_logps, row_sums, token_logps
 from models import ResponseLogits
 from schema import one_of, require
-from trainers.basic import BasicTrainer, supervised_sequence
-from trainers.batches import Batch, Item
+from trainers.basic import BasicTrainer
+from trainers.batches import Batch, Item, supervised_sequence
 from trainers.metrics import Mean
 from trainers.needs import Needs
 from trainers.teacher import generations_by_prompt, open_cache

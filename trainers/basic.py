@@ -5,7 +5,6 @@ count, back-propagate, clip, update. So 1x8, 8x1 and two ranks give the gradient
 Data order, dropout and learning rate are functions of (seed, step): a resumed run needs no generator state.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -20,17 +19,16 @@ from tqdm import tqdm
 
 import models
 import saving
-from dataloader import Example, Sequences, Tokens, epoch_order, local_micro_batches
+from dataloader import Example, Sequences, epoch_order, local_micro_batches
 from functional import token_logps
 from models import response_logits
 from schema import Settings
-from teacher_cache import content_key
 from trainers import checkpoint, sharding, signals
-from trainers.batches import Batch, Item, make_batch
+from trainers.batches import Batch, Item, items_digest, make_batch
 from trainers.compiling import compile_blocks
 from trainers.metrics import Mean, MetricsFile, Window, means, named
 from trainers.needs import Needs
-from trainers.strategy import learning_rate_scale, optimizer_of
+from trainers.strategy import learning_rate_scale, optimizer_of, seed_step
 from trainers.tracking import tracker
 from value_head import VALUE_HEAD
 
@@ -264,7 +262,7 @@ class BasicTrainer:
     def _step(self, step: int) -> int:
         """Do one optimizer step; return the number of supervised tokens this rank saw."""
         run, accelerator = self.run_config, self.accelerator
-        _seed_step(run.seed, step, accelerator.process_index)
+        seed_step(run.seed, step, accelerator.process_index)
         self.policy.train()
         batches = self.prepared([self.batch_of(items) for items in self.micro_items(step)], True)
         counts = self.global_counts(batches)
@@ -346,11 +344,7 @@ class BasicTrainer:
 
     def data_digest(self) -> str:
         """Hash the training sequences in their order: a resume on other data is refused."""
-        digest = hashlib.sha256()
-        for item in self.train_items:
-            for tokens in (*item.sequences, *item.scored):
-                digest.update(content_key(tokens.ids, tokens.response))
-        return digest.hexdigest()[:16]
+        return items_digest(self.train_items)
 
     def _save(self, step: int) -> None:
         sums = self.window.reduced(self._reduce)
@@ -402,15 +396,3 @@ class BasicTrainer:
             model = self.accelerator.unwrap_model(self.policy)
             saving.save_model(model, self.tokenizer, self.run_config.run_dir / name, state_dict=state)
         self.accelerator.wait_for_everyone()
-
-
-def supervised_sequence(tokens: Tokens | None, what: str, method: str) -> Tokens:
-    """Return the tokens, or refuse a row that lacks what the method learns from."""
-    if tokens is None:
-        raise ValueError(f"loss={method} needs {what} in every row, and one has none. Check datasets= and its format")
-    return tokens
-
-
-def _seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed dropout by (seed, step, rank), so that it needs no state in a checkpoint."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)

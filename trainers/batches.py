@@ -4,6 +4,7 @@ An item has S slots, one sequence each (DPO: chosen, rejected; ADPA: chosen, gen
 slot: rows 0..B-1 are slot 0 of the B items, rows B..2B-1 slot 1, so every response token's slot is `rows // B`.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dataloader import Sequences, Tokens, TopK, collate, unsupervised
-from teacher_cache import Entry
+from teacher_cache import Entry, content_key
 
 
 class Item(NamedTuple):
@@ -121,3 +122,19 @@ def _top_k(entries: list[Entry]) -> TopK | None:
         torch.cat([torch.as_tensor(e.values, dtype=torch.float32) for e in entries]),
         logps,
     )
+
+
+def items_digest(items: Sequence[Item]) -> str:
+    """Hash the sequences of items in their order."""
+    digest = hashlib.sha256()
+    for item in items:
+        for tokens in (*item.sequences, *item.scored):
+            digest.update(content_key(tokens.ids, tokens.response))
+    return digest.hexdigest()[:16]
+
+
+def supervised_sequence(tokens: Tokens | None, what: str, method: str) -> Tokens:
+    """Return the tokens, or refuse a row that lacks what the method learns from."""
+    if tokens is None:
+        raise ValueError(f"loss={method} needs {what} in every row, and one has none. Check datasets= and its format")
+    return tokens

@@ -8,8 +8,8 @@ from torch import Tensor
 from dataloader import Example, Sequences
 from models import last_token_scores
 from schema import require
-from trainers.basic import BasicTrainer, supervised_sequence
-from trainers.batches import Batch, Item
+from trainers.basic import BasicTrainer
+from trainers.batches import Batch, Item, supervised_sequence
 from trainers.metrics import Mean
 from trainers.needs import Needs
 from trainers.paired import logistic_loss

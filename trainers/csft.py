@@ -8,8 +8,8 @@ from dataloader import Example, Tokens
 from functional import token_logps
 from models import ResponseLogits
 from schema import require
-from trainers.basic import BasicTrainer, supervised_sequence
-from trainers.batches import Batch, Item
+from trainers.basic import BasicTrainer
+from trainers.batches import Batch, Item, supervised_sequence
 from trainers.metrics import Mean
 from trainers.needs import Needs
 

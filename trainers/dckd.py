@@ -14,8 +14,8 @@ from functional import gather_logps, token_logps, topk_kl
 from models import ResponseLogits
 from schema import one_of, require
 from teacher_cache import content_key
-from trainers.basic import BasicTrainer, supervised_sequence
-from trainers.batches import Batch, Item
+from trainers.basic import BasicTrainer
+from trainers.batches import Batch, Item, supervised_sequence
 from trainers.metrics import Mean
 from trainers.needs import Needs
 from trainers.teacher import open_cache

@@ -23,7 +23,7 @@ from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import clipped_losses
 from trainers.rollouts import RewardedConfig, RolloutTrainer
 
-OLD_LOGP, REFERENCE_LOGP, ADVANTAGE = range(3)  # columns of an item's figures
+ADVANTAGE = 2  # column of an item's figures: old log-prob, the reference's, advantage
 
 
 @dataclass(frozen=True)

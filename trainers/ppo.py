@@ -22,7 +22,7 @@ from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
 from trainers.rollouts import Micros, RewardedConfig, RolloutTrainer
 from value_head import response_logits_and_values
 
-OLD_LOGP, REFERENCE_LOGP, OLD_VALUE, TARGET, ADVANTAGE = range(5)  # columns of an item's figures
+ADVANTAGE = 4  # column of an item's figures: old log-prob, the reference's, old value, value target, advantage
 
 
 @dataclass(frozen=True)

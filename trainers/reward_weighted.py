@@ -15,8 +15,8 @@ from dataloader import Example
 from functional import generalized_jsd, mixed_logps, row_sums, token_logps
 from models import ResponseLogits, response_logits
 from schema import one_of, require
-from trainers.basic import BasicTrainer, supervised_sequence
-from trainers.batches import Batch, Item
+from trainers.basic import BasicTrainer
+from trainers.batches import Batch, Item, supervised_sequence
 from trainers.metrics import Mean
 from trainers.needs import Needs
 from trainers.rollouts import reward_of

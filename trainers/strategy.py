@@ -51,3 +51,8 @@ def check_strategy(asked: str, accelerator: Accelerator) -> str:
             "torchrun --nproc_per_node N launch.py ..., not `use_cpu: true`"
         )
     return running
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout by (seed, step, rank), so that it needs no state in a checkpoint."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
