@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Message = dict[str, str]
+Row = dict[str, Any]
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
 
 
@@ -235,3 +236,30 @@ _PARSERS = {
     "gsm8k": _from_gsm8k,
     "generation": _from_generation,
 }
+
+
+def key_of(prompt: list[Message]) -> str:
+    """Return what makes two prompts the same: roles and words, whatever the white space."""
+    return json.dumps([[message["role"], " ".join(message["content"].split())] for message in prompt])
+
+
+def conversation_of(row: Row) -> Conversation:
+    """Return a generated row as a conversation whose meta is that of the data row it answers."""
+    return Conversation(row["prompt"], None, None, [{"role": "assistant", "content": row["response"]}], row.get("meta") or {})
+
+
+def pair_row(chosen: Row, rejected: Row) -> Row:
+    """Return a preference pair with the sampled ids of both replies."""
+    return {
+        "prompt": chosen["prompt"], "prompt_ids": chosen["prompt_ids"],
+        "chosen": chosen["response"], "chosen_ids": chosen["response_ids"],
+        "rejected": rejected["response"], "rejected_ids": rejected["response_ids"],
+        "meta": chosen.get("meta") or {},
+    }  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write a JSONL file whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from conversations import Conversation, Message, find_format, read_jsonl, read_rows, to_conversation
-from schema import DatasetConfig, ModelConfig
+from settings.schema import DatasetConfig, ModelConfig
 
 
 class Tokens(NamedTuple):

@@ -26,9 +26,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from schema import Settings, nearest, settings_from
-from sweeps import as_sweep, job_folder
-from trainers.needs import check_needs
+from pipeline.sweeps import as_sweep, job_folder
+from settings.needs import check_needs
+from settings.schema import Settings, nearest, settings_from
 
 TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise", "select", "label", "report", "estimate")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
@@ -147,7 +147,7 @@ def run(config: DictConfig) -> None:
     if varied:
         plain["run_count"] = f"{plain['run_count']}/{varied}" if plain["run_count"] else varied
     if plain.get("pipeline"):
-        from pipeline import run_pipeline
+        from pipeline.runner import run_pipeline
 
         code = run_pipeline(plain, list(HydraConfig.get().overrides.task))
         if code:
@@ -160,8 +160,8 @@ def run(config: DictConfig) -> None:
 
 def show_costs(plain: dict[str, Any], overrides: list[str]) -> None:
     """Print what the stages of a plan would take, or write costs.md: what those of a finished pipeline took beside it."""
-    from pipeline import run_folder
-    from plan import build_plan
+    from pipeline.plan import build_plan
+    from pipeline.runner import run_folder
     from tasks.estimate import costs, print_plan
 
     stages = build_plan(plain, overrides)

@@ -32,9 +32,9 @@ from transformers import (
 )
 from transformers import GenerationConfig as GenerationDefaults
 
-import smollm2
+from assets import smollm2
 from dataloader import Sequences, turn_end
-from schema import ModelConfig, nearest
+from settings.schema import ModelConfig, nearest
 
 ROOT = Path(__file__).resolve().parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.setup import arguments
-from teacher_cache import Meta, Writer, finish
+from teacher.cache import Meta, Writer, finish
 
 
 def bytes_per_token(folder: Path, k: int, vocab: int, quantity: str, prompt: int, response: int, count: int) -> float:

@@ -17,7 +17,7 @@ import torch
 from benchmarks.setup import arguments, build, compare, device, machine, sequences, size_of
 from dataloader import Sequences, Tokens, collate
 from tasks.cache import Scorer
-from teacher_cache import Meta, Writer
+from teacher.cache import Meta, Writer
 
 
 class Vocabulary(SimpleNamespace):

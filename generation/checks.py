@@ -10,7 +10,7 @@ import torch
 import models
 from dataloader import Tokens, collate, turn_end
 from functional import token_logps
-from schema import ModelConfig
+from settings.schema import ModelConfig
 
 
 class Gap(NamedTuple):

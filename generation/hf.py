@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import models
-from calculator_generation import calculators
-from generation.replies import Answer, Reply, cut, derived_seed, forbidden_ids, length_batches
-from schema import GenerationConfig, Settings
+from generation.calculator_hooks import calculators
+from generation.interface import Answer, Progress, Reply, cut, derived_seed, forbidden_ids, length_batches
+from settings.schema import GenerationConfig, Settings
 
 BatchSampler = Callable[[list[list[int]], int], list[Reply]]  # (prompts of one batch, seed) -> replies in their order
 
@@ -100,3 +100,21 @@ class HfBackend:
     def close(self) -> None:
         """Let go of the model."""
         del self.batch
+
+
+def sample(
+    model: PreTrainedModel, tokenizer: Any, prompt_ids: list[list[int]], generation: GenerationConfig,
+    stop: list[int], vocab_size: int, seed: int,
+) -> list[Reply]:  # fmt: skip
+    """Reply once to every prompt with a loaded model; (ids with the end-of-turn token, "stop" | "length") in their order.
+
+    No reply holds an id >= vocab_size, padding, or a special token that ends no turn. Temperature 0 is greedy.
+    """
+    backend = hf_backend(model, tokenizer, generation, stop, vocab_size)
+    replies: list[Reply | None] = [None] * len(prompt_ids)
+    with Progress(len(prompt_ids), 0) as progress:
+        for index, batch in enumerate(length_batches(prompt_ids, generation.batch_size)):
+            for i, reply in zip(batch, backend([prompt_ids[i] for i in batch], derived_seed(seed, index)), strict=True):
+                replies[i] = reply
+                progress.add(reply[0])
+    return [reply for reply in replies if reply is not None]

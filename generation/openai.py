@@ -7,11 +7,11 @@ generation.text_replies=tokenise, its text is tokenised: those rows are marked.
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from calculator_generation import Piece, pause_ids, piece_of, reply_with_calculator
 from dataloader import turn_end
-from generation.replies import Answer, derived_seed, forbidden_ids
+from generation.calculator_hooks import Piece, pause_ids, piece_of, reply_with_calculator
+from generation.interface import Answer, derived_seed, forbidden_ids
 from generation.server import Server, in_parallel, served_model
-from schema import Settings
+from settings.schema import Settings
 
 
 class OpenAIBackend:

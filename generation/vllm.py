@@ -14,10 +14,10 @@ import torch
 import transformers
 
 import models
-from calculator_generation import forced_ids, pause_ids, piece_of
 from dataloader import Tokens
-from generation.replies import Answer, derived_seed, forbidden_ids
-from schema import GenerationConfig, ModelConfig, Settings
+from generation.calculator_hooks import forced_ids, pause_ids, piece_of
+from generation.interface import Answer, derived_seed, forbidden_ids
+from settings.schema import GenerationConfig, ModelConfig, Settings
 
 CPU_KV_CACHE_GB = 2.0  # enough for 45,000 tokens of SmolLM2-135M in float32
 IN_FLIGHT = 1024  # requests that the engine knows of at once: more than it can run, little to hold

@@ -26,9 +26,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import describe, run_folder
-from plan import Stage, build_plan
-from schema import nearest
+from pipeline.plan import Stage, build_plan
+from pipeline.runner import describe, run_folder
+from settings.schema import nearest
 
 LOGS = "slurm"  # folder beside the stages
 SCRIPT = ROOT / "scripts" / "slurm_multi_node.sh"

@@ -15,8 +15,8 @@ import models
 from dataloader import Tokens, collate, load_examples, read_generations
 from functional import gather_logps, topk_logps
 from models import response_logits
-from schema import Settings
-from teacher_cache import Meta, Writer, content_key, finish
+from settings.schema import Settings
+from teacher.cache import Meta, Writer, content_key, finish
 
 
 def run(settings: Settings) -> None:

@@ -14,16 +14,16 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-import estimate as arithmetic
-import lengths as counting
 import models
-from estimate import Batch, Memory, Model, Setup, Work
-from model_shape import shape_of
-from plan import ROOT, Stage
-from schema import Settings, settings_from
-from tasks.estimate_speed import tokens_per_second
-from tasks.estimate_text import comparison, cost_table, single, table
-from trainers.needs import Needs
+from estimate import arithmetic
+from estimate import lengths as counting
+from estimate.arithmetic import Batch, Memory, Model, Setup, Work
+from estimate.shape import shape_of
+from estimate.speed import tokens_per_second
+from estimate.tables import comparison, cost_table, single, table
+from pipeline.plan import ROOT, Stage
+from settings.needs import Needs
+from settings.schema import Settings, settings_from
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
 OPTIMIZER_STATES = {"AdamW": 2, "Adam": 2, "RMSprop": 1, "SGD": 0}

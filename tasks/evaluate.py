@@ -16,19 +16,20 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import models
-from checkers import Checker, prompt_text, resolve_checker, scored, vote_of
 from dataloader import Example, Sequences, collate, load_examples
+from engine.optimizer import check_strategy
+from evaluation.harness import benchmark_figures, check_benchmarks
+from evaluation.intervals import score_interval
+from evaluation.latency import check_latency, latency_rows
+from evaluation.majority import majority_scores, majority_temperature, vote_settings
+from evaluation.records import Judged, Replies
+from evaluation.results import results_of, table, verdicts_of
 from functional import row_sums, token_logps
-from intervals import score_interval
-from schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
-from tasks.benchmarks import benchmark_figures, check_benchmarks
-from tasks.evaluation_report import check_advantages
-from tasks.evaluation_results import results_of, table, verdicts_of, write_results
-from tasks.generate import Reply, sample
-from tasks.judged import Judged, Replies
-from tasks.latency import check_latency, latency_rows
-from tasks.majority import majority_scores, majority_temperature, vote_settings
-from trainers.strategy import check_strategy
+from generation.hf import sample
+from generation.interface import Reply
+from report.evaluation_page import check_advantages, write_results
+from rewards.checkers import Checker, prompt_text, resolve_checker, scored, vote_of
+from settings.schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
 
 
 class HeldOut(NamedTuple):

@@ -8,7 +8,6 @@ order, longest prompt first. What a reply is sampled with follows from the run's
 import importlib
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -17,62 +16,16 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
 import models
 from conversations import resumed_rows
 from dataloader import Example, Tokens, adds_bos, load_examples
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
-from generation.hf import HfBackend, hf_backend
-from generation.replies import Answer, Backend, Reply, cut, derived_seed, length_batches
-from schema import GenerationConfig, ModelConfig, Settings
+from generation.hf import HfBackend
+from generation.interface import Answer, Backend, Progress, cut, length_batches
+from settings.schema import ModelConfig, Settings
 
-__all__ = ["backend_of", "cut", "length_batches", "run", "sample"]
-
-
-def sample(
-    model: PreTrainedModel, tokenizer: Any, prompt_ids: list[list[int]], generation: GenerationConfig,
-    stop: list[int], vocab_size: int, seed: int,
-) -> list[Reply]:  # fmt: skip
-    """Reply once to every prompt with a loaded model; (ids with the end-of-turn token, "stop" | "length") in their order.
-
-    No reply holds an id >= vocab_size, padding, or a special token that ends no turn. Temperature 0 is greedy.
-    """
-    backend = hf_backend(model, tokenizer, generation, stop, vocab_size)
-    replies: list[Reply | None] = [None] * len(prompt_ids)
-    with Progress(len(prompt_ids), 0) as progress:
-        for index, batch in enumerate(length_batches(prompt_ids, generation.batch_size)):
-            for i, reply in zip(batch, backend([prompt_ids[i] for i in batch], derived_seed(seed, index)), strict=True):
-                replies[i] = reply
-                progress.add(reply[0])
-    return [reply for reply in replies if reply is not None]
-
-
-class Progress:
-    """A progress bar over replies that shows tokens per second."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self.bar = tqdm(total=total, initial=done, desc="generate", unit="reply", mininterval=1)
-        self.tokens, self.start = 0, time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Return generated tokens per second so far."""
-        return self.tokens / max(time.monotonic() - self.start, 1e-9)
-
-    def add(self, ids: list[int]) -> None:
-        """Count one reply."""
-        self.tokens += len(ids)
-        self.bar.set_postfix_str(f"{self.tokens_per_second:.0f} tokens/s", refresh=False)
-        self.bar.update()
-
+__all__ = ["backend_of", "cut", "length_batches", "run"]
 
 # ---- which backend
 

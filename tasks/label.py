@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import models
-from checkers import prompt_text, resolve_checker, scored
-from conversations import Conversation, find_format, read_rows, resumed_rows, to_conversation
-from judge import Judge
-from schema import LabelConfig, Settings
-from tasks.reward import RewardModel
-from tasks.select import conversation_of, key_of, pair_row, write_rows
+from conversations import (
+    Conversation,
+    conversation_of,
+    find_format,
+    key_of,
+    pair_row,
+    read_rows,
+    resumed_rows,
+    to_conversation,
+    write_rows,
+)
+from rewards.checkers import prompt_text, resolve_checker, scored
+from rewards.judge import Judge
+from rewards.reward_model import RewardModel
+from settings.schema import LabelConfig, Settings
 
 VERSION = 1
 CHUNK = 256  # rows that are scored before their scores are written

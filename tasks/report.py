@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from intervals import Interval, seed_interval
-from report import curves_section, page, section, text
-from report_charts import Plotted, interval_chart, is_number, read_curves
-from schema import Settings
+from evaluation.comparisons import is_number
+from evaluation.intervals import Interval, seed_interval
+from report.charts import Plotted, interval_chart, read_curves
+from report.page import curves_section, page, section, text
+from settings.schema import Settings
 
 # What a column says of a run, in this order, and whether more is better.
 TRAINING = (("rewards_eval/accuracies", True), ("loss/eval", False), ("rewards_train/accuracies", True), ("loss/train", False))

@@ -16,18 +16,28 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
-from checkers import Checker, resolve_checker, scored
-from conversations import Conversation, Message, find_format, read_jsonl, read_rows, to_conversation
-from schema import DatasetConfig, Settings
+from conversations import (
+    Conversation,
+    Row,
+    conversation_of,
+    find_format,
+    key_of,
+    pair_row,
+    read_jsonl,
+    read_rows,
+    to_conversation,
+    write_rows,
+)
+from rewards.checkers import Checker, resolve_checker, scored
+from settings.schema import DatasetConfig, Settings
 
 VERSION = 1
 CORRECT = 1.0  # a checker's score from which a reply is correct
 
-Row = dict[str, Any]
 
 
 class Question(NamedTuple):
@@ -39,16 +49,6 @@ class Question(NamedTuple):
 
 
 # ---- reading
-
-
-def key_of(prompt: list[Message]) -> str:
-    """Return what makes two prompts the same: roles and words, whatever the white space."""
-    return json.dumps([[message["role"], " ".join(message["content"].split())] for message in prompt])
-
-
-def conversation_of(row: Row) -> Conversation:
-    """Return a generated row as a conversation whose meta is that of the data row it answers."""
-    return Conversation(row["prompt"], None, None, [{"role": "assistant", "content": row["response"]}], row.get("meta") or {})
 
 
 def read_generated(path: Path) -> list[Row]:
@@ -113,16 +113,6 @@ def judged(rows: Iterable[Row], checker: Checker, held_out: set[str], counts: Co
 
 
 # ---- pairs
-
-
-def pair_row(chosen: Row, rejected: Row) -> Row:
-    """Return a preference pair with the sampled ids of both replies."""
-    return {
-        "prompt": chosen["prompt"], "prompt_ids": chosen["prompt_ids"],
-        "chosen": chosen["response"], "chosen_ids": chosen["response_ids"],
-        "rejected": rejected["response"], "rejected_ids": rejected["response_ids"],
-        "meta": chosen.get("meta") or {},
-    }  # fmt: skip
 
 
 def draw_pairs(question: Question, limit: int, rng: random.Random) -> list[Row]:
@@ -194,13 +184,6 @@ def make_distinct(
 
 
 # ---- the task
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write a JSONL file whole or not at all."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
 
 
 def originals_of(settings: Settings) -> dict[str, list[str]]:

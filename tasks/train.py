@@ -9,18 +9,20 @@ import torch
 from accelerate import Accelerator
 
 import models
-import resources
-import saving
 from dataloader import Example, load_examples
-from schema import Settings
-from tasks.card import facts_of, write_card
-from tasks.reward import check_reward_model
-from trainers import checkpoint, reference, signals
+from engine import checkpoint
+from engine import export as saving
+from engine import meter as resources
+from engine import preemption as signals
+from engine.compiling import check_compiler
+from engine.optimizer import check_strategy
+from report.run_facts import facts_of, write_card
+from rewards.reward_model import check_reward_model
+from settings.schema import Settings
+from trainers import reference
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
-from trainers.compiling import check_compiler
-from trainers.strategy import check_strategy
-from value_head import add_value_head
+from trainers.value_head import add_value_head
 
 
 def run(settings: Settings) -> None:

@@ -2,7 +2,7 @@
 
 import importlib
 
-from schema import Settings
+from settings.schema import Settings
 
 
 def run(settings: Settings) -> None:

@@ -16,7 +16,7 @@ import launch
 import models
 from conversations import Conversation
 from dataloader import Example, Tokens
-from teacher_cache import Entry
+from teacher.cache import Entry
 from tests.helpers import composed
 from trainers.basic import BasicTrainer
 from trainers.batches import Item

@@ -10,8 +10,9 @@ import torch
 from transformers import StoppingCriteria
 
 import models
-from calculator import MARK, MAX_DEPTH, MAX_LENGTH, calculate, completion, value_of
-from calculator_generation import (
+from dataloader import encode_prompt
+from generation.calculator import MARK, MAX_DEPTH, MAX_LENGTH, calculate, completion, value_of
+from generation.calculator_hooks import (
     PAUSE,
     Calculator,
     Piece,
@@ -20,9 +21,8 @@ from calculator_generation import (
     ids_that_add,
     reply_with_calculator,
 )
-from dataloader import encode_prompt
-from schema import settings_from
-from tasks.generate import sample
+from generation.hf import sample
+from settings.schema import settings_from
 from tests.helpers import ROOT, composed
 
 GSM8K = next((f for p in ROOT.parents if (f := p / "shared/data/gsm8k").is_dir()), None)

@@ -5,9 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from intervals import holm, paired_p_values
-from report import best_model
-from tasks.comparisons import compare_all, table
+from evaluation.comparisons import best_model, compare_all, table
+from evaluation.intervals import holm, paired_p_values
 
 
 def test_holm_agrees_with_values_computed_by_hand() -> None:

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import launch
 import models
+from engine.compiling import check_compiler
 from tests.helpers import composed, write_pairs
-from trainers.compiling import check_compiler
 
 # Two AdamW steps at lr 1e-3 in float32, kernels that add in another order: the largest difference measured was 4.6e-6.
 ATOL = 2e-5
@@ -56,7 +56,7 @@ def test_no_compiler_is_said_before_a_model_loads(monkeypatch, tmp_path, compile
 
 
 def test_a_reference_and_a_policy_keep_their_names_when_they_are_compiled(compiled):
-    from trainers.compiling import compile_blocks
+    from engine.compiling import compile_blocks
 
     model = models.load_model(compiled, trainable=True)
     before = list(model.state_dict())

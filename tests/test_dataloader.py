@@ -17,7 +17,7 @@ from dataloader import (
     local_micro_batches,
     turn_end,
 )
-from schema import DatasetConfig, ModelConfig, typed
+from settings.schema import DatasetConfig, ModelConfig, typed
 from tests.helpers import composed, write_pairs
 
 

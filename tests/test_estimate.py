@@ -16,23 +16,23 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import estimate
 import launch
-import lengths
 import models
-import saving
 from dataloader import collate
 from docs import worked_plan
-from estimate import Batch, Setup, Work
-from model_shape import shape_of
-from schema import Settings, settings_from
+from engine import export as saving
+from estimate import arithmetic as estimate
+from estimate import lengths
+from estimate.arithmetic import Batch, Setup, Work
+from estimate.shape import shape_of
+from settings.needs import Needs
+from settings.schema import Settings, settings_from
 from tasks.estimate import compared, estimated, of_stage, print_plan
-from teacher_cache import Meta, Writer, finish
+from teacher.cache import Meta, Writer, finish
 from tests.helpers import ROOT, composed, write_pairs
 from tests.helpers import launch as command
 from tests.test_pipeline import planned
 from trainers.basic import BasicTrainer
-from trainers.needs import Needs
 
 PLAIN = Setup("none", 1, 1, master=4, compute=4, reference=0, live=False, states=2, checkpointing=False, gpu=False)
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4, "tie_word_embeddings": True}

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import models
-import saving
-from checkers import resolve_checker
-from schema import Settings, settings_from
+from engine import export as saving
+from evaluation.win_rate import against
+from rewards.checkers import resolve_checker
+from settings.schema import Settings, settings_from
 from tasks import evaluate
-from tasks.win_rate import against
 from tests.helpers import composed
 from worlds import shop
 

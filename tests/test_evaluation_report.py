@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import models
-import saving
-from report import write_report
-from report_tables import benchmarks_section, latency_section, pairs_section, replies_section
-from schema import Settings, settings_from
+from engine import export as saving
+from evaluation.harness import metrics_of
+from evaluation.latency import WARMUP, Timing, batches_of, figures_of, hf_timed
+from report.evaluation_page import advantages_in
+from report.page import write_report
+from report.tables import benchmarks_section, latency_section, pairs_section, replies_section
+from settings.schema import Settings, settings_from
 from tasks import evaluate
-from tasks.benchmarks import metrics_of
-from tasks.evaluation_report import advantages_in
-from tasks.latency import WARMUP, Timing, batches_of, figures_of, hf_timed
-from teacher_cache import Meta, Writer, finish
+from teacher.cache import Meta, Writer, finish
 from tests.helpers import composed
 from worlds import shop
 

@@ -14,8 +14,9 @@ import torch
 import launch
 import models
 from dataloader import encode_prompt, read_generations
-from schema import GenerationConfig, ModelConfig, typed
-from tasks.generate import backend_of, cut, length_batches, sample
+from generation.hf import sample
+from settings.schema import GenerationConfig, ModelConfig, typed
+from tasks.generate import backend_of, cut, length_batches
 from tests.helpers import ROOT, composed, rows_of, write_pairs
 
 

@@ -15,12 +15,12 @@ import torch
 
 import launch
 import models
-import saving
 from dataloader import Tokens, collate
+from engine import export as saving
 from functional import token_logps
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.server import Server
-from schema import GenerationConfig, ModelConfig, settings_from, typed
+from settings.schema import GenerationConfig, ModelConfig, settings_from, typed
 from tasks.generate import backend_name
 from tests.helpers import composed, rows_of
 from tests.helpers import launch as run_launch

@@ -22,9 +22,9 @@ import torch
 
 import launch
 import models
-from schema import GenerationConfig, ModelConfig, typed
-from tasks.generate import sample
-from teacher_cache import Reader
+from generation.hf import sample
+from settings.schema import GenerationConfig, ModelConfig, typed
+from teacher.cache import Reader
 from tests.helpers import ROOT, WORDS, composed, rows_of
 from tests.helpers import launch as run_launch
 

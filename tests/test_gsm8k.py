@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 import launch
-from calculator import MARK, calculate
-from checkers import majority_reply, scored, takes_meta, vote_of
 from conversations import Conversation, find_format, to_conversation
+from evaluation.majority import majority_scores
+from generation.calculator import MARK, calculate
 from models import load_tokenizer
-from schema import settings_from
-from tasks.majority import majority_scores
+from rewards.checkers import majority_reply, scored, takes_meta, vote_of
+from settings.schema import settings_from
 from tests.helpers import ROOT, composed, rows_of
 from tests.helpers import launch as command
 from worlds import arithmetic, gsm8k, shop

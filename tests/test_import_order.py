@@ -1,4 +1,4 @@
-"""The import order of the repository, read from the source: one way, methods apart, the world alone."""
+"""The import order of the rooms, read from the source: one way, methods apart, the worlds alone."""
 
 import ast
 import graphlib
@@ -9,37 +9,29 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 
-# A module imports only what stands on an earlier line (or, in a package, its neighbours without a circle).
-# fmt: off
+# A room imports only rooms on an earlier line; its own modules import each other without a circle.
 ORDER = (
-    ("typed_config",),
-    ("sections",),
-    (
-        "functional", "schema", "teacher_cache", "intervals", "conversations", "smollm2", "report_charts", "digests", "calculator", "sweeps",
-        "estimate", "resources", "model_card",
-    ),
-    ("dataloader", "plan", "report", "checkers", "calculator_generation"),
-    ("models", "pipeline", "report_tables"),
-    ("saving", "value_head", "generation"),
-    ("model_shape",),
-    ("trainers", "judge"),
-    ("lengths",),
+    ("settings", "functional", "conversations", "assets"),
+    ("pipeline", "dataloader"),
+    ("models",),
+    ("engine", "teacher", "generation"),
+    ("rewards", "estimate"),
+    ("trainers",),
+    ("evaluation",),
+    ("report",),
     ("tasks",),
     ("launch",),
 )
-# fmt: on
-ALONE = (  # these import nothing of ours
-    "calculator", "estimate", "resources", "functional", "typed_config", "teacher_cache", "intervals", "smollm2", "worlds", "model_card",
-)  # fmt: skip
-PACKAGES = ("generation", "trainers", "tasks", "worlds")
+ROOMS = tuple(sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks")))
+WITHOUT_TORCH = {"torch", "transformers", "accelerate", "peft", "datasets", "vllm", "wandb"}
 NOT_IN_A_METHOD = {"hydra", "omegaconf", "accelerate", "wandb", "launch", "pipeline", "tasks"}
 
 
 def module_files() -> dict[str, Path]:
-    """Return our modules (dotted name: file), the scripts and tests left out."""
+    """Return our modules (dotted name: file), scripts and tests left out."""
     files = {path.stem: path for path in ROOT.glob("*.py")}
-    for package in PACKAGES:
-        files |= {f"{package}.{path.stem}": path for path in (ROOT / package).glob("*.py") if path.stem != "__init__"}
+    for room in ROOMS:
+        files |= {f"{room}.{path.stem}": path for path in (ROOT / room).glob("*.py") if path.stem != "__init__"}
     return files
 
 
@@ -62,47 +54,63 @@ LOSSES = sorted((ROOT / "config" / "loss").glob("*.yaml"))
 METHODS = sorted({yaml.safe_load(path.read_text(encoding="utf-8")).get("trainer", "").rpartition(".")[0] for path in LOSSES} - {""})
 
 
+def room_of(name: str) -> str:
+    """Return the room of a module, or the module itself if it stands at the root."""
+    return name.split(".")[0]
+
+
 def rank(name: str) -> int:
     """Return the line of ORDER that a module stands on."""
-    head = name.split(".")[0]
-    for number, names in enumerate(ORDER):
-        if head in names:
+    for number, rooms in enumerate(ORDER):
+        if room_of(name) in rooms:
             return number
     raise AssertionError(f"{name} has no place in ORDER of {__file__}: put it where it belongs")
 
 
-@pytest.mark.parametrize("name", sorted(name for name in FILES if not name.startswith("worlds.")))
-def test_a_module_imports_only_what_comes_before_it(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(name for name in FILES if room_of(name) != "worlds"))
+def test_a_module_imports_only_rooms_that_come_before_its_own(name: str) -> None:
     for other in OURS[name]:
-        if other.startswith("worlds."):
-            assert name.startswith("tasks."), f"{name} imports {other}: only tasks may know a world"
-        elif name.split(".")[0] != other.split(".")[0]:
-            assert rank(other) < rank(name), f"{name} imports {other}, which comes later or stands beside it"
+        if room_of(other) == room_of(name):
+            continue
+        if room_of(other) == "worlds":
+            assert room_of(name) == "tasks", f"{name} imports {other}: only tasks may know a world"
+        else:
+            assert rank(other) < rank(name), f"{name} imports {other}, whose room comes later or stands beside its own"
 
 
 def test_there_is_no_circle() -> None:
     tuple(graphlib.TopologicalSorter(OURS).static_order())
 
 
-@pytest.mark.parametrize("name", sorted(name for name in FILES if name.split(".")[0] in ALONE))
+@pytest.mark.parametrize("name", ["functional", "conversations", *sorted(n for n in FILES if room_of(n) in ("settings", "worlds"))])
 def test_the_foundations_import_nothing_of_ours(name: str) -> None:
-    package = name.split(".")[0]
-    assert not {other for other in OURS[name] if package not in PACKAGES or other.split(".")[0] != package}
+    assert {room_of(other) for other in OURS[name]} <= {room_of(name)}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in FILES if room_of(n) in ("settings", "pipeline")))
+def test_settings_and_pipeline_import_no_torch(name: str) -> None:
+    assert not {room_of(other) for other in IMPORTS[name]} & WITHOUT_TORCH
 
 
 def test_the_teacher_cache_knows_no_model() -> None:
-    assert not {name.split(".")[0] for name in IMPORTS["teacher_cache"]} & {"torch", "transformers"}
+    assert not {room_of(name) for name in IMPORTS["teacher.cache"]} & {"torch", "transformers"}
 
 
-def test_the_pipeline_talks_to_launch_only_through_a_command_line() -> None:
-    assert OURS["pipeline"] | OURS["plan"] <= {"schema", "plan", "digests"}
+@pytest.mark.parametrize("name", sorted(n for n in FILES if room_of(n) == "pipeline"))
+def test_the_pipeline_talks_to_launch_only_through_a_command_line(name: str) -> None:
+    assert {room_of(other) for other in OURS[name]} <= {"settings", "pipeline"}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in FILES if room_of(n) == "tasks"))
+def test_a_task_imports_no_other_task(name: str) -> None:
+    assert not {other for other in OURS[name] if room_of(other) == "tasks"}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_imports_no_other_method_and_no_machinery(method: str) -> None:
     found = IMPORTS[method]
     assert not (found & set(METHODS)), f"{method} imports another method"
-    assert not ({name.split(".")[0] for name in found} & NOT_IN_A_METHOD)
+    assert not ({room_of(name) for name in found} & NOT_IN_A_METHOD)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in FILES if name.startswith("trainers.") and name not in METHODS))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from intervals import (
+from evaluation.intervals import (
     bootstrap_interval,
     paired_difference,
     proportion_interval,

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import launch
-from judge import Judge, Unparsed, filled, parsed
-from schema import JudgeConfig, typed
-from tasks.win_rate import alpaca_eval_rows, judged_points, length_controlled, win_rate
+from evaluation.win_rate import alpaca_eval_rows, judged_points, length_controlled, win_rate
+from rewards.judge import Judge, Unparsed, filled, parsed
+from settings.schema import JudgeConfig, typed
 from tests.helpers import composed, rows_of
 
 Reply = Callable[[str], tuple[int, str]]  # question -> HTTP status and what the judge says

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.latency import WARMUP
+from evaluation.latency import WARMUP
 from tests.helpers import WORDS, launch
 from tests.test_generation_vllm import MODEL, PYTHON, SLOWEST, has_vllm
 

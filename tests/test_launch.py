@@ -8,7 +8,7 @@ import pytest
 
 import launch as launcher
 import models
-from schema import ModelConfig, RunConfig, typed
+from settings.schema import ModelConfig, RunConfig, typed
 from tests.helpers import composed, launch, rows_of, write_pairs
 
 

@@ -18,8 +18,8 @@ import torch
 import yaml
 
 import models
-import saving
-from schema import ModelConfig, typed
+from engine import export as saving
+from settings.schema import ModelConfig, typed
 from tasks import evaluate
 from tests.helpers import composed, launch
 from tests.test_evaluation_report import settings_for

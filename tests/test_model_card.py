@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 
 import launch
 import models
-from digests import content_digest
-from model_card import Facts, Source, card
+from pipeline.digests import content_digest
+from report.model_card import Facts, Source, card
 from tests.helpers import composed, rows_of, write_pairs
 
 FACTS = Facts(

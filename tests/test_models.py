@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import models
-import saving
-import smollm2
+from assets import smollm2
 from dataloader import Sequences, Tokens, collate, encode_prompt, turn_end
-from schema import ModelConfig, typed
+from engine import export as saving
+from settings.schema import ModelConfig, typed
 from tests.helpers import ROOT, composed
 
 BYTES = "assets/byte_tokenizer"

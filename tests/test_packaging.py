@@ -9,7 +9,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from schema import settings_from
+from settings.schema import settings_from
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {
@@ -77,7 +77,7 @@ def test_every_model_composes_with_every_dataset_and_types(model: str) -> None:
 def test_base_model_holds_every_key_of_the_model_section() -> None:
     from dataclasses import fields
 
-    from schema import ModelConfig
+    from settings.schema import ModelConfig
 
     keys = yaml.safe_load((ROOT / "config/model/base_model.yaml").read_text(encoding="utf-8"))
     assert sorted(keys) == sorted(field.name for field in fields(ModelConfig))

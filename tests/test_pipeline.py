@@ -14,10 +14,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import digests
-from digests import digest_of
-from pipeline import run_pipeline
-from plan import Stage, build_plan, spelt
+from pipeline import digests
+from pipeline.digests import digest_of
+from pipeline.plan import Stage, build_plan, spelt
+from pipeline.runner import run_pipeline
 from tests.helpers import launch, write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from report import best_model, write_report
-from report_charts import panel_of, read_curves, ticks
+from evaluation.comparisons import best_model
+from report.charts import panel_of, read_curves, ticks
+from report.page import write_report
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'single'\x00\ud800"
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import launch
 import models
-from generation.rows import RowSampler, sample_rows
+from generation.on_policy import RowSampler, sample_rows
 from tests.helpers import composed, rows_of, write_pairs
 from tests.test_sharding import two
 from trainers.basic import BasicTrainer

@@ -9,7 +9,7 @@ import pytest
 import launch
 from dataloader import load_examples
 from models import load_tokenizer
-from schema import settings_from
+from settings.schema import settings_from
 from tasks import select
 from tests.helpers import composed, rows_of
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import launch
 import models
-import saving
+from engine import export as saving
+from engine.sharding import blocks_of
 from tests.helpers import ROOT, composed, rows_of, write_pairs
-from trainers.sharding import blocks_of
 
 # Sums over 8 ragged rows in another order, three to ten AdamW steps at lr 1e-3 (see test_layout.py).
 ATOL = 2e-5

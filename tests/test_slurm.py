@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 import launch as launcher
+from engine.preemption import REQUEUE
 from tests.helpers import ROOT, composed, launch, rows_of, write_pairs
 from tests.test_layout import assert_same
-from trainers.signals import REQUEUE
 
 pytestmark = pytest.mark.slurm
 SERVICE = ROOT / "tests" / "two_node_slurm.sh"

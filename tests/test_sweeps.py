@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import launch as launcher
-from intervals import seed_interval
-from sweeps import as_sweep, fixed_keys, folder_name
+from evaluation.intervals import seed_interval
+from pipeline.sweeps import as_sweep, fixed_keys, folder_name
 from tasks.report import best_rows, read_jobs, rows_of, table
 from tests.helpers import composed, launch, write_pairs
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from teacher_cache import Meta, Reader, Writer, content_key, finish
+from teacher.cache import Meta, Reader, Writer, content_key, finish
 
 META = Meta("logprob", 3, 100, "teacher", None, "tokenizer", "template", "data", "command")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tasks.text_statistics import ends_in_loop, refuses, repeated_grams, text_figures
+from evaluation.text_statistics import ends_in_loop, refuses, repeated_grams, text_figures
 
 PHRASES = ["I can't", "i'm sorry, but"]
 

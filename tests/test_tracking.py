@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.tracking import place, run_id
 from tests.helpers import ROOT, rows_of, write_pairs
-from trainers.tracking import place, run_id
 
 
 def records(path: Path) -> list:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from dataloader import Example, read_generations
+from engine.metrics import Mean
 from functional import entropies, expected_advantage, gather_logps, row_sums, token_logps
 from models import ResponseLogits
-from schema import one_of, require
+from settings.needs import Needs
+from settings.schema import one_of, require
+from teacher.lookup import generations_by_prompt, open_cache
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
-from trainers.metrics import Mean
-from trainers.needs import Needs
-from trainers.teacher import generations_by_prompt, open_cache
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import models
-import saving
 from dataloader import Example, Sequences, epoch_order, local_micro_batches
+from engine import checkpoint, sharding
+from engine import export as saving
+from engine import preemption as signals
+from engine.compiling import compile_blocks
+from engine.metrics import Mean, MetricsFile, Window, means, named
+from engine.optimizer import learning_rate_scale, optimizer_of, seed_step
+from engine.tracking import tracker
 from functional import token_logps
 from models import response_logits
-from schema import Settings
-from trainers import checkpoint, sharding, signals
+from settings.needs import Needs
+from settings.schema import Settings
 from trainers.batches import Batch, Item, items_digest, make_batch
-from trainers.compiling import compile_blocks
-from trainers.metrics import Mean, MetricsFile, Window, means, named
-from trainers.needs import Needs
-from trainers.strategy import learning_rate_scale, optimizer_of, seed_step
-from trainers.tracking import tracker
-from value_head import VALUE_HEAD
+from trainers.value_head import VALUE_HEAD
 
 
 class BasicTrainer:

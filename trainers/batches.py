@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dataloader import Sequences, Tokens, TopK, collate, unsupervised
-from teacher_cache import Entry, content_key
+from teacher.cache import Entry, content_key
 
 
 class Item(NamedTuple):

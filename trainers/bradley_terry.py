@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from dataloader import Example, Sequences
+from engine.metrics import Mean
 from models import last_token_scores
-from schema import require
+from settings.needs import Needs
+from settings.schema import require
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
-from trainers.metrics import Mean
-from trainers.needs import Needs
 from trainers.paired import logistic_loss
 
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dataloader import Example, Tokens
+from engine.metrics import Mean
 from functional import token_logps
 from models import ResponseLogits
-from schema import require
+from settings.needs import Needs
+from settings.schema import require
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
-from trainers.metrics import Mean
-from trainers.needs import Needs
 
 
 @dataclass(frozen=True)

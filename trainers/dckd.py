@@ -10,15 +10,15 @@ from functools import partial
 from torch import Tensor
 
 from dataloader import Example
+from engine.metrics import Mean
 from functional import gather_logps, token_logps, topk_kl
 from models import ResponseLogits
-from schema import one_of, require
-from teacher_cache import content_key
+from settings.needs import Needs
+from settings.schema import one_of, require
+from teacher.cache import content_key
+from teacher.lookup import open_cache
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
-from trainers.metrics import Mean
-from trainers.needs import Needs
-from trainers.teacher import open_cache
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from functional import log_collision, row_sums, token_logps
 from models import ResponseLogits
-from schema import one_of, require
+from settings.schema import one_of, require
 from trainers.batches import Batch
 from trainers.paired import BetaConfig, PairedTrainer, Pairs, logistic_loss
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dataloader import Example, Tokens
+from engine.metrics import Mean
 from functional import entropies, generalized_jsd
 from models import ResponseLogits, response_logits
-from schema import require
+from settings.needs import Needs
+from settings.schema import require
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item
-from trainers.metrics import Mean
-from trainers.needs import Needs
 from trainers.rollouts import Micros, answers, row_seed, with_reply
 
 

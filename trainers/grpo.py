@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from dataloader import Example
+from engine.metrics import Mean
 from functional import entropies, row_sums, token_logps
 from models import ResponseLogits
-from schema import one_of, require
+from settings.needs import Needs
+from settings.schema import one_of, require
 from trainers.batches import Batch, Item
-from trainers.metrics import Mean
-from trainers.needs import Needs
 from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import clipped_losses
 from trainers.rollouts import RewardedConfig, RolloutTrainer

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dataloader import Example, Tokens
+from engine.metrics import Mean
 from functional import row_sums, token_logps
 from models import ResponseLogits
-from schema import require
+from settings.needs import Needs
+from settings.schema import require
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item
-from trainers.metrics import Mean
-from trainers.needs import Needs
 from trainers.paired import check_humanline, humanline
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional import token_logps
-from schema import one_of, require
+from settings.schema import one_of, require
 from trainers.batches import Batch
 from trainers.paired import BetaConfig, PairedTrainer, Pairs, RatioConfig, logistic_loss
 

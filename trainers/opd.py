@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.metrics import Mean
 from functional import entropies, token_logps
 from models import ResponseLogits
-from schema import require
+from settings.needs import Needs
+from settings.schema import require
 from trainers.batches import Batch, Item
-from trainers.metrics import Mean
-from trainers.needs import Needs
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
 from trainers.rollouts import RolloutConfig, RolloutTrainer
 

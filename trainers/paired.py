@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataloader import Example
+from engine.metrics import Mean
 from functional import row_sums, token_logps
 from models import ResponseLogits
-from schema import require
+from settings.needs import Needs
+from settings.schema import require
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
-from trainers.metrics import Mean
-from trainers.needs import Needs
 
 
 class Pairs(NamedTuple):

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from dataloader import Sequences
+from engine.metrics import Mean
 from functional import entropies, token_logps
 from models import ResponseLogits
-from schema import one_of, require
+from settings.needs import Needs
+from settings.schema import one_of, require
 from trainers.batches import Batch, Item
-from trainers.metrics import Mean
-from trainers.needs import Needs
 from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
 from trainers.rollouts import Micros, RewardedConfig, RolloutTrainer
-from value_head import response_logits_and_values
+from trainers.value_head import response_logits_and_values
 
 ADVANTAGE = 4  # column of an item's figures: old log-prob, the reference's, old value, value target, advantage
 

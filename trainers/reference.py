@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from models import config_digest, tokenizer_digest
-from schema import ModelConfig
-from teacher_cache import content_key
+from settings.schema import ModelConfig
+from teacher.cache import content_key
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
 

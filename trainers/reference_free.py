@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schema import one_of, require
+from settings.needs import Needs
+from settings.schema import one_of, require
 from trainers.batches import Batch
-from trainers.needs import Needs
 from trainers.paired import PairedConfig, PairedTrainer, Pairs, logistic_loss
 
 # ---- the maths

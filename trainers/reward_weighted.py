@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from dataloader import Example
+from engine.metrics import Mean
 from functional import generalized_jsd, mixed_logps, row_sums, token_logps
 from models import ResponseLogits, response_logits
-from schema import one_of, require
+from settings.needs import Needs
+from settings.schema import one_of, require
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
-from trainers.metrics import Mean
-from trainers.needs import Needs
 from trainers.rollouts import reward_of
 
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # of the generalised JSD

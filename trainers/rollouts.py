@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 import models
-from checkers import resolve_checker, scored
 from dataloader import Example, Tokens
-from generation.rows import sample_rows
+from generation.on_policy import sample_rows
 from models import last_token_scores
-from schema import require
+from rewards.checkers import resolve_checker, scored
+from settings.schema import require
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
 

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from engine.metrics import Mean
 from functional import chunked_risk, full_kl, row_sums, token_logps
 from models import ResponseLogits
-from schema import one_of, require
+from settings.needs import Needs
+from settings.schema import one_of, require
 from trainers.batches import Batch
-from trainers.metrics import Mean
-from trainers.needs import Needs
 from trainers.paired import PairedTrainer, logistic_loss, pairs_of
 
 

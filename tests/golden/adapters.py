@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.optimizer import learning_rate_scale
 from functional import (
     entropies,
     expected_advantage,
@@ -23,7 +24,6 @@ from tests.golden import policy_gradient, preference
 from tests.golden.common import Outputs, Skip, Variant, forward_pair, gradient, response_tokens
 from trainers.dpo import dpo_loss, wpo_weights
 from trainers.log_ratio import ipo_loss
-from trainers.strategy import learning_rate_scale
 
 
 def dense(values: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""How long the sequences of a run are: tokenised where the data is on this machine, an upper bound where it is not."""
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import models
+from conversations import read_rows
+from dataloader import Example, Tokens, epoch_order, load_examples, local_micro_batches, read_generations
+from estimate.arithmetic import Batch, Work
+from settings.needs import Needs
+from settings.schema import Settings
+
+Slot = tuple[int, int, int]  # tokens, index of the first response token, response tokens
+
+
+class Lengths(NamedTuple):
+    """The sequences of one pass. items: those that were tokenised, a tuple of slots each (empty for an upper bound)."""
+
+    items: list[tuple[Slot, ...]]
+    number: int  # of items in the pass
+    work: Work
+    source: str  # where the numbers come from, for people
+
+    @property
+    def measured(self) -> bool:
+        """Tell whether every item was tokenised."""
+        return len(self.items) == self.number
+
+
+def slot_of(tokens: Tokens) -> Slot:
+    """Return the numbers of a sequence."""
+    return len(tokens.ids), tokens.response.index(True), sum(tokens.response)
+
+
+def training_slots(example: Example, needs: Needs) -> list[tuple[Slot, ...]]:
+    """Return the items that a method makes of an example; what a student will say is taken to be as long as the chosen."""
+    found = [tokens for tokens in (example.chosen, example.rejected, example.response) if tokens is not None]
+    if needs.data == "pairs":
+        return [tuple(slot_of(tokens) for tokens in found[:2])]
+    if needs.data == "feedback":
+        return [(slot_of(tokens),) for tokens in found]
+    answer = slot_of(example.response or example.chosen or found[0])
+    return [(answer, answer)] if needs.teacher == "advantage" else [(answer,)]
+
+
+def work_of(items: Sequence[tuple[Slot, ...]]) -> Work:
+    """Sum over the sequences of all items."""
+    slots = [slot for item in items for slot in item]
+    return Work(
+        len(slots), sum(n for n, _, _ in slots), sum(n * n for n, _, _ in slots), sum(responses for _, _, responses in slots)
+    )
+
+
+def is_here(settings: Settings, split: str) -> bool:
+    """Tell whether the files of a split are on this machine."""
+    sources = [getattr(dataset, split) for dataset in settings.datasets.values()]
+    return any(sources) and all(Path(source).expanduser().exists() for source in sources if source)
+
+
+def examples_of(settings: Settings, split: str) -> tuple[list[Example], int, int]:
+    """Tokenise at most estimate.rows rows of a split; return examples, the rows they come from and all rows there are."""
+    run, config = settings.run, settings.model
+    limit = run.n_examples if split == "train" else run.n_eval_examples
+    total = sum(
+        round(dataset.weight * len(read_rows(source, f"datasets.{name}.{split}")))
+        for name, dataset in settings.datasets.items()
+        if (source := getattr(dataset, split))
+    )
+    number = min(total, limit or total)
+    if config.load_from and not (Path(config.load_from).expanduser() / "config.json").is_file():
+        config = replace(config, load_from=None)  # a stage that has not run; its tokenizer is the one it started with
+    tokenizer = models.load_tokenizer(config)
+    with redirect_stdout(io.StringIO()):
+        sampled = min(number, settings.estimate.rows or number)
+        examples = load_examples(settings.datasets, split, tokenizer, config, sampled, run.seed)
+    return examples, sampled, number
+
+
+def scaled(items: Sequence[tuple[Slot, ...]], sampled: int, number: int) -> Lengths:
+    """Return the lengths of a pass from those of `sampled` of its `number` rows."""
+    if sampled >= number:
+        return Lengths(list(items), len(items), work_of(items), f"{len(items):,} items, all tokenised")
+    share = number / sampled
+    count = round(len(items) * share)
+    return Lengths(list(items), count, work_of(items).times(share), f"{count:,} items, lengths from {sampled:,} tokenised rows")
+
+
+def bounded(settings: Settings, examples: float | None, slots: int, prompt_only: bool = False) -> Lengths | None:
+    """Return what full-length rows would be: estimate.tokens, or a number of examples; None if neither is known."""
+    length, share, reply = settings.model.max_length, settings.estimate.response_share, 0
+    if prompt_only:
+        length, reply = settings.model.max_prompt_length, settings.generation.max_new_tokens
+    if settings.estimate.tokens is not None:
+        sequences = settings.estimate.tokens / (length + reply)
+        source = f"estimate.tokens, in rows of {length + reply:,} tokens"
+    elif examples is not None:
+        sequences, source = examples * slots, f"upper bound: {examples:,.0f} examples x {slots} x {length:,} tokens"
+    else:
+        return None
+    tokens = sequences * length
+    return Lengths([], round(sequences / slots), Work(sequences, tokens, tokens * length, tokens * share), source)
+
+
+def training_lengths(settings: Settings, needs: Needs, split: str = "train") -> Lengths | None:
+    """Return the lengths of one pass of training data; None if nothing says how much there is."""
+    run, config = settings.run, settings.model
+    slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
+    if settings.estimate.tokens is None and is_here(settings, split):
+        examples, sampled, number = examples_of(settings, split)
+        return scaled([item for example in examples for item in training_slots(example, needs)], sampled, number)
+    examples_seen = run.n_examples or (run.n_steps * config.batch_size if run.n_steps else None)
+    return bounded(settings, examples_seen, slots)
+
+
+def cache_lengths(settings: Settings) -> Lengths | None:
+    """Return the lengths of what task=cache scores."""
+    config = settings.cache
+    if config.generations and Path(config.generations).expanduser().is_file():
+        items = [(slot_of(g.tokens),) for g in read_generations(config.generations) if g.response_ids]
+        return scaled(items, len(items), len(items))
+    slots = 1 if config.generations else len(config.responses)
+    if settings.estimate.tokens is None and is_here(settings, config.split):
+        examples, sampled, number = examples_of(settings, config.split)
+        names = ["chosen"] if config.generations else config.responses
+        found = [[t for name in names if (t := getattr(e, name) or e.response) is not None] for e in examples]
+        return scaled([(slot_of(t),) for row in found for t in row], sampled, number)
+    return bounded(settings, settings.run.n_examples, slots)
+
+
+def prompt_lengths(settings: Settings) -> Lengths | None:
+    """Return the lengths of the prompts that task=generate answers; their responses are new."""
+    split = settings.generation.split
+    if settings.estimate.tokens is None and is_here(settings, split):
+        examples, sampled, number = examples_of(settings, split)
+        return scaled([((len(e.prompt), len(e.prompt), 0),) for e in examples], sampled, number)
+    return bounded(settings, settings.run.n_examples, 1, prompt_only=True)
+
+
+# ---- micro-batches
+
+
+def padded(items: Sequence[tuple[Slot, ...]]) -> Batch:
+    """Return the shape of the micro-batch of these items."""
+    slots = [slot for item in items for slot in item]
+    length = max(n for n, _, _ in slots)
+    # The position before a response predicts its first token; the last position predicts nothing.
+    columns = max(first - 1 + responses for _, first, responses in slots) - min(first - 1 for _, first, _ in slots)
+    return Batch(len(slots), length, columns, sum(responses for _, _, responses in slots))
+
+
+def largest(batches: Sequence[Batch]) -> Batch:
+    """Return a batch as large as the largest of each number."""
+    return Batch(*(max(numbers) for numbers in zip(*batches, strict=True)))
+
+
+def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int) -> Batch:
+    """Return the largest micro-batch of a device: of the run's first pass if all is tokenised, else of full-length rows."""
+    config = settings.model
+    micro = max(1, config.batch_size // (devices * config.gradient_accumulation_steps))
+    if not lengths.measured:
+        return full_batch(settings, lengths, micro * slots)
+    order = epoch_order(len(lengths.items), settings.run.seed, 0)
+    found = []
+    for start in range(0, len(order), config.batch_size):
+        step = order[start : start + config.batch_size]
+        for rank in range(devices):
+            parts = local_micro_batches(step, micro, config.gradient_accumulation_steps, rank, devices)
+            found += [padded([lengths.items[i] for i in part]) for part in parts if part]
+    return largest(found)
+
+
+def full_batch(settings: Settings, lengths: Lengths, rows: int) -> Batch:
+    """Return a micro-batch of rows of max_length tokens, response tokens in their usual share."""
+    length = settings.model.max_length
+    share = lengths.work.responses / max(1.0, lengths.work.tokens)
+    return Batch(rows, length, length - 1, round(rows * length * share))
+
+
+def chunked_batch(lengths: Lengths, size: int) -> Batch | None:
+    """Return the largest batch of `size` items taken in their order, as an evaluation takes them."""
+    starts = range(0, len(lengths.items), size)
+    return largest([padded(lengths.items[i : i + size]) for i in starts]) if lengths.items else None

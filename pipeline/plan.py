@@ -1,0 +1,331 @@
+"""The plan of a pipeline: recipes of the `pipeline` group -> stages with folder, digest and command. Nothing runs here.
+
+A stage lives in cache_dir/stages/NAME-DIGEST (digests.py says what counts). DONE there: skip. So a changed knob runs
+again exactly what is downstream, and two pipelines share a teacher.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from pipeline.digests import ROOT, SECTIONS, digest_of, reads
+from settings.schema import nearest, require, settings_from, typed
+
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+OWN_KEYS = ("pipeline", "hydra", "exp_name", "run_count", "cache_dir", "dry_run", "datasets", "estimate")
+PER_STAGE = {
+    "task": "pipeline.stages.STAGE.task=...",
+    "loss": "pipeline.stages.STAGE.set.loss.KEY=...",
+    "seed": "pipeline.seeds=[...]",
+    "model": "pipeline.teacher=GROUP and pipeline.student=GROUP",
+    "model.name_or_path": "++pipeline.teacher_set.model.name_or_path=... (or student_set)",
+    "model.load_from": "++pipeline.teacher_set.model.name_or_path=... (or student_set)",
+    "model.from_checkpoint": "++pipeline.teacher_set.model.name_or_path=... (or student_set)",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One entry of `stages`. `set` is laid over the stage's config; "{other}" in it is the folder of another stage, "{seed}" the seed."""
+
+    task: str = "train"
+    loss: str | None = None  # config group
+    model: str = "student"  # role: teacher | student
+    start: str | None = None  # stage whose FINAL folder this one starts from
+    data: str | None = None  # entry of `data`
+    set: dict[str, Any] = field(default_factory=dict)
+    accelerate_config: str | None = None
+    once: bool = False  # one instance for all seeds
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The `pipeline` group."""
+
+    name: str
+    teacher: str
+    student: str
+    stages: dict[str, Any]
+    parallel: int = 1
+    seeds: list[int] = field(default_factory=lambda: [1])
+    set: dict[str, Any] = field(default_factory=dict)
+    teacher_set: dict[str, Any] = field(default_factory=dict)
+    student_set: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    accelerate_config: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.parallel >= 1, f"pipeline.parallel={self.parallel} must be at least 1")
+        distinct = len(set(self.seeds)) == len(self.seeds) > 0
+        require(distinct, f"pipeline.seeds={self.seeds} must be one or more different numbers")
+
+
+class Stage(NamedTuple):
+    """A stage of one seed, ready to run."""
+
+    label: str
+    name: str
+    seed: int
+    digest: str
+    folder: Path
+    needs: tuple[Path, ...]
+    command: list[str]
+    config: dict[str, Any]  # composed, as its process will see it
+
+    @property
+    def done(self) -> bool:
+        """Tell whether the stage has finished."""
+        return (self.folder / "DONE").is_file()
+
+
+# ---- recipes
+
+
+def merged(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Lay nested mappings over one another, the later ones on top."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("a.b.c", value) for every leaf."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def mentioned(value: Any) -> list[str]:
+    """Return the stage names in the placeholders of a value."""
+    if isinstance(value, list):
+        return [name for item in value for name in mentioned(item)]
+    return [name for name in PLACEHOLDER.findall(value) if name != "seed"] if isinstance(value, str) else []
+
+
+def recipes_of(config: PipelineConfig) -> dict[str, Recipe]:
+    """Type the stages that are not switched off (null); models of switched-off stages leave the evaluation."""
+    recipes: dict[str, Recipe] = {}
+    for name, section in config.stages.items():
+        if section is None:
+            continue
+        recipe = typed(section, Recipe, f"pipeline.stages.{name}.")
+        require(recipe.model in ("teacher", "student"), f"pipeline.stages.{name}.model={recipe.model!r}: teacher or student")
+        data = config.data.get(recipe.data, {}) if recipe.data else {}
+        values = merged(config.set, (data or {}).get("set", {}), getattr(config, f"{recipe.model}_set"), recipe.set)
+        if "evaluation" in values:
+            values["evaluation"] = _evaluated(values["evaluation"], {n for n, other in config.stages.items() if other is None})
+        recipes[name] = typed({**section, "set": values}, Recipe)
+    return recipes
+
+
+def _evaluated(section: dict[str, Any], off: set[str]) -> dict[str, Any]:
+    """Return the evaluation section without the models of the stages that are switched off, and their references."""
+    names = {k: v for k, v in section.get("models", {}).items() if v and not off.intersection(mentioned(v))}
+    references = {k: v for k, v in section.get("reference", {}).items() if k in names and v}
+    return {**section, "models": names, "reference": references}
+
+
+def needs_of(recipe: Recipe) -> list[str]:
+    """Return the names of the stages whose output a recipe reads."""
+    names = [recipe.start] if recipe.start else []
+    names += [name for _, value in flat(recipe.set) for name in mentioned(value)]
+    return list(dict.fromkeys(names))
+
+
+def in_order(recipes: dict[str, Recipe]) -> list[str]:
+    """Return the names such that each stands after what it needs, else as written."""
+    for name, recipe in recipes.items():
+        for other in needs_of(recipe):
+            if other not in recipes:
+                raise ValueError(f"pipeline.stages.{name} needs stage {other!r}, which is not there.{nearest(other, list(recipes))}")
+    placed: list[str] = []
+    while len(placed) < len(recipes):
+        ready = [n for n in recipes if n not in placed and all(o in placed for o in needs_of(recipes[n]))]
+        if not ready:
+            raise ValueError(f"pipeline.stages need each other in a circle: {', '.join(n for n in recipes if n not in placed)}")
+        placed.append(ready[0])
+    return placed
+
+
+def check_lineage(recipes: dict[str, Recipe]) -> None:
+    """Refuse an advantage whose reference teacher is not what the aligned teacher started from."""
+    for name, recipe in recipes.items():
+        reference = recipe.set.get("cache", {}).get("reference")
+        if reference is None:
+            continue
+        key = f"pipeline.stages.{name}.set.cache.reference={reference}"
+        aligned = recipe.start
+        if aligned is None:
+            raise ValueError(f"{key}: the stage has no `start`, so there is no aligned teacher to compare with")
+        origin = recipes[aligned].start
+        if mentioned(reference) != [origin] or reference != f"{{{origin}}}/FINAL":
+            raise ValueError(
+                f"{key} is not what the aligned teacher {aligned!r} started from ({origin!r}): "
+                f"log pi_dpo - log pi_ref would not be its advantage. Write {{{origin}}}/FINAL"
+            )
+
+
+# ---- the plan
+
+
+def spelt(value: Any) -> str:
+    """Write a value in the grammar of Hydra's command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(spelt(v) for v in value)}]"
+    if not isinstance(value, str):
+        return repr(value)
+    plain = re.fullmatch(r"[A-Za-z_./][\w./:@-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf")
+    return value if plain else "'" + value.replace("'", "\\'") + "'"
+
+
+def key_of(override: str) -> str:
+    """Return the key of a command-line override."""
+    return override.lstrip("+~").split("=", 1)[0]
+
+
+def users_overrides(overrides: list[str], recipes: dict[str, Recipe]) -> list[str]:
+    """Return what goes to the stages; refuse what can only be meant for one of them."""
+    wired = {key: name for name, recipe in recipes.items() for key, value in flat(recipe.set) if mentioned(value)}
+    kept = []
+    for override in overrides:
+        key = key_of(override)
+        section = key.split(".")[0]
+        if key in PER_STAGE or section == "loss":
+            raise ValueError(f"{override}: every stage of a pipeline has its own {section}; write {PER_STAGE.get(key, PER_STAGE[section])}")
+        if key in wired:
+            raise ValueError(f"{override}: stage {wired[key]!r} gets it from another stage")
+        if section not in OWN_KEYS or "." in key and section == "datasets":
+            kept.append(override)
+    return kept
+
+
+def stage_overrides(recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str], values: dict[str, Any]) -> list[str]:
+    """Return a stage's command line without exp_name: groups, its own values, then what the user typed."""
+    sections = SECTIONS[recipe.task]
+    result = [f"task={recipe.task}"] + ([f"loss={recipe.loss}"] if recipe.loss else [])
+    if "model" in sections:
+        result.append(f"model={getattr(pipeline, recipe.model)}")
+    if groups and "datasets" in sections:
+        result.append(f"datasets={spelt(groups)}")
+    sets = [(key, value) for key, value in flat(values) if _read_by(recipe.task, key, groups)]
+    typed_by_user = [o for o in users if _read_by(recipe.task, key_of(o), groups)]
+    overridden = {key_of(o) for o in typed_by_user}
+    # Without ++ Hydra names an unknown key of a loss before anything runs.
+    result += [f"{'' if key.startswith('loss.') else '++'}{key}={spelt(value)}" for key, value in sets if key not in overridden]
+    return result + typed_by_user
+
+
+def _read_by(task: str, key: str, groups: list[str]) -> bool:
+    section, _, rest = key.partition(".")
+    return reads(task, section) and (section != "datasets" or rest.split(".")[0] in groups)
+
+
+def build_plan(config: dict[str, Any], overrides: list[str]) -> list[Stage]:
+    """Compose, check and digest every stage, in an order in which they can run; nothing is written."""
+    pipeline = typed(config["pipeline"], PipelineConfig, "pipeline.")
+    recipes = recipes_of(pipeline)
+    check_lineage(recipes)
+    order = in_order(recipes)
+    users = users_overrides(overrides, recipes)
+    stages_dir = Path(os.path.abspath(Path(config["cache_dir"]).expanduser())) / "stages"
+    built: dict[tuple[str, int], Stage] = {}
+    outer = GlobalHydra.instance().hydra  # the one that composed launch.py's own config, where there is one
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+            for name in order:
+                for seed in pipeline.seeds[:1] if recipes[name].once else pipeline.seeds:
+                    built[name, seed] = _stage(name, seed, recipes[name], pipeline, list(config["datasets"] or {}), users, built, stages_dir)
+    finally:
+        GlobalHydra.instance().hydra = outer
+    return list(built.values())
+
+
+def _stage(
+    name: str, seed: int, recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str],
+    built: dict[tuple[str, int], Stage], stages_dir: Path,
+) -> Stage:  # fmt: skip
+    if recipe.task not in SECTIONS:
+        raise ValueError(f"pipeline.stages.{name}.task={recipe.task!r} is not known.{nearest(recipe.task, list(SECTIONS))}")
+    if recipe.data is not None:
+        if recipe.data not in pipeline.data:
+            raise ValueError(f"pipeline.stages.{name}.data={recipe.data!r} is not in pipeline.data.{nearest(recipe.data, list(pipeline.data))}")
+        own = (pipeline.data[recipe.data] or {}).get("datasets")
+        if own is not None and groups and (pipeline.data[recipe.data] or {}).get("set"):
+            raise ValueError(f"pipeline={pipeline.name} brings its own data; for datasets={spelt(groups)} choose pipeline=adpa_plus or another")
+        groups = own or groups
+    if "datasets" in SECTIONS[recipe.task] and not groups:
+        raise ValueError(
+            f"pipeline={pipeline.name} has no data: add e.g. datasets=[dpo_mix], or for files of your own "
+            "datasets=[local] datasets.local.train=train.jsonl datasets.local.test=test.jsonl"
+        )
+    values = {**recipe.set, "seed": seed}
+    if recipe.start:
+        values = merged(values, {"model": {"load_from": f"{{{recipe.start}}}/FINAL"}})
+    values = _filled(values, seed, recipe, pipeline, built)
+    line = stage_overrides(recipe, pipeline, groups, users, values)
+    raw = _composed(name, tuple(line))
+    digest = digest_of(raw, stages_dir)
+    folder = stages_dir / f"{name}-{digest[:12]}"
+    needed = needs_of(recipe)
+    needs = tuple(stage.folder for (other, s), stage in built.items() if other in needed and (s == seed or recipe.once))
+    launcher = [sys.executable]
+    accelerate = recipe.accelerate_config or pipeline.accelerate_config
+    if accelerate and recipe.task == "train":
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", accelerate]
+    paths = [f"exp_name=stages/{folder.name}", f"cache_dir={spelt(str(stages_dir.parent))}"]
+    label = name if recipe.once or len(pipeline.seeds) == 1 else f"{name} seed {seed}"
+    return Stage(label, name, seed, digest, folder, needs, [*launcher, str(ROOT / "launch.py"), *line, *paths], raw)
+
+
+def _filled(values: Any, seed: int, recipe: Recipe, pipeline: PipelineConfig, built: dict[tuple[str, int], Stage]) -> Any:
+    """Replace "{stage}" by its folder; in a stage that runs once, repeat an entry whose key says {seed}."""
+    if isinstance(values, dict):
+        result = {}
+        for key, value in values.items():
+            for s in pipeline.seeds if "{seed}" in key else [seed]:
+                result[key.replace("{seed}", str(s))] = _filled(value, s, recipe, pipeline, built)
+        return result
+    if isinstance(values, list):
+        return [_filled(value, seed, recipe, pipeline, built) for value in values]
+    if not isinstance(values, str):
+        return values
+    if values == "{seed}":
+        return seed
+    return PLACEHOLDER.sub(lambda m: str(seed if m[1] == "seed" else built[m[1], seed].folder), values)
+
+
+@cache
+def _composed(name: str, line: tuple[str, ...]) -> dict[str, Any]:
+    """Compose a stage's config as launch.py will, and check all that can be checked before it runs."""
+    try:
+        raw = OmegaConf.to_container(compose("config", list(line)), resolve=True)
+    except HydraException as error:
+        raise ValueError(f"stage {name}: {str(error).splitlines()[0]}") from error
+    assert isinstance(raw, dict)
+    plain: dict[str, Any] = {str(key): value for key, value in raw.items()}
+    plain["datasets"] = plain.get("datasets") or {}
+    missing = [key for key, value in plain["loss"].items() if value == "???"]
+    require(not missing, f"pipeline.stages.{name} has no value for loss.{missing[0] if missing else ''}")
+    try:
+        settings_from(plain, None)
+    except ValueError as error:
+        raise ValueError(f"stage {name}: {error}") from error
+    return plain

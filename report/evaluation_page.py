@@ -1,0 +1,136 @@
+"""The readable side of task=evaluate: summary.md and report.html in the run's folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from evaluation import comparisons, latency
+from evaluation import harness as benchmarks
+from evaluation.records import Judged, main_temperature
+from evaluation.results import table
+from evaluation.win_rate import alpaca_eval_rows
+from models import local_source
+from report.gather import NUM_SAMPLES, Evaluation, advantages_of, curves_of, samples_of, tokens_of
+from report.page import write_report
+from report.tables import benchmarks_section, latency_section, pairs_section, replies_section
+from settings.schema import EvaluationConfig, Settings
+from teacher.cache import Reader
+
+TITLE = "Evaluation"
+
+
+def summary_text(table: str, results: Mapping[str, Any], timed: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return summary.md: the table, then what there is of comparisons, benchmarks and latency."""
+    parts = {
+        "Differences on the same prompts": comparisons.table(results.get("comparisons") or []),
+        "Differences on the same prompts, greedy": comparisons.table(results.get("greedy_comparisons") or []),
+        "lm-evaluation-harness": benchmarks.table(results["models"]),
+        "Latency": latency.table(timed),
+    }
+    found = "".join(f"\n## {title}\n\n{part}" for title, part in parts.items() if part)
+    judged = f"\n{table}" if table.count("|") > 3 * table.count("\n") else ""  # a table of names alone says nothing
+    return f"# {TITLE}\n{judged}{found}"
+
+
+def check_advantages(config: EvaluationConfig) -> None:
+    """Refuse an evaluation.advantages that is no finished cache of advantages, before a model loads."""
+    if config.advantages is None:
+        return
+    quantity = Reader(config.advantages).meta.quantity
+    if quantity != "advantage":
+        raise ValueError(f"evaluation.advantages={config.advantages} caches {quantity}s: give one of task=cache cache.reference=FOLDER")
+    _reader_for(config.advantages, next(iter(config.models.values())))
+
+
+def _reader_for(cache: str, model: str) -> tuple[Reader, Any]:
+    """Open a cache with the tokenizer of a model; ValueError where they have other vocabularies."""
+    reader = Reader(cache)
+    tokenizer: Any = AutoTokenizer.from_pretrained(local_source(model), trust_remote_code=False)
+    if reader.meta.vocab_size != len(tokenizer):
+        raise ValueError(f"evaluation.advantages={cache} is over {reader.meta.vocab_size} tokens, the tokenizer of {model} has {len(tokenizer)}")
+    return reader, tokenizer
+
+
+def advantages_in(cache: str, model: str) -> list[dict[str, Any]]:
+    """Return sequences of an advantage cache, decoded with the model's tokenizer, as the report takes them."""
+    reader, tokenizer = _reader_for(cache, model)
+    rows = []
+    for ids, response in reader.sequences(NUM_SAMPLES):
+        prompt = [token for token, on in zip(ids, response, strict=True) if not on]
+        said = [token for token, on in zip(ids, response, strict=True) if on]
+        tokens = tokens_of(tokenizer, said, reader.get(ids, response))
+        rows.append({"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "tokens": tokens})
+    return rows
+
+
+def write_artifacts(
+    run_dir: Path, table: str, results: dict[str, Any], timed: Mapping[str, Sequence[Mapping[str, Any]]], cache: str | None
+) -> None:
+    """Write summary.md and report.html; samples.jsonl stands there already."""
+    (run_dir / "summary.md").write_text(summary_text(table, results, timed), encoding="utf-8")
+    evaluation = Evaluation(run_dir, results["seed"], results, {})
+    models = results["models"]
+    more = pairs_section(models) + replies_section(models) + benchmarks_section(models) + latency_section(timed)
+    write_report(
+        run_dir, TITLE, curves_of([evaluation]), results, samples_of(evaluation),
+        advantages_in(cache, next(iter(models.values()))["folder"]) if cache else advantages_found(evaluation), more,
+    )  # fmt: skip
+
+
+def advantages_found(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the advantages that a model learnt from; none, with a note, where its cache is no longer there."""
+    try:
+        return advantages_of(evaluation)
+    except (ValueError, OSError) as error:
+        print(f"note: report.html shows no advantages: {str(error).splitlines()[0]}")
+        return []
+
+
+MAX_SAMPLES = 200  # replies a model in samples.jsonl
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_results(settings: Settings, results: dict[str, Any], judged: dict[str, Judged]) -> None:
+    """Write samples.jsonl, scores.json, results.md, summary.md, report.html and, last, results.json."""
+    run_dir = settings.run.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    first = next(iter(judged.values()))
+    temperatures = list(first.replies)
+    main = main_temperature(temperatures)
+    if main is not None:
+        samples = []
+        for i, prompt in enumerate(first.prompts[:MAX_SAMPLES]):
+            texts = {name: one.replies[main].texts[i] for name, one in judged.items()}
+            scores = {name: one.replies[main].scores[i] for name, one in judged.items() if one.replies[main].scores}
+            samples.append(
+                json.dumps(
+                    {"prompt": prompt, "temperature": main, "responses": texts, "scores": scores}, ensure_ascii=False
+                )
+            )
+        _write(run_dir / "samples.jsonl", "\n".join(samples) + "\n")
+        (run_dir / "alpaca_eval").mkdir(exist_ok=True)
+        for name, one in judged.items():
+            rows = alpaca_eval_rows(one.prompts, one.replies[main].texts, name)
+            _write(run_dir / "alpaca_eval" / f"{name}.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+        every = {
+            f"{temperature:g}": {name: one.replies[temperature].scores for name, one in judged.items()}
+            for temperature in temperatures
+        }
+        if first.majority_scores:
+            every["majority"] = {name: one.majority_scores for name, one in judged.items()}
+        _write(run_dir / "scores.json", json.dumps(every) + "\n")
+    _write(run_dir / "results.md", table(results))
+    timed = {name: one.latency for name, one in judged.items() if one.latency}
+    if timed:
+        _write(run_dir / "latency.json", json.dumps(timed, indent=1) + "\n")
+    write_artifacts(run_dir, table(results), results, timed, settings.evaluation.advantages)
+    _write(run_dir / "results.json", json.dumps(results, indent=1) + "\n")

@@ -1,0 +1,90 @@
+"""What a report shows beside its scores, gathered from run folders: curves, sample responses, advantages token by token."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from transformers import AutoTokenizer
+
+from dataloader import read_generations
+from teacher.cache import Entry, Reader
+
+NUM_SAMPLES = 12
+
+
+class Evaluation(NamedTuple):
+    """What task=evaluate wrote for one seed; scores: {temperature: {model: [score of each prompt]}}."""
+
+    folder: Path
+    seed: int
+    results: dict[str, Any]
+    scores: dict[str, dict[str, list[float]]]
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read an evaluation; ValueError if it is not whole."""
+    for name in ("DONE", "results.json", "scores.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no finished evaluation with a checker: {name} is missing. Run task=evaluate there")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    return Evaluation(folder, results["seed"], results, scores)
+
+
+def curves_of(evaluations: list[Evaluation]) -> dict[str, Path]:
+    """Return the metrics.jsonl beside each evaluated model, by seed_N/model."""
+    found = {}
+    for e in evaluations:
+        for name, row in e.results["models"].items():
+            file = Path(row["folder"]).parent / "metrics.jsonl"
+            if file.is_file():
+                found[f"seed_{e.seed}/{name}" if len(evaluations) > 1 else name] = file
+    return found
+
+
+def samples_of(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the first replies of every model, as the report takes them."""
+    file = evaluation.folder / "samples.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    rows = [json.loads(line) for line in lines[:NUM_SAMPLES] if line]
+    return [
+        {"prompt": row["prompt"], "model": model, "response": response, "score": row["scores"].get(model)}
+        for row in rows
+        for model, response in row["responses"].items()
+    ]
+
+
+def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return generated responses with each token's advantage and the teacher's top entries.
+
+    They come from the cache that the last model with advantages learnt from; none, if there is no such model.
+    """
+    for row in reversed(evaluation.results["models"].values()):
+        folder = Path(row["folder"])
+        stored = folder.parent / "config.yaml"
+        loss = yaml.safe_load(stored.read_text(encoding="utf-8")).get("loss", {}) if stored.is_file() else {}
+        if not loss.get("advantages"):
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        reader = Reader(loss["advantages"])
+        generations = read_generations(loss["generations"])[:: max(1, reader.meta.num_sequences // NUM_SAMPLES)][:NUM_SAMPLES]
+        return [
+            {"prompt": g.prompt[-1]["content"], "tokens": tokens_of(tokenizer, g.response_ids, reader.get(g.tokens.ids, g.tokens.response))}
+            for g in generations
+        ]
+    return []
+
+
+def tokens_of(tokenizer: Any, response_ids: list[int], entry: Entry) -> list[dict[str, Any]]:
+    """Return a response's tokens as the report takes them: text, own advantage, the teacher's top entries."""
+    tokens = []
+    for i, token in enumerate(response_ids):
+        ids, values = entry.ids[i].tolist(), [float(v) for v in entry.values[i]]
+        assert entry.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
+        likely = [math.exp(float(v)) for v in entry.teacher_logps[i]]
+        top = [[tokenizer.decode([a]), value, p] for a, value, p in zip(ids, values, likely, strict=True)]
+        own = values[ids.index(token)] if token in ids else None
+        tokens.append({"text": tokenizer.decode([token]), "advantage": own, "top": top})
+    return tokens

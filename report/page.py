@@ -1,0 +1,345 @@
+"""One self-contained report.html of a run: scores with intervals, training curves, responses, advantages.
+
+The file opens offline: style and script stand inside it, charts are inline SVG, and a content security policy forbids
+every request. What models and data say is untrusted: it reaches the page through `text` only.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.comparisons import all_pairs, best_model, interval_of, is_number
+from report.charts import Curves, Plotted, Series, interval_chart, line_chart, panel_of, read_curves
+
+HERE = Path(__file__).resolve().parent
+MOST_OPEN = 15  # differences that stand open: more are folded away
+MAX_TOP = 12  # entries of a token's list on hover
+# Panels that stand open, in this order; every other metric is folded away.
+MAIN_PANELS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected", "advantage", "entropy")
+
+
+def text(value: object) -> str:
+    """Escape anything for HTML; lone surrogates and control characters, which models do write, become visible marks."""
+    clean = str(value).encode("utf-8", "replace").decode("utf-8")
+    return html.escape("".join(c if c in "\n\t" or c.isprintable() or c == "\u200d" else "\ufffd" for c in clean))
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Write a score; a dash where there is none."""
+    return f"{value:.{digits}f}" if is_number(value) else "–"
+
+
+# ---- results
+
+
+def results_section(results: Mapping[str, Any]) -> str:
+    """Draw the interval plot and the table."""
+    models = results.get("models") or {}
+    if not models:
+        return section("results", "Scores", '<p class="empty">No scores in this run.</p>')
+    corrected = all_pairs(results.get("comparisons"))
+    best = best_model(models, results.get("comparisons"))
+    seeds = any(interval_of(entry, "ci95_over_seeds") for entry in models.values())
+    rows = "".join(result_row(name, entry, name == best, seeds) for name, entry in models.items())
+    columns = ["model", "score", "95 % over prompts", *(["95 % over seeds"] if seeds else []), "greedy", "95 % over prompts", "n", "per seed"]
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    table = (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Scores of every model"><table class="results">'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+    plotted = [
+        Plotted(
+            text(name), entry["score"], interval_of(entry), interval_of(entry, "ci95_over_seeds"),
+            (entry.get("greedy") or {}).get("score"), list(seed_scores(entry).values()),
+        )
+        for name, entry in models.items()
+        if is_number(entry.get("score"))
+    ]  # fmt: skip
+    legend = (
+        '<p class="legend"><span><i class="key dot"></i>sampled score, 95 % over prompts</span>'
+        + ('<span><i class="key thin"></i>95 % over seeds</span><span><i class="key tick"></i>one seed</span>' if seeds else "")
+        + '<span><i class="key diamond"></i>greedy</span></p>'
+    )
+    if corrected:
+        why = ("its score is above every other one", "no score is above all the others", " on the same prompts, after Holm’s correction for all pairs.")
+    else:
+        why = (f"its interval {'' if seeds else 'over prompts '}lies above every other one", "no interval lies above all the others", ".")
+    notes = [f"<b>{text(best)}</b> is marked: {why[0]}{why[2]}" if best else f"No model is marked best: {why[1]}{why[2]}"]
+    if not seeds:
+        notes.append("No interval over seeds: these say what other prompts would change, not what training again would.")
+    notes += [greedy_note(models)] if greedy_note(models) else []
+    body = legend + interval_chart(plotted) + table + "".join(f'<p class="note">{note}</p>' for note in notes)
+    body += differences(results.get("comparisons") or [], "sampled") + differences(results.get("greedy_comparisons") or [], "greedy")
+    return section("results", "Scores", body)
+
+
+def seed_scores(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores by seed, in order; a seed's entry is a number or has a `score`."""
+    per_seed = entry.get("per_seed") or {}
+    pairs = per_seed.items() if isinstance(per_seed, Mapping) else enumerate(per_seed, start=1)
+    return {str(seed): value.get("score") if isinstance(value, Mapping) else value for seed, value in pairs}
+
+
+def differences(rows: Sequence[Mapping[str, Any]], how: str) -> str:
+    """Write paired differences; a sign says on which side of 0 the whole interval lies."""
+    if not rows:
+        return ""
+    written, seeds, corrected = "", any(interval_of(row, "ci95_over_seeds") for row in rows), all_pairs(rows)
+    for row in rows:
+        interval = interval_of(row, "ci95_over_seeds") or interval_of(row)
+        mark = ("▲ separate" if row["separate"] else "not separate") if corrected else "" if interval is None else "▲ above 0" if interval[0] > 0 else "▼ below 0" if interval[1] < 0 else "holds 0"
+        spans = "".join(f"<td>{signed_interval(row, key)}</td>" for key in ("ci95", *(["ci95_over_seeds"] if seeds else [])))
+        tests = f"<td>{number(row['p'], 4)}</td><td>{number(row['p_holm'], 4)}</td>" if corrected else ""
+        written += (
+            f'<tr><th scope="row">{text(row["first"])} − {text(row["second"])}</th><td>{signed(row["difference"])}</td>'
+            f"{spans}{tests}<td>{mark}</td></tr>"
+        )
+    last = ("p", "p, Holm", "all pairs") if corrected else ("interval",)
+    columns = (f"models, {how}", "difference", "95 % over prompts", *(["95 % over seeds"] if seeds else []), *last)
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    return (
+        f'<details{" open" if how == "sampled" and len(rows) <= MOST_OPEN else ""}><summary>Differences on the same prompts, {how}</summary><div class="scroll" tabindex="0" '
+        f'role="region" aria-label="Differences, {how}"><table class="differences"><thead><tr>{head}</tr></thead><tbody>{written}</tbody></table></div></details>'
+    )
+
+
+def signed(value: Any) -> str:
+    """Write a number with its sign."""
+    return f"{value:+.3f}".replace("-", "−") if is_number(value) else "–"
+
+
+def signed_interval(entry: Mapping[str, Any], key: str) -> str:
+    """Write [low, high] with signs."""
+    interval = interval_of(entry, key)
+    return f"[{signed(interval[0])}, {signed(interval[1])}]" if interval else "–"
+
+
+def result_row(name: str, entry: Mapping[str, Any], best: bool, over_seeds: bool) -> str:
+    """Write one row of the table."""
+    seeds = entry.get("seeds")
+    count = len(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else seeds
+    per_seed = " ".join(
+        f'<span class="seed"><small>{text(seed)}</small> {number(value)}</span>' for seed, value in seed_scores(entry).items()
+    )
+    per_seed = per_seed or (f"{text(count)} seed(s)" if count is not None else "–")
+    mark = ' <span class="badge">▲ separated</span>' if best else ""
+    greedy = entry.get("greedy") or {}
+    return (
+        f'<tr{" class=best" if best else ""}><th scope="row">{text(name)}{mark}</th>'
+        f"<td>{number(entry.get('score'))}</td><td>{written_interval(entry)}</td>"
+        + (f"<td>{written_interval(entry, 'ci95_over_seeds')}</td>" if over_seeds else "")
+        + f"<td>{number(greedy.get('score'))}</td><td>{written_interval(greedy)}</td>"
+        f'<td>{text(entry.get("n", "–"))}</td><td class="left">{per_seed}</td></tr>'
+    )
+
+
+def written_interval(entry: Mapping[str, Any], key: str = "ci95") -> str:
+    """Write [low, high]."""
+    interval = interval_of(entry, key)
+    return f"[{number(interval[0])}, {number(interval[1])}]" if interval else "–"
+
+
+def greedy_note(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say where greedy decoding puts another model first."""
+    sampled = {n: e["score"] for n, e in models.items() if is_number(e.get("score"))}
+    greedy = {n: e["greedy"]["score"] for n, e in models.items() if is_number((e.get("greedy") or {}).get("score"))}
+    if not sampled or len(greedy) < 2:
+        return ""
+    first, first_greedy = max(sampled, key=sampled.__getitem__), max(greedy, key=greedy.__getitem__)
+    if first == first_greedy:
+        return ""
+    return f"Sampling and greedy decoding disagree: the highest score is {text(first)} sampled, {text(first_greedy)} greedy."
+
+
+# ---- training curves
+
+
+def curves_section(curves: Mapping[str, Path]) -> str:
+    """Draw small multiples for every stage; names like seed_2/dckd put several seeds into one panel."""
+    stages: dict[str, dict[str, Curves]] = {}
+    for name, path in curves.items():
+        seed, slash, stage = name.partition("/") if name.startswith("seed") else ("", "", name)
+        stages.setdefault(stage if slash else name, {})[seed] = read_curves(Path(path))
+    if not stages:
+        return section("curves", "Training", '<p class="empty">No training curves in this run.</p>')
+    legend = (
+        '<p class="legend"><span><i class="key line train"></i>training</span>'
+        '<span><i class="key line eval"></i>held out</span><span>horizontal axis: optimizer step</span></p>'
+    )
+    return section("curves", "Training", legend + "".join(stage_block(stage, seeds) for stage, seeds in stages.items()))
+
+
+def stage_block(stage: str, seeds: Mapping[str, Curves]) -> str:
+    """Draw a stage's panels: the main ones open, the rest folded."""
+    panels: dict[str, list[Series]] = {}
+    for seed, read in seeds.items():
+        for metric, points in read.points.items():
+            panel, split = panel_of(metric)
+            panels.setdefault(panel, []).append(Series(split, seed, sorted(points)))
+    part_apart(panels)
+    main = [name for name in MAIN_PANELS if name in panels]
+    rest = sorted(name for name in panels if name not in main)
+    problems = "".join(
+        f'<p class="note">{text(f"{seed}: " if seed else "")}{text(read.problem)}</p>' for seed, read in seeds.items() if read.problem
+    )
+    count = f" <small>{len(seeds)} seeds</small>" if len(seeds) > 1 else ""
+    body = f'<div class="panels">{"".join(line_chart(text(name), panels[name]) for name in main)}</div>' if main else ""
+    if rest:
+        more = "".join(line_chart(text(name), panels[name]) for name in rest)
+        body += f'<details{"" if main else " open"}><summary>{len(rest)} more</summary><div class="panels">{more}</div></details>'
+    return f'<div class="stage"><h3>{text(stage)}{count}</h3>{body}{problems}</div>'
+
+
+def part_apart(panels: dict[str, list[Series]]) -> None:
+    """Give the held-out loss a panel of its own where it has fewer terms than the training loss: no axis for both."""
+    terms = {split: {name[5:] for name in panels if name.startswith("term/") and any(s.split == split for s in panels[name])} for split in ("train", "eval")}
+    if terms["eval"] and terms["eval"] != terms["train"] and "loss" in panels:
+        panels[f"loss ({', '.join(sorted(terms['eval']))} alone)"] = [s for s in panels["loss"] if s.split == "eval"]
+        panels["loss"] = [s for s in panels["loss"] if s.split == "train"]
+
+
+# ---- responses
+
+
+def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Lay responses side by side: a row per prompt, a column per model."""
+    if not samples:
+        return section("responses", "Responses side by side", '<p class="empty">No responses in this run.</p>')
+    prompts = list(dict.fromkeys(str(row["prompt"]) for row in samples))
+    models = list(dict.fromkeys(str(row["model"]) for row in samples))
+    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in samples:
+        cells.setdefault((str(row["prompt"]), str(row["model"])), []).append(row)
+    head = "".join(f'<th scope="col">{text(model)}</th>' for model in models)
+    rows = "".join(
+        f'<tr><th scope="row">{text(prompt)}</th>'
+        + "".join(f"<td>{''.join(response_cell(r) for r in cells.get((prompt, model), ())) or '–'}</td>" for model in models)
+        + "</tr>"
+        for prompt in prompts
+    )
+    table = (
+        '<div class="scroll tall" tabindex="0" role="region" aria-label="Responses side by side"><table class="responses">'
+        f'<thead><tr><th scope="col">prompt</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+    return section("responses", "Responses side by side", table)
+
+
+def response_cell(row: Mapping[str, Any]) -> str:
+    """Write a response under its mark: a sign and a word, colour only beside them."""
+    score = row.get("score")
+    if not is_number(score):
+        kind, mark = "none", "not judged"
+    elif score >= 1:
+        kind, mark = "good", "✓ right"
+    elif score <= 0:
+        kind, mark = "bad", "✗ wrong"
+    else:
+        kind, mark = "part", f"◐ {number(score, 2)}"
+    response = text(row.get("response", "")) or "<em>empty</em>"
+    return f'<div class="response {kind}"><span class="mark">{mark}</span><div class="said">{response}</div></div>'
+
+
+# ---- advantages
+
+
+def advantages_section(advantages: Sequence[Mapping[str, Any]]) -> str:
+    """Colour each generated token by its own advantage; the teacher's top entries show on hover and on focus."""
+    if not advantages:
+        return section("advantages", "Advantages, token by token", '<p class="empty">No advantages in this run.</p>')
+    sizes = sorted(abs(t["advantage"]) for row in advantages for t in row["tokens"] if is_number(t.get("advantage")))
+    scale = max(sizes[int(0.95 * (len(sizes) - 1))], 1e-6) if sizes else 1.0
+    legend = (
+        f'<p class="legend"><span><i class="key ramp"></i><span>−{number(scale, 2)} … 0 … +{number(scale, 2)} nat '
+        "(log π<sub>dpo</sub> − log π<sub>ref</sub>)</span></span>"
+        '<span><span class="tok neg sample">lower</span> dotted line: the aligned teacher likes it less</span>'
+        '<span><span class="tok pos sample">higher</span> solid line: more</span>'
+        '<span><span class="tok none sample">outside</span> not among the teacher’s top entries</span>'
+        '<label><input type="checkbox" id="values"> show the numbers</label></p>'
+        '<p class="note">Point at a token, or reach a response with Tab and its tokens with the arrow keys.</p>'
+    )
+    blocks = "".join(advantage_block(i, row, scale) for i, row in enumerate(advantages))
+    tip = '<div id="tip" role="tooltip" hidden></div>'
+    return section("advantages", "Advantages, token by token", legend + blocks + tip)
+
+
+def advantage_block(index: int, row: Mapping[str, Any], scale: float) -> str:
+    """Write a prompt and its response as coloured tokens; their lists travel as JSON beside them."""
+    tokens = "<wbr>".join(token_span(token, scale) for token in row["tokens"])
+    tops = [
+        [
+            [str(name), round(value, 3), round(probability, 4)]
+            for name, value, probability in token.get("top", ())[:MAX_TOP]
+            if is_number(value) and is_number(probability)
+        ]
+        for token in row["tokens"]
+    ]
+    # "<" as an escape: no text inside can close the script element.
+    data = json.dumps(tops, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return (
+        f'<div class="advantages"><p class="prompt">{text(row["prompt"])}</p>'
+        f'<p class="tokens" role="group" aria-label="response {index + 1}">{tokens}</p>'
+        f'<script type="application/json">{data}</script></div>'
+    )
+
+
+def token_span(token: Mapping[str, Any], scale: float) -> str:
+    """Write one token: its sign as a line below it, its size as the strength of the colour."""
+    value = token.get("advantage")
+    shown = text(str(token["text"]).replace("\n", "↵\n").replace("\t", "⇥"))
+    if not is_number(value):
+        return f'<span class="tok none" tabindex="0" data-a="outside the top entries">{shown}</span>'
+    strength = min(1.0, abs(value) / scale)
+    kind = "pos" if value >= 0 else "neg"
+    shown_value = f"{value:+.2f}".replace("-", "−")
+    return f'<span class="tok {kind}" tabindex="0" style="--s:{strength:.2f}" data-a="{shown_value}">{shown}</span>'
+
+
+# ---- the page
+
+
+def section(name: str, title: str, body: str) -> str:
+    """Wrap a part of the page."""
+    return f'<section id="{name}"><h2>{title}</h2>{body}</section>'
+
+
+def page(title: str, body: str) -> str:
+    """Put style and script inside the page; the policy allows this very script and no request at all."""
+    style = (HERE / "report.css").read_text(encoding="utf-8")
+    script = (HERE / "report.js").read_text(encoding="utf-8")
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
+    links = {"results": "Scores", "pairs": "Pairs", "replies": "Replies", "benchmarks": "Benchmarks", "latency": "Latency", "curves": "Training", "responses": "Responses", "advantages": "Advantages"}
+    menu = "".join(f'<a href="#{name}">{label}</a>' for name, label in links.items() if f'id="{name}"' in body)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>{text(title)}</title><style>{style}</style></head><body>"
+        f"<header><h1>{text(title)}</h1><nav>{menu}</nav></header><main>{body}</main>"
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def write_report(
+    run_dir: Path, title: str, curves: Mapping[str, Path], results: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]], advantages: Sequence[Mapping[str, Any]], more: str = "",
+) -> Path:  # fmt: skip
+    """Write run_dir/report.html, whole or not at all, and return its path.
+
+    curves: stage (or seed_N/stage) -> its metrics.jsonl. results: {"models": {name: {"score", "ci95", "n", "seeds",
+    "per_seed", "ci95_over_seeds" (optional), "greedy": {"score", "ci95"}}}, "comparisons" (optional)}. samples: {"prompt", "model", "response", "score"}. advantages:
+    {"prompt", "tokens": [{"text", "advantage" | None, "top": [[text, advantage, teacher probability], ...]}]}.
+    more: sections that stand below the scores, as HTML made by `section` and `text`.
+    """
+    body = results_section(results) + more + curves_section(curves) + samples_section(samples) + advantages_section(advantages)
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    part = run_dir / f"report.html.{os.getpid()}"
+    part.write_text(page(title, body), encoding="utf-8")
+    part.replace(run_dir / "report.html")
+    return run_dir / "report.html"

@@ -1,0 +1,68 @@
+"""Scores by a reward model: replies as text, tokenised with the reward model's own tokenizer and template."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import models
+from conversations import Message
+from dataloader import Sequences, Tokens, collate, encode_turn, fit_prompt
+from settings.schema import ModelConfig, Settings
+
+
+def check_reward_model(folder: str, key: str) -> None:
+    """Refuse a folder that holds no reward model with one label: its head would be drawn at random."""
+    path = Path(models.local_source(folder)) / "config.json"
+    if not path.is_file():
+        return  # a hub name: the loader says what is wrong with it
+    found = json.loads(path.read_text(encoding="utf-8"))
+    kinds, labels = found.get("architectures") or [], found.get("id2label", {"0": "", "1": ""})
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or len(labels) != 1:
+        raise ValueError(
+            f"{key}={folder} is no reward model: it holds {', '.join(kinds) or 'no architecture'} with {len(labels)} label(s), and a "
+            "...ForSequenceClassification with one label is needed, as loss=bradley-terry writes it"
+        )
+
+
+class RewardModel:
+    """A reward model on this process's device."""
+
+    def __init__(self, settings: Settings, folder: str, key: str) -> None:
+        check_reward_model(folder, key)
+        self.config: ModelConfig = replace(
+            settings.model, name_or_path=folder, tokenizer_name_or_path=None, load_from=None, from_checkpoint=None, build=None, num_layers=None,
+        )  # fmt: skip
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = models.load_tokenizer(self.config)
+        dtype = models.resolve_dtype(self.config.policy_dtype, self.device)
+        loaded: Any = models.load_model(self.config, dtype=dtype, trainable=False, head="reward")
+        self.model = loaded.to(self.device)
+        models.set_padding(self.model, self.tokenizer)
+        self.shortened: Counter[str] = Counter()
+
+    def tokens(self, prompt: list[Message], response: str, ended: bool) -> Tokens:
+        """Tokenise a reply; one that was cut has no end-of-turn token."""
+        prompt, prompt_ids = fit_prompt(self.tokenizer, prompt, self.config.max_prompt_length, self.shortened)
+        turn = encode_turn(self.tokenizer, prompt, {"role": "assistant", "content": response}, self.shortened)
+        turn = turn if ended else turn[:-1]
+        ids = (prompt_ids + turn)[: self.config.max_length]
+        self.shortened["response cut"] += len(prompt_ids) + len(turn) > self.config.max_length
+        return Tokens(ids, [False] * len(prompt_ids) + [True] * (len(ids) - len(prompt_ids)))
+
+    @torch.inference_mode()
+    def scores(self, rows: Sequence[tuple[list[Message], str, bool]], batch_size: int, label: str) -> list[float]:
+        """Return the score of each (prompt, response, whether it ended), longest first on the device."""
+        every = [self.tokens(*row) for row in rows]
+        order = sorted(range(len(every)), key=lambda i: -len(every[i].ids))
+        found: dict[int, float] = {}
+        for start in tqdm(range(0, len(order), batch_size), desc=label, mininterval=1):
+            chunk = order[start : start + batch_size]
+            batch = Sequences(*(part.to(self.device) for part in collate([every[i] for i in chunk], self.tokenizer.pad_token_id)))
+            found.update(zip(chunk, models.last_token_scores(self.model, batch).tolist(), strict=True))
+        return [found[i] for i in range(len(rows))]

@@ -1,0 +1,211 @@
+"""Typed configuration: YAML holds values and comments, these flat frozen dataclasses hold types and checks.
+
+`typed` turns a plain section into its dataclass once; after that no DictConfig exists. Everything that can be
+refused is refused here, before a model loads: the message names the key, the value seen and what to do.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from settings.sections import (
+    CacheConfig,
+    EstimateConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    JudgeConfig,
+    LabelConfig,
+    SelectConfig,
+    WorldConfig,
+)
+from settings.typed import nearest, one_of, require, typed
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The keys at the root of the configuration: the run, the schedule and the optimizer."""
+
+    task: str
+    exp_name: str
+    run_count: str | None
+    cache_dir: str
+    seed: int
+    debug: bool
+    lr: float
+    n_epochs: int
+    n_steps: int | None
+    n_examples: int | None
+    n_eval_examples: int | None
+    eval_every: int
+    save_every: int
+    do_first_eval: bool
+    intermediate_checkpoints: bool
+    keep_last: int
+    log_every: int
+    optimizer: str
+    betas: list[float]
+    weight_decay: float
+    scheduler: str
+    warmup: float
+    cache_reference_logprobs: bool
+    load_reference_logprobs: str | None
+    sync_reference: int
+    sync_reference_rate: float
+    strategy: str
+    sweep: str | None
+
+    def __post_init__(self) -> None:
+        require(bool(self.exp_name), "exp_name must not be empty")
+        require(self.lr > 0, f"lr={self.lr} must be above 0")
+        require(self.n_epochs >= 1, f"n_epochs={self.n_epochs} must be at least 1")
+        require(self.n_steps is None or self.n_steps >= 1, f"n_steps={self.n_steps} must be at least 1 (or null)")
+        for key in ("n_examples", "n_eval_examples"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"{key}={value} must be at least 1 (or null for all)")
+        for key in ("eval_every", "save_every", "log_every", "keep_last", "sync_reference"):
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative (0 switches it off)")
+        require(
+            0 < self.sync_reference_rate <= 1,
+            f"sync_reference_rate={self.sync_reference_rate} must be in (0, 1] (1 copies the policy)",
+        )
+        require(self.warmup >= 0, f"warmup={self.warmup} must not be negative (below 1: a share of the steps)")
+        require(len(self.betas) == 2, f"betas={self.betas} must be two numbers")
+        one_of("optimizer", self.optimizer, ("AdamW", "Adam", "RMSprop", "SGD"))
+        one_of("scheduler", self.scheduler, ("cosine", "constant", "linear"))
+        one_of("strategy", self.strategy, ("auto", "none", "ddp", "fsdp", "deepspeed"))
+        require(
+            not (self.cache_reference_logprobs and self.load_reference_logprobs),
+            "cache_reference_logprobs=true and load_reference_logprobs are two ways to one thing: give only one",
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """Return cache_dir/exp_name[/run_count], where everything of this run lands."""
+        base = Path(self.cache_dir).expanduser() / self.exp_name
+        return base / self.run_count if self.run_count else base
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The `model` group: what to load, in which precision, and how it is batched."""
+
+    name_or_path: str | None
+    tokenizer_name_or_path: str | None
+    load_from: str | None
+    from_checkpoint: str | None
+    policy_dtype: str
+    reference_dtype: str
+    master_dtype: str
+    max_grad_norm: float
+    max_length: int
+    max_prompt_length: int
+    activation_checkpointing: bool
+    compile: bool
+    batch_size: int
+    gradient_accumulation_steps: int
+    eval_batch_size: int
+    attn_implementation: str | None
+    use_peft: bool
+    peft: dict[str, Any]
+    build: dict[str, Any] | None
+    build_seed: int
+    num_layers: int | None
+    block_class: str | None
+
+    def __post_init__(self) -> None:
+        for key in ("policy_dtype", "reference_dtype", "master_dtype"):
+            one_of(f"model.{key}", getattr(self, key), ("auto", "float32", "bfloat16"))
+        for key in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length"):
+            require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
+        require(self.max_grad_norm > 0, f"model.max_grad_norm={self.max_grad_norm} must be above 0")
+        require(
+            0 < self.max_prompt_length < self.max_length,
+            f"model.max_prompt_length={self.max_prompt_length} must be below model.max_length={self.max_length}: "
+            "the rest is what a response may take",
+        )
+        require(
+            self.batch_size % self.gradient_accumulation_steps == 0,
+            f"model.batch_size={self.batch_size} (global, in examples) is not divisible by "
+            f"model.gradient_accumulation_steps={self.gradient_accumulation_steps}",
+        )
+        known = ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
+        for key in self.peft:
+            require(key in known, f"unknown key 'model.peft.{key}'.{nearest(key, known)}")
+        require(
+            bool(self.name_or_path or self.load_from or self.from_checkpoint or self.build),
+            "no model: set model.name_or_path (a folder or hub name), model.load_from, or choose another model=GROUP",
+        )
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One entry of the `datasets` group: where the rows are and how they are read."""
+
+    train: str | None = None
+    test: str | None = None
+    format: str = "auto"
+    weight: float = 1.0
+    supervise: str = "last"
+
+    def __post_init__(self) -> None:
+        one_of("datasets.*.format", self.format, ("auto", "messages", "strings", "hh", "shp", "gsm8k"))
+        one_of("datasets.*.supervise", self.supervise, ("last", "all"))
+        require(self.weight > 0, f"datasets.*.weight={self.weight} must be above 0")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything one task gets: typed sections, and the plain resolved config to store beside its output."""
+
+    run: RunConfig
+    model: ModelConfig
+    loss: Any
+    datasets: dict[str, DatasetConfig]
+    generation: GenerationConfig
+    cache: CacheConfig
+    evaluation: EvaluationConfig
+    select: SelectConfig
+    label: LabelConfig
+    judge: JudgeConfig
+    world: WorldConfig
+    estimate: EstimateConfig
+    wandb: dict[str, Any] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+SECTIONS = ("model", "loss", "datasets", "generation", "cache", "evaluation", "select", "label", "judge", "world", "estimate", "wandb", "pipeline", "dry_run")
+
+
+def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
+    """Type every section of the resolved root config.
+
+    `loss_config` is the Config class of the trainer that `loss.trainer` names, or None for tasks without a loss.
+    """
+    run_keys = [f.name for f in fields(RunConfig)]
+    for key in raw:
+        if key not in run_keys and key not in SECTIONS:
+            raise ValueError(f"unknown key {key!r}.{nearest(str(key), run_keys + list(SECTIONS))}")
+    run = typed({k: v for k, v in raw.items() if k in run_keys}, RunConfig)
+    known_wandb = ["enabled", "mode", "project", "entity", "group"]
+    for key in raw["wandb"]:
+        require(key in known_wandb, f"unknown key 'wandb.{key}'.{nearest(str(key), known_wandb)}")
+    loss: Any = None
+    if loss_config is not None:
+        section = {k: v for k, v in raw["loss"].items() if k not in ("name", "trainer")}
+        loss = typed(section, loss_config, "loss.")
+    return Settings(
+        run=run,
+        model=typed(raw["model"], ModelConfig, "model."),
+        loss=loss,
+        datasets={k: typed(v, DatasetConfig, f"datasets.{k}.") for k, v in (raw["datasets"] or {}).items()},
+        generation=typed(raw["generation"], GenerationConfig, "generation."),
+        cache=typed(raw["cache"], CacheConfig, "cache."),
+        evaluation=typed(raw["evaluation"], EvaluationConfig, "evaluation."),
+        select=typed(raw["select"], SelectConfig, "select."),
+        label=typed(raw["label"], LabelConfig, "label."),
+        judge=typed(raw["judge"], JudgeConfig, "judge."),
+        world=typed(raw["world"], WorldConfig, "world."),
+        estimate=typed(raw["estimate"], EstimateConfig, "estimate."),
+        wandb=dict(raw["wandb"]),
+        raw=raw,
+    )

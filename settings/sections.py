@@ -1,0 +1,289 @@
+"""The sections of single tasks: generation, cache, evaluation, select, judge, label, estimate, world. Keys and comments stand in config.yaml."""
+
+import re
+from dataclasses import dataclass
+
+from settings.typed import one_of, require
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The `generation` section: how responses are sampled."""
+
+    backend: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    n: int
+    batch_size: int
+    split: str
+    seed: int
+    calculator: bool
+    teacher: str | None
+    check_rows: int
+    max_logp_gap: float
+    tensor_parallel: int
+    kv_cache_gb: float | None
+    base_url: str | None
+    model_name: str | None
+    concurrency: int
+    timeout: float
+    retries: int
+    text_replies: str
+
+    def __post_init__(self) -> None:
+        one_of("generation.backend", self.backend, ("auto", "vllm", "hf", "openai"))
+        one_of("generation.text_replies", self.text_replies, ("refuse", "tokenise"))
+        self._check_server()
+        require(self.tensor_parallel >= 1, f"generation.tensor_parallel={self.tensor_parallel} must be at least 1")
+        require(
+            self.tensor_parallel == 1 or self.backend in ("auto", "vllm"),
+            f"generation.tensor_parallel={self.tensor_parallel} is for generation.backend=vllm, not {self.backend}",
+        )
+        require(
+            self.kv_cache_gb is None or self.kv_cache_gb > 0,
+            f"generation.kv_cache_gb={self.kv_cache_gb} must be above 0 (or null)",
+        )
+        require(self.check_rows >= 0, f"generation.check_rows={self.check_rows} must not be negative (0: no check)")
+        require(self.max_logp_gap > 0, f"generation.max_logp_gap={self.max_logp_gap} must be above 0")
+        one_of("generation.split", self.split, ("train", "test"))
+        require(self.max_new_tokens >= 1, f"generation.max_new_tokens={self.max_new_tokens} must be at least 1")
+        require(self.temperature >= 0, f"generation.temperature={self.temperature} must not be negative (0 = greedy)")
+        require(0 < self.top_p <= 1, f"generation.top_p={self.top_p} must be in (0, 1]")
+        require(self.n >= 1 and self.batch_size >= 1, "generation.n and generation.batch_size must be at least 1")
+        require(
+            self.n == 1 or self.temperature > 0,
+            f"generation.n={self.n} at temperature 0 would give {self.n} equal replies: set generation.temperature",
+        )
+
+    def _check_server(self) -> None:
+        require(
+            self.backend != "openai" or bool(re.match(r"https?://[^@/]+(/[^@]*)?$", self.base_url or "")),
+            f"generation.backend=openai needs generation.base_url=http://HOST:PORT/v1 (without a key or password in it), got {self.base_url!r}",
+        )
+        require(self.concurrency >= 1, f"generation.concurrency={self.concurrency} must be at least 1")
+        require(self.timeout > 0, f"generation.timeout={self.timeout} must be above 0")
+        require(self.retries >= 0, f"generation.retries={self.retries} must not be negative")
+        require(
+            self.backend == "openai" or not (self.base_url or self.model_name),
+            f"generation.base_url and generation.model_name are for generation.backend=openai, not {self.backend}",
+        )
+        require(
+            not (self.calculator and self.text_replies == "tokenise"),
+            "generation.calculator=true works on token ids: leave generation.text_replies=refuse",
+        )
+        require(
+            self.backend != "openai" or self.text_replies == "refuse" or self.top_k <= 0,
+            f"generation.text_replies=tokenise asks only for what every server knows, and generation.top_k={self.top_k} is not among it",
+        )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The `cache` section: what a teacher scores, and how many entries are kept."""
+
+    reference: str | None
+    top_k: int
+    responses: list[str]
+    generations: str | None
+    split: str
+    batch_size: int
+    beta: float
+    backend: str
+    tensor_parallel: int
+    kv_cache_gb: float | None
+
+    def __post_init__(self) -> None:
+        one_of("cache.split", self.split, ("train", "test"))
+        one_of("cache.backend", self.backend, ("hf", "vllm"))
+        require(self.tensor_parallel >= 1, f"cache.tensor_parallel={self.tensor_parallel} must be at least 1")
+        require(
+            self.backend == "hf" or self.reference is None,
+            "cache.backend=vllm makes log-probability caches; for advantages (cache.reference) use cache.backend=hf",
+        )
+        require(self.top_k >= 1, f"cache.top_k={self.top_k} must be at least 1")
+        require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
+        for name in self.responses:
+            one_of("cache.responses", name, ("chosen", "rejected", "response"))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The `evaluation` section: which models, judged how."""
+
+    models: dict[str, str]
+    checker: str | None
+    temperatures: list[float]
+    max_new_tokens: int
+    batch_size: int
+    opponent: str | None
+    reward_model: str | None
+    judge: bool
+    reward_accuracy: bool
+    reference: dict[str, str]
+    majority: int
+    calculator: bool
+    refusal_phrases: list[str]
+    advantages: str | None
+    latency: bool
+    latency_backends: list[str]
+    latency_batch_sizes: list[int]
+    latency_new_tokens: int
+    latency_repetitions: int
+    lm_eval: list[str]
+    lm_eval_path: str | None
+    lm_eval_chat_template: bool
+
+    def __post_init__(self) -> None:
+        require(
+            self.opponent is None or self.opponent in self.models,
+            f"evaluation.opponent={self.opponent!r} is not among evaluation.models ({', '.join(self.models)})",
+        )
+        require(
+            self.opponent is not None or not (self.reward_model or self.judge),
+            "evaluation.reward_model and evaluation.judge compare with an opponent: set evaluation.opponent to one of evaluation.models",
+        )
+        for name in self.reference:
+            require(name in self.models, f"evaluation.reference.{name} names no model of evaluation.models")
+        require(self.majority >= 0 and self.majority != 1, f"evaluation.majority={self.majority}: 0 is none, else at least 2 votes")
+        require(not self.majority or self.checker is not None, f"evaluation.majority={self.majority} needs evaluation.checker")
+        for phrase in self.refusal_phrases:
+            require(bool(phrase.strip()), "evaluation.refusal_phrases holds an empty phrase: every reply would be a refusal")
+        self._check_latency()
+        require(
+            bool(self.lm_eval) or self.lm_eval_path is None,
+            f"evaluation.lm_eval_path={self.lm_eval_path} holds task files, but evaluation.lm_eval names no task: evaluation.lm_eval=[TASK]",
+        )
+
+    def _check_latency(self) -> None:
+        for name in self.latency_backends:
+            one_of("evaluation.latency_backends", name, ("hf", "vllm"))
+        require(
+            not self.latency or bool(self.latency_backends and self.latency_batch_sizes),
+            "evaluation.latency=true needs evaluation.latency_backends and evaluation.latency_batch_sizes, and one of them is empty",
+        )
+        for size in self.latency_batch_sizes:
+            require(size >= 1, f"evaluation.latency_batch_sizes={self.latency_batch_sizes}: each must be at least 1")
+        require(self.latency_new_tokens >= 2, f"evaluation.latency_new_tokens={self.latency_new_tokens} must be at least 2: the first is the prompt's")
+        require(self.latency_repetitions >= 2, f"evaluation.latency_repetitions={self.latency_repetitions} must be at least 2, for percentiles")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """The `select` section: what is made of sampled replies."""
+
+    make: str
+    generations: str | None
+    checker: str | None
+    pairs_per_prompt: int
+    holdout: float
+    max_similarity: float
+    earlier: list[str]
+
+    def __post_init__(self) -> None:
+        one_of("select.make", self.make, ("pairs", "distinct"))
+        require(self.pairs_per_prompt >= 1, f"select.pairs_per_prompt={self.pairs_per_prompt} must be at least 1")
+        require(0 <= self.holdout < 1, f"select.holdout={self.holdout} must be in [0, 1): a share of the questions")
+        require(0 < self.max_similarity <= 1, f"select.max_similarity={self.max_similarity} must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The `judge` section: an OpenAI-compatible chat server that compares or scores replies."""
+
+    base_url: str | None
+    model_name: str | None
+    temperature: float
+    max_tokens: int
+    concurrency: int
+    timeout: float
+    retries: int
+    score_template: str
+    pair_template: str
+    on_error: str
+
+    def __post_init__(self) -> None:
+        one_of("judge.on_error", self.on_error, ("fail", "skip"))
+        require(
+            self.base_url is None or bool(re.match(r"https?://[^@/]+(/[^@]*)?$", self.base_url)),
+            f"judge.base_url={self.base_url!r} must be http://HOST:PORT/v1 (without a key or password in it)",
+        )
+        require(self.temperature >= 0, f"judge.temperature={self.temperature} must not be negative")
+        for key in ("max_tokens", "concurrency"):
+            require(getattr(self, key) >= 1, f"judge.{key}={getattr(self, key)} must be at least 1")
+        require(self.timeout > 0, f"judge.timeout={self.timeout} must be above 0")
+        require(self.retries >= 0, f"judge.retries={self.retries} must not be negative")
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """The `label` section: which replies are scored, by whom, and what is made of the scores."""
+
+    replies: str | None
+    checker: str | None
+    reward_model: str | None
+    judge: bool
+    make: str
+    threshold: float
+    margin: float
+    batch_size: int
+    on_error: str
+
+    def __post_init__(self) -> None:
+        one_of("label.make", self.make, ("scores", "pairs", "binary"))
+        one_of("label.on_error", self.on_error, ("fail", "skip"))
+        require(self.margin >= 0, f"label.margin={self.margin} must not be negative")
+        require(self.batch_size >= 1, f"label.batch_size={self.batch_size} must be at least 1")
+
+    def check_request(self) -> None:
+        """Refuse a request without replies, or without exactly one who scores them."""
+        require(bool(self.replies), "task=label needs label.replies=FILE: generations.jsonl, or rows with prompt and response")
+        given = [key for key in ("checker", "reward_model", "judge") if getattr(self, key)]
+        require(
+            len(given) == 1,
+            f"task=label needs one of label.checker=module:function, label.reward_model=FOLDER, label.judge=true; given: {', '.join(given) or 'none'}",
+        )
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """The `estimate` section: what is estimated, and what it is to run on."""
+
+    of: str
+    run: str | None
+    devices: int | None
+    strategy: str
+    accelerator: str
+    device_memory_gb: float | None
+    tokens: float | None
+    response_share: float
+    rows: int | None
+    tokens_per_second: float | None
+    flops_per_second_per_device: float | None
+    utilisation: float
+    measure: bool
+
+    def __post_init__(self) -> None:
+        one_of("estimate.of", self.of, ("train", "cache", "generate"))
+        one_of("estimate.strategy", self.strategy, ("auto", "none", "ddp", "fsdp"))
+        one_of("estimate.accelerator", self.accelerator, ("auto", "gpu", "cpu"))
+        for key in ("devices", "device_memory_gb", "tokens", "rows", "tokens_per_second", "flops_per_second_per_device"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"estimate.{key}={value} must be above 0 (or null)")
+        for key in ("response_share", "utilisation"):
+            require(0 < getattr(self, key) <= 1, f"estimate.{key}={getattr(self, key)} must be in (0, 1]")
+        require(
+            self.strategy != "none" or self.devices in (None, 1),
+            f"estimate.strategy=none runs on one device, estimate.devices={self.devices}: choose ddp or fsdp",
+        )
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The `world` section: which generated world task=world writes."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        one_of("world.name", self.name, ("shop", "arithmetic"))
