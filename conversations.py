@@ -1,7 +1,8 @@
 """Rows from files, folders and the hub, turned into conversations (lists of role/content messages).
 
 Nothing here knows tokens: `dataloader.py` does. A source is a local JSONL/JSON/Parquet file, a folder written by
-`datasets.save_to_disk`, or `hub_name:split` (`hub_name#config:split` where it has several). A format is found from the columns unless the config names it.
+`datasets.save_to_disk`, or `hub_name:split` (`hub_name#config:split` where it has several). A format is found from the
+columns unless the config names it.
 """
 
 import json
@@ -26,7 +27,9 @@ class Conversation(NamedTuple):
 
 
 def resumed_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSONL file that a killed run was writing, after cutting off a torn last one; none without a file."""
+    """Return the rows of a JSONL file that a killed run was writing, after cutting off a torn last one; none without a
+    file.
+    """
     rows: list[dict[str, Any]] = []
     size = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
@@ -123,7 +126,8 @@ def find_format(row: dict[str, Any], where: str) -> str:
         return "gsm8k"
     raise ValueError(
         f"{where}: cannot tell the format from the columns {sorted(row)}. Known: `messages`; `chosen` and `rejected` "
-        "lists of role/content; `prompt` with `response` (or `teacher_response`), or with `chosen` and `rejected`; `prompt` alone; "
+        "lists of role/content; `prompt` with `response` (or `teacher_response`), or with `chosen` and `rejected`; "
+        "`prompt` alone; "
         "`question` with `answer`"
     )
 
@@ -152,15 +156,24 @@ def _split_last(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     return messages[:-1], messages[-1:]
 
 
-def _reply(text: str) -> list[Message]:
+def _response(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
 def _meta(row: dict[str, Any]) -> dict[str, Any]:
     heavy = (
-        "messages", "chosen", "rejected", "prompt", "response", "teacher_response", "history",
-        "prompt_ids", "response_ids", "chosen_ids", "rejected_ids",
-    )  # fmt: skip
+        "messages",
+        "chosen",
+        "rejected",
+        "prompt",
+        "response",
+        "teacher_response",
+        "history",
+        "prompt_ids",
+        "response_ids",
+        "chosen_ids",
+        "rejected_ids",
+    )
     return {k: v for k, v in row.items() if k not in heavy}
 
 
@@ -183,9 +196,9 @@ def _from_messages(row: dict[str, Any]) -> Conversation:
 def _from_strings(row: dict[str, Any]) -> Conversation:
     prompt = _checked(row["prompt"])
     if "chosen" in row:
-        return Conversation(prompt, _reply(row["chosen"]), _reply(row["rejected"]), None, _meta(row))
+        return Conversation(prompt, _response(row["chosen"]), _response(row["rejected"]), None, _meta(row))
     text = row.get("response", row.get("teacher_response"))
-    return Conversation(prompt, None, None, None if text is None else _reply(text), _meta(row))
+    return Conversation(prompt, None, None, None if text is None else _response(text), _meta(row))
 
 
 def parse_hh(text: str) -> list[Message]:
@@ -210,7 +223,7 @@ def _from_hh(row: dict[str, Any]) -> Conversation:
 def _from_shp(row: dict[str, Any]) -> Conversation:
     first, second = row["human_ref_A"], row["human_ref_B"]
     chosen, rejected = (first, second) if int(row["labels"]) == 1 else (second, first)
-    return Conversation(_checked(row["history"]), _reply(chosen), _reply(rejected), None, _meta(row))
+    return Conversation(_checked(row["history"]), _response(chosen), _response(rejected), None, _meta(row))
 
 
 def _from_gsm8k(row: dict[str, Any]) -> Conversation:
@@ -219,13 +232,17 @@ def _from_gsm8k(row: dict[str, Any]) -> Conversation:
     if not mark or not final.strip():
         raise ValueError(f"a gsm8k answer ends with '#### number', this one with {row['answer'][-60:]!r}")
     rest = {k: v for k, v in row.items() if k != "question"}
-    return Conversation(_checked(row["question"]), None, None, _reply(row["answer"]), _meta({**rest, "answer": final.strip()}))
+    return Conversation(
+        _checked(row["question"]), None, None, _response(row["answer"]), _meta({**rest, "answer": final.strip()})
+    )
 
 
 def _from_generation(row: dict[str, Any]) -> Conversation:
     if "chosen_ids" in row:
-        return Conversation(_checked(row["prompt"]), _reply(row["chosen"]), _reply(row["rejected"]), None, _meta(row))
-    return Conversation(_checked(row["prompt"]), None, None, _reply(row["response"]), _meta(row))
+        return Conversation(
+            _checked(row["prompt"]), _response(row["chosen"]), _response(row["rejected"]), None, _meta(row)
+        )
+    return Conversation(_checked(row["prompt"]), None, None, _response(row["response"]), _meta(row))
 
 
 _PARSERS = {
@@ -245,17 +262,22 @@ def key_of(prompt: list[Message]) -> str:
 
 def conversation_of(row: Row) -> Conversation:
     """Return a generated row as a conversation whose meta is that of the data row it answers."""
-    return Conversation(row["prompt"], None, None, [{"role": "assistant", "content": row["response"]}], row.get("meta") or {})
+    return Conversation(
+        row["prompt"], None, None, [{"role": "assistant", "content": row["response"]}], row.get("meta") or {}
+    )
 
 
 def pair_row(chosen: Row, rejected: Row) -> Row:
-    """Return a preference pair with the sampled ids of both replies."""
+    """Return a preference pair with the sampled ids of both responses."""
     return {
-        "prompt": chosen["prompt"], "prompt_ids": chosen["prompt_ids"],
-        "chosen": chosen["response"], "chosen_ids": chosen["response_ids"],
-        "rejected": rejected["response"], "rejected_ids": rejected["response_ids"],
+        "prompt": chosen["prompt"],
+        "prompt_ids": chosen["prompt_ids"],
+        "chosen": chosen["response"],
+        "chosen_ids": chosen["response_ids"],
+        "rejected": rejected["response"],
+        "rejected_ids": rejected["response_ids"],
         "meta": chosen.get("meta") or {},
-    }  # fmt: skip
+    }
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

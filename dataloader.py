@@ -1,7 +1,7 @@
 """From rows to token ids to batches.
 
 Letters: B rows, T tokens of a padded row, N response tokens of a whole batch (flat, row after row), K teacher entries.
-A sequence is tokenised once, here; its ids then travel to the cache, the generator and the losses.
+A sequence is tokenized once, here; its ids then travel to the cache, the generator and the losses.
 """
 
 from collections import Counter
@@ -19,14 +19,14 @@ from settings.schema import DatasetConfig, ModelConfig
 
 
 class Tokens(NamedTuple):
-    """One tokenised conversation: ids, and True where a token is supervised (the end of turn included)."""
+    """One tokenized conversation: ids, and True where a token is supervised (the end of turn included)."""
 
     ids: list[int]
     response: list[bool]
 
 
 class Example(NamedTuple):
-    """A tokenised row: the prompt's ids (generation prompt included) and the sequences that continue it."""
+    """A tokenized row: the prompt's ids (generation prompt included) and the sequences that continue it."""
 
     prompt: list[int]
     chosen: Tokens | None
@@ -81,11 +81,15 @@ def read_generations(path: str | Path) -> list[Generation]:
     try:
         return [
             Generation(
-                row["prompt_ids"], row["response_ids"], row["prompt"], row["response"],
-                row["finish_reason"], row.get("meta", {}),
+                row["prompt_ids"],
+                row["response_ids"],
+                row["prompt"],
+                row["response"],
+                row["finish_reason"],
+                row.get("meta", {}),
             )
             for row in read_jsonl(path)
-        ]  # fmt: skip
+        ]
     except KeyError as error:
         raise ValueError(f"{path}: a row has no {error}; was it written by task=generate?") from error
 
@@ -128,23 +132,24 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Tokenise a prompt with the generation prompt and exactly one begin-of-sequence token where there is one."""
+    """Tokenize a prompt with the generation prompt and exactly one begin-of-sequence token where there is one."""
     ids = _encode(tokenizer, render(tokenizer, messages, True))
     bos = tokenizer.bos_token_id
     if adds_bos(tokenizer) and ids[:1] != [bos]:
         ids = [bos, *ids]
     if bos is not None and ids[:2] == [bos, bos]:
         raise ValueError(
-            f"the chat template puts two {tokenizer.bos_token!r} at the start of {render(tokenizer, messages, True)[:80]!r}"
+            f"the chat template puts two {tokenizer.bos_token!r} at the start of "
+            f"{render(tokenizer, messages, True)[:80]!r}"
         )
     return ids
 
 
 def encode_turn(tokenizer: Any, before: list[Message], turn: Message, counts: Counter[str]) -> list[int]:
-    """Tokenise an assistant's turn after `before`, up to and including its end-of-turn token.
+    """Tokenize an assistant's turn after `before`, up to and including its end-of-turn token.
 
-    The turn is cut out of the jointly tokenised text; where a token would straddle the seam between prompt and
-    response it is tokenised apart, as a generator would see it, and counted under 'seam tokenised apart'.
+    The turn is cut out of the jointly tokenized text; where a token would straddle the seam between prompt and
+    response it is tokenized apart, as a generator would see it, and counted under 'seam tokenized apart'.
     """
     head, full = render(tokenizer, before, True), render(tokenizer, [*before, turn], False)
     if not full.startswith(head):
@@ -156,7 +161,7 @@ def encode_turn(tokenizer: Any, before: list[Message], turn: Message, counts: Co
     if full_ids[: len(head_ids)] == head_ids:
         ids = full_ids[len(head_ids) :]
     else:
-        counts["seam tokenised apart"] += 1
+        counts["seam tokenized apart"] += 1
         ids = _encode(tokenizer, full[len(head) :])
     end = turn_end(tokenizer)
     if end.id is None:
@@ -186,9 +191,14 @@ def fit_prompt(
 
 
 def encode_response(
-    tokenizer: Any, prompt: list[Message], prompt_ids: list[int], response: list[Message],
-    config: ModelConfig, supervise: str, counts: Counter[str],
-) -> Tokens | None:  # fmt: skip
+    tokenizer: Any,
+    prompt: list[Message],
+    prompt_ids: list[int],
+    response: list[Message],
+    config: ModelConfig,
+    supervise: str,
+    counts: Counter[str],
+) -> Tokens | None:
     """Return prompt and response as Tokens, cut on the right to max_length; None if nothing is supervised."""
     if supervise == "all":
         ids, mask = _all_turns(tokenizer, [*prompt, *response], counts)
@@ -205,7 +215,7 @@ def encode_response(
 
 
 def _all_turns(tokenizer: Any, messages: list[Message], counts: Counter[str]) -> tuple[list[int], list[bool]]:
-    """Supervise every assistant turn, each tokenised after what stands before it."""
+    """Supervise every assistant turn, each tokenized after what stands before it."""
     ids: list[int] = []
     mask: list[bool] = []
     for i, message in enumerate(messages):
@@ -227,7 +237,7 @@ def _all_turns(tokenizer: Any, messages: list[Message], counts: Counter[str]) ->
 def encode_example(
     tokenizer: Any, conversation: Conversation, config: ModelConfig, supervise: str, counts: Counter[str]
 ) -> Example | None:
-    """Tokenise one conversation; None (counted) if a response that it has keeps no supervised token."""
+    """Tokenize one conversation; None (counted) if a response that it has keeps no supervised token."""
     prompt, prompt_ids = fit_prompt(tokenizer, conversation.prompt, config.max_prompt_length, counts)
     encoded: list[Tokens | None] = []
     for response in (conversation.chosen, conversation.rejected, conversation.response):
@@ -244,7 +254,7 @@ def encode_example(
 def _from_ids(
     row: dict[str, Any], conversation: Conversation, config: ModelConfig, counts: Counter[str]
 ) -> Example | None:
-    """Take the ids that a generator wrote instead of tokenising its text again."""
+    """Take the ids that a generator wrote instead of tokenizing its text again."""
     prompt, room = row["prompt_ids"], max(0, config.max_length - len(row["prompt_ids"]))
     found: dict[str, Tokens] = {}
     for name in ("chosen", "rejected") if "chosen_ids" in row else ("response",):
@@ -260,10 +270,14 @@ def _from_ids(
 
 
 def load_examples(
-    datasets: Mapping[str, DatasetConfig], split: str, tokenizer: Any, model: ModelConfig,
-    limit: int | None = None, seed: int = 0,
-) -> list[Example]:  # fmt: skip
-    """Read, tokenise and mix the `split` of every data set; what was dropped or cut is counted and printed.
+    datasets: Mapping[str, DatasetConfig],
+    split: str,
+    tokenizer: Any,
+    model: ModelConfig,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Example]:
+    """Read, tokenize and mix the `split` of every data set; what was dropped or cut is counted and printed.
 
     A weight w takes round(w x rows) rows of a data set, whole repeats first. `limit` keeps the first rows of a
     shuffle by `seed`. Raises ValueError for a missing source, a bad row, or if no row keeps a supervised token.

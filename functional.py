@@ -121,9 +121,10 @@ def _jsd(logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float
 def generalized_jsd(
     logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float = 1.0, chunk: int | None = None
 ) -> Tensor:
-    """Return the generalised Jensen-Shannon divergence of each token [N], from logits [N, V] of student and teacher.
+    """Return the generalized Jensen-Shannon divergence of each token [N], from logits [N, V] of student and teacher.
 
-    beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student. The ends are the KLs that the
+    beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student. The ends are the KLs
+    that the
     scaled divergence tends to: beta 0 is KL(teacher || student), 1 is KL(student || teacher). No factor temperature^2.
     Source: GKD, arXiv 2306.13649, section 3.
     """
@@ -160,7 +161,9 @@ def _log_rest(logps: Tensor) -> Tensor:
     return rest.clamp_min(torch.finfo(logps.dtype).eps).log()
 
 
-def topk_kl(logits: Tensor, ids: Tensor, teacher_logps: Tensor, tail: str = "bucket", chunk: int | None = None) -> Tensor:
+def topk_kl(
+    logits: Tensor, ids: Tensor, teacher_logps: Tensor, tail: str = "bucket", chunk: int | None = None
+) -> Tensor:
     """Return KL(teacher || student) of each token [N] on the teacher's entries ids, teacher_logps [N, K].
 
     tail: `bucket` puts the remaining mass of both sides into one more entry; `renormalize` divides both sides by their

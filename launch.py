@@ -30,12 +30,21 @@ from pipeline.sweeps import as_sweep, job_folder
 from settings.needs import check_needs
 from settings.schema import Settings, nearest, settings_from
 
-TASKS = ("train", "cache", "generate", "evaluate", "world", "summarise", "select", "label", "report", "estimate")
+TASKS = ("train", "cache", "generate", "evaluate", "world", "summarize", "select", "label", "report", "estimate")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
 UNIMPORTANT = (
-    "debug", "wandb", "dry_run", "strategy", "log_every", "save_every", "keep_last", "intermediate_checkpoints",
-    "eval_every", "do_first_eval", "estimate",
-)  # fmt: skip
+    "debug",
+    "wandb",
+    "dry_run",
+    "strategy",
+    "log_every",
+    "save_every",
+    "keep_last",
+    "intermediate_checkpoints",
+    "eval_every",
+    "do_first_eval",
+    "estimate",
+)
 
 
 def method_of(raw: dict[str, Any]) -> Any:
@@ -159,7 +168,9 @@ def run(config: DictConfig) -> None:
 
 
 def show_costs(plain: dict[str, Any], overrides: list[str]) -> None:
-    """Print what the stages of a plan would take, or write costs.md: what those of a finished pipeline took beside it."""
+    """Print what the stages of a plan would take, or write costs.md: what those of a finished pipeline took beside
+    it.
+    """
     from pipeline.plan import build_plan
     from pipeline.runner import run_folder
     from tasks.estimate import costs, print_plan

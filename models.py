@@ -161,7 +161,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {source!r} is a slow one: give a folder with a tokenizer.json")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {source!r} has no end-of-sequence token, so no reply would ever end")
+        raise ValueError(f"the tokenizer of {source!r} has no end-of-sequence token, so no response would ever end")
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_TEMPLATE
     if tokenizer.pad_token_id is None:  # padding is masked by position, so sharing eos is harmless
@@ -180,9 +180,14 @@ def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
 
 
 def load_model(
-    config: ModelConfig, *, source: str | None = None, dtype: torch.dtype | None = None, trainable: bool, head: str = "lm",
+    config: ModelConfig,
+    *,
+    source: str | None = None,
+    dtype: torch.dtype | None = None,
+    trainable: bool,
+    head: str = "lm",
     empty: bool = False,
-) -> PreTrainedModel:  # fmt: skip
+) -> PreTrainedModel:
     """Load or build the model (float32 unless dtype says otherwise); frozen and in evaluation mode unless trainable.
 
     head: `lm`, or `reward` for one score a sequence (a new head gets weights that are a function of build_seed).
@@ -242,7 +247,9 @@ def _from_folder(config: ModelConfig, source: str, dtype: torch.dtype, head: str
 def _without_weights(config: ModelConfig, source: str, dtype: torch.dtype, head: str) -> PreTrainedModel:
     """Return what _from_folder gives, but for the weights."""
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    architecture = _loaded(AutoConfig.from_pretrained, source, "model", **({"num_labels": 1} if head == "reward" else {}))
+    architecture = _loaded(
+        AutoConfig.from_pretrained, source, "model", **({"num_labels": 1} if head == "reward" else {})
+    )
     model = _auto_class(head).from_config(architecture, dtype=dtype, **options)
     if model.can_generate() and (Path(source) / "generation_config.json").is_file():
         model.generation_config = GenerationDefaults.from_pretrained(source)
@@ -251,7 +258,9 @@ def _without_weights(config: ModelConfig, source: str, dtype: torch.dtype, head:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from the CPU's generator as from `seed`, and leave it as it was; torch.manual_seed would reseed GPUs, too."""
+    """Draw from the CPU's generator as from `seed`, and leave it as it was; torch.manual_seed would reseed GPUs,
+    too.
+    """
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -298,12 +307,21 @@ def keep_layers(model: PreTrainedModel, num_layers: int) -> None:
 
 
 def set_padding(model: Any, tokenizer: Any) -> None:
-    """Give a reward model and its tokenizer a padding token that ends no reply, so that anybody's last token is ours."""
+    """Give a reward model and its tokenizer a padding token that ends no response, so that anybody's last token is
+    ours.
+    """
     stop = stop_ids(tokenizer, model)
-    candidates = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *sorted(tokenizer.all_special_ids)]
+    candidates = [
+        tokenizer.pad_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.unk_token_id,
+        *sorted(tokenizer.all_special_ids),
+    ]
     free = [i for i in candidates if i is not None and i not in stop]
     if not free:
-        raise ValueError("a reward model needs a padding token that ends no reply; this tokenizer has no special token left")
+        raise ValueError(
+            "a reward model needs a padding token that ends no response; this tokenizer has no special token left"
+        )
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
     model.config.pad_token_id = free[0]
 

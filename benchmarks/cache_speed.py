@@ -27,7 +27,9 @@ class Vocabulary(SimpleNamespace):
         return int(self.size)
 
 
-def writing(score: Callable[[list[Tokens]], list[Any]], writer: Writer, batches: list[list[Tokens]]) -> Callable[[], None]:
+def writing(
+    score: Callable[[list[Tokens]], list[Any]], writer: Writer, batches: list[list[Tokens]]
+) -> Callable[[], None]:
     """Return a work that scores and writes the next batch; every call needs new sequences, a cache holds each once."""
     remaining = iter(batches)
 

@@ -1,9 +1,11 @@
 """Our loss and gradient against TRL's, side by side in one process: same weights, same batch, every method both have.
 
-    uv venv /tmp/trl-venv && uv pip install --python /tmp/trl-venv/bin/python torch transformers accelerate datasets peft hydra-core omegaconf trl
+    uv venv /tmp/trl-venv && uv pip install --python /tmp/trl-venv/bin/python torch transformers accelerate datasets
+    peft hydra-core omegaconf trl
     /tmp/trl-venv/bin/python -m benchmarks.parity_trl
 
-A two-layer Llama built from a seed is the policy, another one the reference; both libraries score the very same token ids
+A two-layer Llama built from a seed is the policy, another one the reference; both libraries score the very same token
+ids
 in float32 (TRL has no float64 path). Printed: both losses, their difference, and the largest difference of any gradient
 relative to the largest gradient.
 """
@@ -33,9 +35,21 @@ ROOT = Path(__file__).resolve().parents[1]
 # our loss and options; TRL's trainer and its options
 METHODS: dict[str, tuple[list[str], str, dict[str, Any]]] = {
     "dpo": (["loss=dpo"], "dpo", {"beta": 0.1, "loss_type": "sigmoid"}),
-    "dpo, js": (["loss=dpo", "loss.divergence=js"], "dpo", {"beta": 0.1, "loss_type": "sigmoid", "f_divergence_type": "js_divergence"}),
-    "dpo, forward KL": (["loss=dpo", "loss.divergence=forward_kl"], "dpo", {"beta": 0.1, "loss_type": "sigmoid", "f_divergence_type": "forward_kl"}),
-    "dpo, WPO": (["loss=dpo", "loss.wpo=unclamped"], "dpo", {"beta": 0.1, "loss_type": "sigmoid", "use_weighting": True}),
+    "dpo, js": (
+        ["loss=dpo", "loss.divergence=js"],
+        "dpo",
+        {"beta": 0.1, "loss_type": "sigmoid", "f_divergence_type": "js_divergence"},
+    ),
+    "dpo, forward KL": (
+        ["loss=dpo", "loss.divergence=forward_kl"],
+        "dpo",
+        {"beta": 0.1, "loss_type": "sigmoid", "f_divergence_type": "forward_kl"},
+    ),
+    "dpo, WPO": (
+        ["loss=dpo", "loss.wpo=unclamped"],
+        "dpo",
+        {"beta": 0.1, "loss_type": "sigmoid", "use_weighting": True},
+    ),
     "robust-dpo": (["loss=robust-dpo"], "dpo", {"beta": 0.1, "loss_type": "robust", "label_smoothing": 0.1}),
     "ipo": (["loss=ipo"], "dpo", {"beta": 0.1, "loss_type": "ipo"}),
     "hinge": (["loss=hinge"], "dpo", {"beta": 0.1, "loss_type": "hinge"}),
@@ -48,9 +62,17 @@ METHODS: dict[str, tuple[list[str], str, dict[str, Any]]] = {
     "aot, unpaired": (["loss=aot", "loss.variant=unpaired"], "dpo", {"beta": 0.1, "loss_type": "aot_unpaired"}),
     "discopop": (["loss=discopop"], "dpo", {"beta": 0.1, "loss_type": "discopop"}),
     "kto": (["loss=kto", "loss.desirable_weight=1.3"], "kto", {"beta": 0.1, "desirable_weight": 1.3}),
-    "bradley-terry": (["loss=bradley-terry", "loss.center_weight=0.01"], "reward", {"center_rewards_coefficient": 0.01}),
+    "bradley-terry": (
+        ["loss=bradley-terry", "loss.center_weight=0.01"],
+        "reward",
+        {"center_rewards_coefficient": 0.01},
+    ),
     "cpo": (["loss=cpo"], "cpo", {"beta": 0.1, "cpo_alpha": 1.0, "loss_type": "sigmoid"}),
-    "simpo": (["loss=simpo", "loss.gamma=0.5"], "cpo", {"beta": 2.0, "cpo_alpha": 0.0, "loss_type": "simpo", "simpo_gamma": 0.5}),
+    "simpo": (
+        ["loss=simpo", "loss.gamma=0.5"],
+        "cpo",
+        {"beta": 2.0, "cpo_alpha": 0.0, "loss_type": "simpo", "simpo_gamma": 0.5},
+    ),
     "sft": (["loss=sft", "loss.train_on=chosen"], "dpo", {"beta": 0.1, "loss_type": "sft"}),
 }
 
@@ -71,13 +93,15 @@ def examples() -> list[Example]:
     draw = lambda count: torch.randint(32, 127, (count,), generator=generator).tolist()  # noqa: E731
     rows = []
     for i in range(8):
-        prompt, replies = draw(5 + i), [draw(3 + i % 4), draw(2 + (3 * i) % 5)]
-        sides = [Tokens(prompt + reply, [False] * len(prompt) + [True] * len(reply)) for reply in replies]
+        prompt, responses = draw(5 + i), [draw(3 + i % 4), draw(2 + (3 * i) % 5)]
+        sides = [Tokens(prompt + response, [False] * len(prompt) + [True] * len(response)) for response in responses]
         rows.append(Example(prompt, sides[0], sides[1], None, None))  # type: ignore[arg-type]
     return rows
 
 
-def ours(policy: torch.nn.Module, reference: torch.nn.Module, overrides: list[str]) -> tuple[float, dict[str, torch.Tensor], list[Item]]:
+def ours(
+    policy: torch.nn.Module, reference: torch.nn.Module, overrides: list[str]
+) -> tuple[float, dict[str, torch.Tensor], list[Item]]:
     """Return our loss and gradients, and the items that they are of."""
     settings = settings_of(*overrides)
     trainer = launch.method_of(settings.raw)(settings, models.load_tokenizer(settings.model), Accelerator(cpu=True))
@@ -115,7 +139,9 @@ def sides_of(items: list[Item], slot: int) -> list[Tokens]:
     return [item.sequences[slot] for item in items]
 
 
-def their_loss(method: str, options: dict[str, Any], policy: Any, reference: Any, tokenizer: Any, items: list[Item]) -> torch.Tensor:
+def their_loss(
+    method: str, options: dict[str, Any], policy: Any, reference: Any, tokenizer: Any, items: list[Item]
+) -> torch.Tensor:
     """Return TRL's loss of our items, through the trainer's own compute_loss (CPO: get_batch_loss_metrics)."""
     pad = tokenizer.pad_token_id
     common = {"report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_dropout": True}
@@ -123,7 +149,11 @@ def their_loss(method: str, options: dict[str, Any], policy: Any, reference: Any
         rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "c", "completion": "d", "label": False}]
         classes, batch = (trl.KTOConfig, trl.KTOTrainer), padded(sides_of(items, 0), pad)
         other = padded([item.scored[0] for item in items], pad)
-        batch = {**batch, **{f"KL_{key}": value for key, value in other.items()}, "label": [item.label == 1 for item in items]}
+        batch = {
+            **batch,
+            **{f"KL_{key}": value for key, value in other.items()},
+            "label": [item.label == 1 for item in items],
+        }
         batch["label"] = torch.tensor(batch["label"])
         for key in ("labels", "KL_labels"):
             batch.pop(key)
@@ -131,20 +161,27 @@ def their_loss(method: str, options: dict[str, Any], policy: Any, reference: Any
         rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
         both = padded(sides_of(items, 0) + sides_of(items, len(items[0].sequences) - 1), pad)
         if method == "reward":
-            classes, batch = (trl.RewardConfig, trl.RewardTrainer), {key: both[key] for key in ("input_ids", "attention_mask")}
+            classes, batch = (
+                (trl.RewardConfig, trl.RewardTrainer),
+                {key: both[key] for key in ("input_ids", "attention_mask")},
+            )
             rows = [{"chosen": "b", "rejected": "c"}] * 2
         elif method == "cpo":
             from trl.experimental.cpo import CPOConfig, CPOTrainer
 
             classes, half = (CPOConfig, CPOTrainer), len(items)
             names = ("input_ids", "attention_mask", "labels")
-            batch = {f"chosen_{key}": both[key][:half] for key in names} | {f"rejected_{key}": both[key][half:] for key in names}
+            batch = {f"chosen_{key}": both[key][:half] for key in names} | {
+                f"rejected_{key}": both[key][half:] for key in names
+            }
         else:
             classes, batch = (trl.DPOConfig, trl.DPOTrainer), {key: both[key] for key in both if key != "labels"}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args = classes[0](output_dir=folder, **common, **options)
         models_given = {"model": policy, "ref_model": reference} if method in ("dpo", "kto") else {"model": policy}
-        trainer = classes[1](**models_given, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer = classes[1](
+            **models_given, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
         trainer.model.train()
         if method == "cpo":
             return trainer.get_batch_loss_metrics(trainer.model, batch)[0]
@@ -160,7 +197,10 @@ def main() -> None:
     reward_model = models.load_model(settings.model, trainable=True, head="reward")
     models.set_padding(reward_model, tokenizer)
     reference = models.load_model(settings_of("++model.build_seed=7").model, trainable=False)
-    print(f"TRL {trl.__version__}, torch {torch.__version__}, float32, 8 pairs, {sum(p.numel() for p in language_model.parameters())} parameters")
+    print(
+        f"TRL {trl.__version__}, torch {torch.__version__}, float32, 8 pairs, "
+        f"{sum(p.numel() for p in language_model.parameters())} parameters"
+    )
     print("| method | ours | TRL | difference | largest gradient difference, relative |\n|---|---|---|---|---|")
     worst = 0.0
     for name, (overrides, method, options) in METHODS.items():

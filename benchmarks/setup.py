@@ -53,9 +53,14 @@ def build(size: Size, seed: int) -> LlamaForCausalLM:
     """Build a Llama from a seed: float32 on CPU, bfloat16 on GPU."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.hidden, num_hidden_layers=size.layers, intermediate_size=3 * size.hidden,
-        num_attention_heads=max(1, size.hidden // 64), max_position_embeddings=4096, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=size.vocab,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        intermediate_size=3 * size.hidden,
+        num_attention_heads=max(1, size.hidden // 64),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
     where = device()
     return LlamaForCausalLM(config).to(where, torch.float32 if where.type == "cpu" else torch.bfloat16)
 
@@ -74,7 +79,9 @@ def wait() -> None:
 
 
 def compare(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each work, after one untimed run, taking turns so that a busy machine hits all alike."""
+    """Return the median seconds of each work, after one untimed run, taking turns so that a busy machine hits all
+    alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():

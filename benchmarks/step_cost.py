@@ -46,13 +46,24 @@ def entry(size: Size, k: int, advantage: bool, rng: np.random.Generator) -> Entr
     ids = np.argsort(rng.random((size.response, min(4 * k, size.vocab))), axis=1)[:, :k].astype(np.int64)
     logps = np.log(0.95 * rng.dirichlet(np.ones(k), size.response)).astype(np.float32)
     tail = np.full(size.response, 0.05, np.float32)
-    return Entry(ids, rng.normal(size=logps.shape).astype(np.float32), tail, logps) if advantage else Entry(ids, logps, tail, None)
+    return (
+        Entry(ids, rng.normal(size=logps.shape).astype(np.float32), tail, logps)
+        if advantage
+        else Entry(ids, logps, tail, None)
+    )
 
 
 def trainer_of(method: str) -> Any:
     """Make a trainer with its config only: `sums` and `counts` read nothing else."""
     ratio = {"nll_weight": 0.0, "humanline": False, "log_epsilon_P": -1.0, "log_epsilon_R": 1.5, "beta": 0.1}
-    options = {"label_smoothing": 0.0, "divergence": "reverse_kl", "alpha": 0.5, "wpo": "off", "length_normalized": False, "margin": 0.0}
+    options = {
+        "label_smoothing": 0.0,
+        "divergence": "reverse_kl",
+        "alpha": 0.5,
+        "wpo": "off",
+        "length_normalized": False,
+        "margin": 0.0,
+    }
     made = {
         "sft": lambda: (sft.SFT, sft.SFTConfig(train_on="auto")),
         "dpo": lambda: (dpo.DPO, dpo.DPOConfig(**ratio, **options)),
@@ -73,7 +84,9 @@ def batch_of(method: str, size: Size, k: int) -> Batch:
         if method == "sft":
             items += [Item((first,)), Item((second,))]
         elif method == "dpo":
-            items.append(Item((first, second), (), tuple(np.full(size.response, -6.0, np.float32) for _ in (first, second))))
+            items.append(
+                Item((first, second), (), tuple(np.full(size.response, -6.0, np.float32) for _ in (first, second)))
+            )
         elif method == "dckd":
             items.append(Item((first, second), (entry(size, k, False, rng), entry(size, k, False, rng))))
         else:
@@ -81,7 +94,9 @@ def batch_of(method: str, size: Size, k: int) -> Batch:
     return make_batch(items, 0).to(device())
 
 
-def step_of(method: str, size: Size, k: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def step_of(
+    method: str, size: Size, k: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> Callable[[], None]:
     """Return one optimizer step of the method."""
     trainer, batch = trainer_of(method), batch_of(method, size, k)
     counts = trainer.counts(batch)
@@ -118,7 +133,12 @@ def peak_of(method: str, size: Size, k: int) -> int:
 
 def measured_peak(method: str, options: argparse.Namespace) -> int:
     """Measure in a fresh process: what an earlier method freed would be used again unseen."""
-    command = [sys.executable, "-m", "benchmarks.step_cost", *(f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items())]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step_cost",
+        *(f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items()),
+    ]
     done = subprocess.run(command, env={**os.environ, PEAK_OF: method}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}: {done.stderr[-600:]}")
@@ -141,7 +161,10 @@ def main() -> None:
     print(f"float32 logits of the response tokens alone: {logits / 2**20:.0f} MiB")
     print("| step | seconds | time, SFT = 1 | peak above the start, MiB | memory, SFT = 1 |\n|---|---|---|---|---|")
     for m in METHODS:
-        print(f"| {m} | {seconds[m]:.3f} | {seconds[m] / seconds['sft']:.2f} | {peaks[m] / 2**20:.0f} | {peaks[m] / peaks['sft']:.2f} |")
+        print(
+            f"| {m} | {seconds[m]:.3f} | {seconds[m] / seconds['sft']:.2f} | {peaks[m] / 2**20:.0f} | "
+            f"{peaks[m] / peaks['sft']:.2f} |"
+        )
 
 
 if __name__ == "__main__":

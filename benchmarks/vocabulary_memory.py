@@ -2,7 +2,8 @@
 
     python -m benchmarks.vocabulary_memory --vocab 152000 --length 2048
 
-The logits of policy and reference [N, V] are there before (bfloat16, as a GPU's forward pass leaves them); printed is what
+The logits of policy and reference [N, V] are there before (bfloat16, as a GPU's forward pass leaves them); printed is
+what
 loss and backward add on top of them, beside the gradient of the policy's logits, which any loss needs.
 """
 
@@ -62,13 +63,30 @@ def main() -> None:
         print(*measure(options.method, options.vocab, options.length))
         return
     logits = 2 * options.length * options.vocab * 2
-    print(f"{machine()}; one pair of {options.length} tokens, V = {options.vocab}; bfloat16 logits of the pair: {logits / 2**20:.0f} MiB")
-    print("| loss | seconds | peak above the two models' logits, MiB | of it the logits' gradient | rest |\n|---|---|---|---|---|")
+    print(
+        f"{machine()}; one pair of {options.length} tokens, V = {options.vocab}; bfloat16 logits of the pair: "
+        f"{logits / 2**20:.0f} MiB"
+    )
+    print(
+        "| loss | seconds | peak above the two models' logits, MiB | of it the logits' gradient | rest "
+        "|\n|---|---|---|---|---|"
+    )
     for name in METHODS:
-        command = [sys.executable, "-m", "benchmarks.vocabulary_memory", f"--vocab={options.vocab}", f"--length={options.length}", "--method", name]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.vocabulary_memory",
+            f"--vocab={options.vocab}",
+            f"--length={options.length}",
+            "--method",
+            name,
+        ]
         out = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout.split()
         peak, seconds = int(out[0]), float(out[1])
-        print(f"| {name} | {seconds:.1f} | {peak / 2**20:.0f} | {logits / 2**20:.0f} | {(peak - logits) / 2**20:.0f} |", flush=True)
+        print(
+            f"| {name} | {seconds:.1f} | {peak / 2**20:.0f} | {logits / 2**20:.0f} | {(peak - logits) / 2**20:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The table of all losses in docs/losses.md, generated from the code: `python -m docs.losses_table` writes it.
 
-Cost counts passes: every learnt sequence 3 (forward, and a backward pass twice as dear), every scored one 1, by watching the
+Cost counts passes: every learned sequence 3 (forward, and a backward pass twice as dear), every scored one 1, by
+watching the
 models while the loss is computed on six pairs; SFT on the chosen responses is 1.
 """
 
@@ -14,10 +15,20 @@ from tests.golden.coverage import LOSS_CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- losses-table: written by python -m docs.losses_table -->", "<!-- /losses-table -->"
-DATA = {"responses": "responses", "pairs": "pairs", "feedback": "pairs, or responses with a label",
-        "prompts": "prompts and a judge, or replies with a reward", "rewards": "replies with a reward"}  # fmt: skip
+DATA = {
+    "responses": "responses",
+    "pairs": "pairs",
+    "feedback": "pairs, or responses with a label",
+    "prompts": "prompts and a judge, or responses with a reward",
+    "rewards": "responses with a reward",
+}
 REFERENCE = {"": "", "logps": "; reference log-probs (live or cached)", "distributions": "; a live reference"}
-TEACHER = {"": "", "logprob": "; teacher cache", "advantage": "; generations and an advantage cache", "live": "; live teachers"}
+TEACHER = {
+    "": "",
+    "logprob": "; teacher cache",
+    "advantage": "; generations and an advantage cache",
+    "live": "; live teachers",
+}
 
 
 def passes(name: str) -> int:
@@ -30,7 +41,7 @@ def passes(name: str) -> int:
         nonlocal counted
         counted += len(keywords["input_ids"]) * (3 if torch.is_grad_enabled() and module is trainer.policy else 1)
 
-    for model in (trainer.policy, trainer.reference, *trainer.companions.values()):
+    for model in (trainer.policy, trainer.reference, *trainer.frozen_models.values()):
         model.register_forward_hook(watch, with_kwargs=True)
     loss_of(trainer, items)
     return counted
@@ -40,7 +51,10 @@ def table() -> str:
     """Return the table in Markdown."""
     names = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
     sft = passes("sft")
-    rows = ["| loss | minimised (values: the defaults) | needs | source | cost | golden cases |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| loss | minimized (values: the defaults) | needs | source | cost | golden cases |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in names:
         trainer = trainer_of(name)
         method = launch.method_of({"loss": {"trainer": f"{type(trainer).__module__}.{type(trainer).__name__}"}})

@@ -1,4 +1,5 @@
-"""The outputs of the commands in docs/scaling.md's worked plan: `python -m docs.worked_plan` runs them and writes them in.
+"""The outputs of the commands in docs/scaling.md's worked plan: `python -m docs.worked_plan` runs them and writes them
+in.
 
 A command is an indented line below `<!-- estimate -->`; what it prints from its table on stands in the block after it.
 """
@@ -21,9 +22,14 @@ def output_of(command: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, *shlex.split(command), f"cache_dir={folder}"]
         done = subprocess.run(
-            words, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            words,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
     if done.returncode:
         raise RuntimeError(f"{command}\n{done.stderr}")
     start = re.search(r"^(\| stage|estimate of)", done.stdout, re.M)

@@ -1,7 +1,9 @@
 """Checkpoints to resume from: checkpoint-N/ with model, optimizer and trainer state, DONE written last.
 
-A model that is whole on every rank is written by rank 0 and read back with `weights_only=True`: such a checkpoint runs no code.
-A sharded one is written by all ranks, each its part (torch.distributed.checkpoint, whose index is a pickle: resume only from
+A model that is whole on every rank is written by rank 0 and read back with `weights_only=True`: such a checkpoint runs
+no code.
+A sharded one is written by all ranks, each its part (torch.distributed.checkpoint, whose index is a pickle: resume only
+from
 folders of your own). Either can be read by another number of ranks, or by a run of the other kind.
 """
 
@@ -32,8 +34,14 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def save(
-    run_dir: Path, step: int, models: Models, optimizer: torch.optim.Optimizer, state: dict[str, Any], is_main: bool, keep_last: int,
-) -> None:  # fmt: skip
+    run_dir: Path,
+    step: int,
+    models: Models,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    is_main: bool,
+    keep_last: int,
+) -> None:
     """Write checkpoint-{step}; all ranks call it."""
     part, whole = run_dir / f"checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}"
     if is_main:
@@ -73,7 +81,8 @@ def load(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> dict
         options = StateDictOptions()
     else:
         tensors = {
-            name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in [*models, "optimizer"]
+            name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
+            for name in [*models, "optimizer"]
         }
         options = StateDictOptions(full_state_dict=True)
     for name, model in models.items():

@@ -23,13 +23,15 @@ def check_compiler(config: ModelConfig, device: torch.device) -> None:
     wanted = [os.environ[variable]] if os.environ.get(variable) else usual
     require(
         any(shutil.which(name) for name in wanted),
-        f"model.compile=true needs a {'C++' if on_cpu else 'C'} compiler on {device.type}, and {' or '.join(wanted)} is not found: install one, "
+        f"model.compile=true needs a {'C++' if on_cpu else 'C'} compiler on {device.type}, and {' or '.join(wanted)} "
+        "is not found: install one, "
         f"name yours in the environment variable {variable}, or leave model.compile=false",
     )
     headers = Path(sysconfig.get_paths()["include"])
     require(
         (headers / "Python.h").is_file(),
-        f"model.compile=true needs Python's headers, and there is no Python.h in {headers}: install them (python3-dev), or leave model.compile=false",
+        f"model.compile=true needs Python's headers, and there is no Python.h in {headers}: install them "
+        "(python3-dev), or leave model.compile=false",
     )
 
 

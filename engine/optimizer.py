@@ -1,4 +1,6 @@
-"""How a run is laid out: the strategy that runs against the one asked for, the optimizer, the learning rate over steps."""
+"""How a run is laid out: the strategy that runs against the one asked for, the optimizer, the learning rate over
+steps.
+"""
 
 import math
 import os
@@ -41,13 +43,15 @@ def check_strategy(asked: str, accelerator: Accelerator) -> str:
     if wanted not in ("auto", running):
         raise ValueError(
             f"strategy {wanted!r} was asked for, {running!r} is running ({accelerator.num_processes} processes on "
-            f"{accelerator.device.type}). accelerate runs FSDP on GPUs only; anywhere, `torchrun --nproc_per_node N launch.py "
+            f"{accelerator.device.type}). accelerate runs FSDP on GPUs only; anywhere, `torchrun --nproc_per_node N "
+            "launch.py "
             "strategy=fsdp ...` shards by itself"
         )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != accelerator.num_processes:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != accelerator.num_processes:
         raise ValueError(
-            f"{world} processes were started but each runs alone and would write the same folder. On CPU start with "
+            f"{world_size} processes were started but each runs alone and would write the same folder. On CPU start "
+            "with "
             "torchrun --nproc_per_node N launch.py ..., not `use_cpu: true`"
         )
     return running

@@ -1,7 +1,9 @@
 """wandb over resumes: one wandb run a run folder, each row once.
 
-wandb drops (live) or moves (on sync) a row whose step is not above the last one, and a second offline file of the same id replaces the first
-when it is synced. So every row has a place of its own, every offline file holds the whole history, and only the newest one counts.
+wandb drops (live) or moves (on sync) a row whose step is not above the last one, and a second offline file of the same
+id replaces the first
+when it is synced. So every row has a place of its own, every offline file holds the whole history, and only the newest
+one counts.
 """
 
 import hashlib
@@ -33,7 +35,9 @@ class Tracker:
 
 
 def place(row: dict[str, Any]) -> int:
-    """Return wandb's own step of a row: a training row and the evaluation after it are two, and one of them may be missing."""
+    """Return wandb's own step of a row: a training row and the evaluation after it are two, and one of them may be
+    missing.
+    """
     return 2 * row["step"] + ("loss/eval" in row)
 
 
@@ -51,7 +55,9 @@ def run_id(run_dir: Path, resume_step: int) -> str:
 
 
 def tracker(settings: Settings, resume_step: int) -> Tracker | None:
-    """Start wandb if it is enabled, after metrics.jsonl was cut to resume_step; offline unless asked for, never waiting for a login."""
+    """Start wandb if it is enabled, after metrics.jsonl was cut to resume_step; offline unless asked for, never waiting
+    for a login.
+    """
     if not settings.wandb["enabled"]:
         return None
     import wandb
@@ -63,11 +69,17 @@ def tracker(settings: Settings, resume_step: int) -> Tracker | None:
     for old in (run_dir / "wandb").glob("offline-run-*"):
         old.rename(old.with_name(f"superseded-{old.name}"))  # kept, but `wandb sync` does not find it
     run = wandb.init(
-        project=settings.wandb["project"], entity=settings.wandb["entity"], group=settings.wandb["group"],
-        name=str(run_dir.relative_to(run_dir.parents[1])), mode=mode, dir=str(run_dir), config=settings.raw,
+        project=settings.wandb["project"],
+        entity=settings.wandb["entity"],
+        group=settings.wandb["group"],
+        name=str(run_dir.relative_to(run_dir.parents[1])),
+        mode=mode,
+        dir=str(run_dir),
+        config=settings.raw,
         # An offline file is whole and is to replace what was synced of earlier ones; "allow" would append it.
-        id=run_id(run_dir, resume_step), resume="allow" if mode == "online" else None,
-    )  # fmt: skip
+        id=run_id(run_dir, resume_step),
+        resume="allow" if mode == "online" else None,
+    )
     started = Tracker(run)
     for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         started.log(json.loads(line))

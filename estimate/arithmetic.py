@@ -1,6 +1,8 @@
-"""What a run takes, from plain numbers: FLOPs, bytes on a device, bytes of a teacher cache, hours. Nothing is loaded here.
+"""What a run takes, from plain numbers: FLOPs, bytes on a device, bytes of a teacher cache, hours. Nothing is loaded
+here.
 
-Letters: a model has h hidden units, L blocks of `block` parameters, V words; a micro-batch of a device has `rows` rows of
+Letters: a model has h hidden units, L blocks of `block` parameters, V words; a micro-batch of a device has `rows` rows
+of
 T tokens, C columns from the first response token to the last, N response tokens. Sizes are bytes.
 Source of the FLOPs: arXiv 2204.02311, appendix B (6 N a token and attention), with attention causal.
 """
@@ -87,7 +89,9 @@ class Flops(NamedTuple):
 
 
 def forward_flops(model: Model, work: Work) -> float:
-    """Return the FLOPs of a forward pass: 2 a token and parameter of the blocks, causal attention, the head at response tokens."""
+    """Return the FLOPs of a forward pass: 2 a token and parameter of the blocks, causal attention, the head at response
+    tokens.
+    """
     blocks = 2 * model.layers * (model.block * work.tokens + model.attention * work.squares)
     return blocks + 2 * model.hidden * model.vocab * work.responses
 
@@ -95,7 +99,8 @@ def forward_flops(model: Model, work: Work) -> float:
 def training_flops(model: Model, work: Work, reference: Work | None, checkpointing: bool) -> Flops:
     """Return the FLOPs of training on `work`; `reference` is what a frozen model of the same shape scores.
 
-    A backward pass costs two forward passes: one for the activations' gradients, one for the weights' (LoRA: only the first).
+    A backward pass costs two forward passes: one for the activations' gradients, one for the weights' (LoRA: only the
+    first).
     """
     forward = forward_flops(model, work)
     head = 2 * model.hidden * model.vocab * work.responses
@@ -107,8 +112,12 @@ def training_flops(model: Model, work: Work, reference: Work | None, checkpointi
     )
 
 
-def hours_of(flops: float, tokens: float, tokens_per_second: float | None, flops_per_second: float | None) -> float | None:
-    """Return the hours of a stage from its speed over all devices, in tokens or FLOPs a second; None if neither is known."""
+def hours_of(
+    flops: float, tokens: float, tokens_per_second: float | None, flops_per_second: float | None
+) -> float | None:
+    """Return the hours of a stage from its speed over all devices, in tokens or FLOPs a second; None if neither is
+    known.
+    """
     if tokens_per_second:
         return tokens / tokens_per_second / 3600
     return flops / flops_per_second / 3600 if flops_per_second else None
@@ -118,7 +127,9 @@ def hours_of(flops: float, tokens: float, tokens_per_second: float | None, flops
 
 
 class Setup(NamedTuple):
-    """How a run is laid out and in which precision: bytes of a stored weight, of a computed value, of a reference's weight."""
+    """How a run is laid out and in which precision: bytes of a stored weight, of a computed value, of a reference's
+    weight.
+    """
 
     strategy: str  # none | ddp | fsdp: everything sharded over all devices
     devices: int
@@ -150,11 +161,15 @@ class Memory(NamedTuple):
 
 
 def block_activations(model: Model, master: int, compute: int) -> int:
-    """Return the bytes a token and block that autograd keeps for the backward pass (checked against autograd in the tests).
+    """Return the bytes a token and block that autograd keeps for the backward pass (checked against autograd in the
+    tests).
 
-    Kept are: of both norms the residual and its normalised value; the inputs of the linear layers; queries, keys, values
-    (repeated for grouped heads, as a padded batch needs) and their mixture; of the feed-forward layer gate, its activation,
-    `up` and the product. Under autocast (master is not compute) the residual is in the stored precision and every linear
+    Kept are: of both norms the residual and its normalized value; the inputs of the linear layers; queries, keys,
+    values
+    (repeated for grouped heads, as a padded batch needs) and their mixture; of the feed-forward layer gate, its
+    activation,
+    `up` and the product. Under autocast (master is not compute) the residual is in the stored precision and every
+    linear
     layer keeps an input of its own.
     """
     h = model.hidden
@@ -172,7 +187,10 @@ def block_activations(model: Model, master: int, compute: int) -> int:
 def activations(model: Model, batch: Batch, setup: Setup) -> tuple[int, int]:
     """Return the bytes that all blocks keep until the backward pass, and those of one block at work."""
     residual = max(setup.master, setup.compute)
-    block = batch.tokens * block_activations(model, setup.master, setup.compute) + batch.tokens * batch.length * setup.compute
+    block = (
+        batch.tokens * block_activations(model, setup.master, setup.compute)
+        + batch.tokens * batch.length * setup.compute
+    )
     ends = 2 * batch.tokens * model.hidden * residual  # last norm
     if setup.checkpointing:
         return batch.tokens * model.hidden * residual * model.layers + ends, block
@@ -180,7 +198,9 @@ def activations(model: Model, batch: Batch, setup: Setup) -> tuple[int, int]:
 
 
 def scored_block(model: Model, batch: Batch, width: int) -> int:
-    """Return the bytes of a block at work without a gradient: residual, its norm, the feed-forward layer's three tensors."""
+    """Return the bytes of a block at work without a gradient: residual, its norm, the feed-forward layer's three
+    tensors.
+    """
     return batch.tokens * width * 3 * (model.hidden + model.intermediate)
 
 
@@ -190,7 +210,9 @@ def logits_bytes(model: Model, batch: Batch, width: int) -> tuple[int, int]:
 
 
 def chunk_bytes(model: Model, responses: int, width: int) -> int:
-    """Return the bytes of the loss's chunk: exponentials and two gradients in float32, and its float32 copy if it is narrower."""
+    """Return the bytes of the loss's chunk: exponentials and two gradients in float32, and its float32 copy if it is
+    narrower.
+    """
     return (3 if width == FLOAT32 else 4) * FLOAT32 * min(CHUNK_ELEMENTS, responses * model.vocab)
 
 
@@ -207,8 +229,10 @@ def loss_bytes(model: Model, batch: Batch, setup: Setup) -> int:
 def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch | None = None) -> Memory:
     """Return the bytes on a device in training; `evaluation` is the largest batch of an evaluation, if there is one.
 
-    Two things stay whole on every device even under full sharding, because this is how the trainer works: the copies in the
-    computing precision that autocast keeps of the gathered weights, and, with several micro-batches a step, the gradients,
+    Two things stay whole on every device even under full sharding, because this is how the trainer works: the copies in
+    the
+    computing precision that autocast keeps of the gathered weights, and, with several micro-batches a step, the
+    gradients,
     which are reduced with the last one only.
     """
     shards = setup.devices if setup.strategy == "fsdp" else 1
@@ -228,7 +252,8 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
     held = whole if setup.micro_batches > 1 else 0
     kept, block = activations(model, batch, setup)
     gradients = held or (whole // shards)
-    # From the last block, with all activations, to the first one, with all gradients; a checkpointed block is computed again.
+    # From the last block, with all activations, to the first one, with all gradients; a checkpointed block is computed
+    # again.
     again = block if setup.checkpointing else 0
     backward = max(held + kept + again, gradients + block + kept // model.layers)
     temporary = whole // shards if setup.gpu else 2 * model.largest * setup.master // shards
@@ -244,7 +269,9 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
     }
     if evaluation is not None:
         evaluated = scored_block(model, evaluation, setup.compute)
-        heads = sum(logits_bytes(model, evaluation, setup.compute)) + chunk_bytes(model, evaluation.responses, setup.compute)
+        heads = sum(logits_bytes(model, evaluation, setup.compute)) + chunk_bytes(
+            model, evaluation.responses, setup.compute
+        )
         live = logits_bytes(model, evaluation, setup.compute)[1] if setup.live else 0
         phases["evaluation"] = static + gathered + copies + max(evaluated, live + heads)
     terms = {
@@ -265,19 +292,26 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
 
 
 def scoring_memory(model: Model, batch: Batch, width: int, teachers: int) -> Memory:
-    """Return the bytes on a device of task=cache: each process holds one or two whole teachers in `width` bytes a weight."""
+    """Return the bytes on a device of task=cache: each process holds one or two whole teachers in `width` bytes a
+    weight.
+    """
     weights = teachers * model.parameters * width
     block = scored_block(model, batch, width)
     output, response = logits_bytes(model, batch, width)
     logits = (teachers - 1) * response + output + response
     chunk = chunk_bytes(model, batch.responses, width)
     terms = {"weights": weights, "a block at work": block, "logits": logits, "float32 chunk": chunk}
-    phases = {"blocks": weights + (teachers - 1) * response + block, "top k": weights + max(logits, teachers * response + chunk)}
+    phases = {
+        "blocks": weights + (teachers - 1) * response + block,
+        "top k": weights + max(logits, teachers * response + chunk),
+    }
     return Memory(terms, phases)
 
 
 def generation_memory(model: Model, rows: int, length: int, width: int) -> Memory:
-    """Return the bytes on a device of task=generate: the whole model, keys and values of `rows` rows, logits of one position."""
+    """Return the bytes on a device of task=generate: the whole model, keys and values of `rows` rows, logits of one
+    position.
+    """
     weights, cached = model.parameters * width, 2 * model.layers * model.key_value * rows * length * width
     logits = 4 * rows * model.vocab * FLOAT32  # scores, sorted scores, probabilities, draws
     terms = {"weights": weights, "keys and values": cached, "logits": logits}

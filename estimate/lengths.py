@@ -1,4 +1,4 @@
-"""How long the sequences of a run are: tokenised where the data is on this machine, an upper bound where it is not."""
+"""How long the sequences of a run are: tokenized where the data is on this machine, an upper bound where it is not."""
 
 import io
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Slot = tuple[int, int, int]  # tokens, index of the first response token, respon
 
 
 class Lengths(NamedTuple):
-    """The sequences of one pass. items: those that were tokenised, a tuple of slots each (empty for an upper bound)."""
+    """The sequences of one pass. items: those that were tokenized, a tuple of slots each (empty for an upper bound)."""
 
     items: list[tuple[Slot, ...]]
     number: int  # of items in the pass
@@ -27,7 +27,7 @@ class Lengths(NamedTuple):
 
     @property
     def measured(self) -> bool:
-        """Tell whether every item was tokenised."""
+        """Tell whether every item was tokenized."""
         return len(self.items) == self.number
 
 
@@ -37,7 +37,9 @@ def slot_of(tokens: Tokens) -> Slot:
 
 
 def training_slots(example: Example, needs: Needs) -> list[tuple[Slot, ...]]:
-    """Return the items that a method makes of an example; what a student will say is taken to be as long as the chosen."""
+    """Return the items that a method makes of an example; what a student will say is taken to be as long as the
+    chosen.
+    """
     found = [tokens for tokens in (example.chosen, example.rejected, example.response) if tokens is not None]
     if needs.data == "pairs":
         return [tuple(slot_of(tokens) for tokens in found[:2])]
@@ -51,7 +53,10 @@ def work_of(items: Sequence[tuple[Slot, ...]]) -> Work:
     """Sum over the sequences of all items."""
     slots = [slot for item in items for slot in item]
     return Work(
-        len(slots), sum(n for n, _, _ in slots), sum(n * n for n, _, _ in slots), sum(responses for _, _, responses in slots)
+        len(slots),
+        sum(n for n, _, _ in slots),
+        sum(n * n for n, _, _ in slots),
+        sum(responses for _, _, responses in slots),
     )
 
 
@@ -62,7 +67,9 @@ def is_here(settings: Settings, split: str) -> bool:
 
 
 def examples_of(settings: Settings, split: str) -> tuple[list[Example], int, int]:
-    """Tokenise at most estimate.rows rows of a split; return examples, the rows they come from and all rows there are."""
+    """Tokenize at most estimate.rows rows of a split; return examples, the rows they come from and all rows there
+    are.
+    """
     run, config = settings.run, settings.model
     limit = run.n_examples if split == "train" else run.n_eval_examples
     total = sum(
@@ -83,20 +90,22 @@ def examples_of(settings: Settings, split: str) -> tuple[list[Example], int, int
 def scaled(items: Sequence[tuple[Slot, ...]], sampled: int, number: int) -> Lengths:
     """Return the lengths of a pass from those of `sampled` of its `number` rows."""
     if sampled >= number:
-        return Lengths(list(items), len(items), work_of(items), f"{len(items):,} items, all tokenised")
+        return Lengths(list(items), len(items), work_of(items), f"{len(items):,} items, all tokenized")
     share = number / sampled
     count = round(len(items) * share)
-    return Lengths(list(items), count, work_of(items).times(share), f"{count:,} items, lengths from {sampled:,} tokenised rows")
+    return Lengths(
+        list(items), count, work_of(items).times(share), f"{count:,} items, lengths from {sampled:,} tokenized rows"
+    )
 
 
 def bounded(settings: Settings, examples: float | None, slots: int, prompt_only: bool = False) -> Lengths | None:
     """Return what full-length rows would be: estimate.tokens, or a number of examples; None if neither is known."""
-    length, share, reply = settings.model.max_length, settings.estimate.response_share, 0
+    length, share, response = settings.model.max_length, settings.estimate.response_share, 0
     if prompt_only:
-        length, reply = settings.model.max_prompt_length, settings.generation.max_new_tokens
+        length, response = settings.model.max_prompt_length, settings.generation.max_new_tokens
     if settings.estimate.tokens is not None:
-        sequences = settings.estimate.tokens / (length + reply)
-        source = f"estimate.tokens, in rows of {length + reply:,} tokens"
+        sequences = settings.estimate.tokens / (length + response)
+        source = f"estimate.tokens, in rows of {length + response:,} tokens"
     elif examples is not None:
         sequences, source = examples * slots, f"upper bound: {examples:,.0f} examples x {slots} x {length:,} tokens"
     else:
@@ -158,7 +167,9 @@ def largest(batches: Sequence[Batch]) -> Batch:
 
 
 def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int) -> Batch:
-    """Return the largest micro-batch of a device: of the run's first pass if all is tokenised, else of full-length rows."""
+    """Return the largest micro-batch of a device: of the run's first pass if all is tokenized, else of full-length
+    rows.
+    """
     config = settings.model
     micro = max(1, config.batch_size // (devices * config.gradient_accumulation_steps))
     if not lengths.measured:

@@ -16,7 +16,8 @@ from settings.schema import ModelConfig
 
 
 def source_of(config: ModelConfig) -> str | None:
-    """Return where the architecture is read from: the first of from_checkpoint, load_from that is a folder, or name_or_path.
+    """Return where the architecture is read from: the first of from_checkpoint, load_from that is a folder, or
+    name_or_path.
 
     A stage of a pipeline that has not run yet has no folder; its model has the shape of the one that it started from.
     """
@@ -39,7 +40,9 @@ def architecture(config: ModelConfig) -> Any:
     local = models.local_source(source)
     offline = not Path(local).is_dir() and not models.hub_reachable()
     try:
-        return AutoConfig.from_pretrained(local, trust_remote_code=False, local_files_only=offline or Path(local).is_dir())
+        return AutoConfig.from_pretrained(
+            local, trust_remote_code=False, local_files_only=offline or Path(local).is_dir()
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = "the hub cannot be reached" if offline else str(error).strip().splitlines()[0]
         raise ValueError(f"no architecture: cannot read config.json of {source!r} ({reason})") from error
@@ -90,12 +93,22 @@ def _counted(key: str, made_from: _Once) -> Model:
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Model(
-        hidden=text.hidden_size, layers=layers, attention=heads * size,
-        key_value=(getattr(text, "num_key_value_heads", None) or heads) * size, intermediate=text.intermediate_size,
-        gated=any("gate" in name for name, _ in model.named_parameters()), vocab=head.shape[0],
-        parameters=total, embedding=embedding.numel(), tied=head is embedding,
-        block=block, largest=largest, adapters=adapters, adapter_inputs=inputs, adapter_ranks=ranks,
-    )  # fmt: skip
+        hidden=text.hidden_size,
+        layers=layers,
+        attention=heads * size,
+        key_value=(getattr(text, "num_key_value_heads", None) or heads) * size,
+        intermediate=text.intermediate_size,
+        gated=any("gate" in name for name, _ in model.named_parameters()),
+        vocab=head.shape[0],
+        parameters=total,
+        embedding=embedding.numel(),
+        tied=head is embedding,
+        block=block,
+        largest=largest,
+        adapters=adapters,
+        adapter_inputs=inputs,
+        adapter_ranks=ranks,
+    )
 
 
 def blocks_of(model: Any, layers: int) -> int:

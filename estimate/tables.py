@@ -40,22 +40,34 @@ def operations(flops: float | None) -> str:
 
 
 def single(found: dict[str, Any]) -> str:
-    """Write one estimate, figure by figure."""
+    """Write one estimate, metric by metric."""
     what = f"task={found['task']}" + (f" loss={found['loss']}" if found["loss"] else "")
     lines = [f"estimate of {what}: strategy {found['strategy']}, {found['devices']} device(s); 1 GB = 10^9 bytes"]
     trained = f", trained {count(found['trainable'])}" if found["task"] == "train" else ""
     lines += [row("parameters", count(found["parameters"]), f"in the embedding {count(found['embedding'])}{trained}")]
-    lines += [row("tokens", count(found["tokens"]), f"{count(found['response_tokens'])} of them responses; {found['lengths']}")]
+    lines += [
+        row(
+            "tokens", count(found["tokens"]), f"{count(found['response_tokens'])} of them responses; {found['lengths']}"
+        )
+    ]
     if found["flops"]:
-        parts = ", ".join(f"{name} {operations(value)}" for name, value in found["flops"].items() if value and name != "total")
-        lines += [row("FLOPs", operations(found["flops"]["total"]), f"{parts}; {operations(found['flops_per_token'])} a token")]
+        parts = ", ".join(
+            f"{name} {operations(value)}" for name, value in found["flops"].items() if value and name != "total"
+        )
+        lines += [
+            row(
+                "FLOPs", operations(found["flops"]["total"]), f"{parts}; {operations(found['flops_per_token'])} a token"
+            )
+        ]
     lines += ["memory of a device"]
     lines += [row(f"  {name}", size(value)) for name, value in found["memory"].items()]
     lines += [row("  peak", size(found["peak_bytes"]), found["peak_phase"])]
     limit = found["device_memory_gb"]
     if limit:
         over = found["peak_bytes"] - limit * 1e9
-        lines += [row("", f"does not fit: {size(over)} more than {limit:g} GB" if over > 0 else f"fits into {limit:g} GB")]
+        lines += [
+            row("", f"does not fit: {size(over)} more than {limit:g} GB" if over > 0 else f"fits into {limit:g} GB")
+        ]
     if found["disk_bytes"] is not None:
         lines += [row("cache on disk", size(found["disk_bytes"]))]
     speed = "set estimate.tokens_per_second, or estimate.flops_per_second_per_device, or estimate.measure=true"
@@ -64,7 +76,7 @@ def single(found: dict[str, Any]) -> str:
 
 
 def row(name: str, value: str, note: str = "") -> str:
-    """Write a figure with its name and a note."""
+    """Write a metric with its name and a note."""
     return f"  {name:<30}{value:>12}{'   ' + note if note else ''}".rstrip()
 
 
@@ -87,15 +99,24 @@ def table(stages: list[tuple[str, dict[str, Any] | str]]) -> str:
             lines.append(f"| {label} | not estimated: {found} |" + " |" * (len(HEAD) - 2))
             continue
         cells = (
-            label, found["strategy"], str(found["devices"]), count(found["parameters"]), count(found["tokens"]),
-            operations(found["flops"]["total"] if found["flops"] else None), size(found["peak_bytes"]), found["peak_phase"],
-            size(found["disk_bytes"]), duration(found["hours"]),
-        )  # fmt: skip
+            label,
+            found["strategy"],
+            str(found["devices"]),
+            count(found["parameters"]),
+            count(found["tokens"]),
+            operations(found["flops"]["total"] if found["flops"] else None),
+            size(found["peak_bytes"]),
+            found["peak_phase"],
+            size(found["disk_bytes"]),
+            duration(found["hours"]),
+        )
         lines.append("| " + " | ".join(cells) + " |")
     known = [found for _, found in stages if isinstance(found, dict)]
     hours, disk = [f["hours"] for f in known if f["hours"]], sum(f["disk_bytes"] or 0 for f in known)
     lines += ["", f"in all {duration(sum(hours)) if hours else '- h'}, {size(disk)} of teacher caches"]
-    return "\n".join([*lines, *(broken(label, found) for label, found in stages if isinstance(found, dict) and too_large(found))])
+    return "\n".join(
+        [*lines, *(broken(label, found) for label, found in stages if isinstance(found, dict) and too_large(found))]
+    )
 
 
 def too_large(found: dict[str, Any]) -> bool:
@@ -117,18 +138,28 @@ def used_bytes(actual: dict[str, Any]) -> int:
 
 def cost_table(runs: list[tuple[str, dict[str, Any] | str]]) -> str:
     """Write prediction and measurement of several runs as a Markdown table."""
-    lines = ["| stage | memory of a device, predicted | actual | tokens, predicted | actual | time, actual | tokens/s |", "|---" * 7 + "|"]
+    lines = [
+        "| stage | memory of a device, predicted | actual | tokens, predicted | actual | time, actual | tokens/s |",
+        "|---" * 7 + "|",
+    ]
     for label, found in runs:
         if isinstance(found, str):
             lines.append(f"| {label} | not estimated: {found} |" + " |" * 5)
             continue
         predicted, actual = found["predicted"], found["actual"]
         cells = (
-            size(predicted["peak_bytes"]), size(used_bytes(actual)), count(predicted["tokens"]), count(actual["tokens"]),
-            duration(actual["seconds"] / 3600), f"{actual['tokens_per_second']:,.0f}",
-        )  # fmt: skip
+            size(predicted["peak_bytes"]),
+            size(used_bytes(actual)),
+            count(predicted["tokens"]),
+            count(actual["tokens"]),
+            duration(actual["seconds"] / 3600),
+            f"{actual['tokens_per_second']:,.0f}",
+        )
         lines.append("| " + " | ".join((label, *cells)) + " |")
-    note = "Memory on a CPU: the peak above what the process held before the model was loaded. Replies sampled while training are not predicted."
+    note = (
+        "Memory on a CPU: the peak above what the process held before the model was loaded. "
+        "Responses sampled while training are not predicted."
+    )
     return "\n".join([*lines, "", note])
 
 
@@ -146,7 +177,14 @@ def comparison(found: dict[str, Any]) -> str:
         row("tokens, predicted", count(predicted["tokens"]), predicted["lengths"]),
         row("tokens, actual", count(actual["tokens"])),
         row("time, predicted", duration(predicted["hours"])),
-        row("time, actual", duration(actual["seconds"] / 3600), f"{actual['tokens_per_second']:,.0f} tokens/s, evaluation and saving included"),
-        row("FLOPs a second, actual", operations(predicted["flops"]["total"] / actual["seconds"] if predicted["flops"] else None)),
+        row(
+            "time, actual",
+            duration(actual["seconds"] / 3600),
+            f"{actual['tokens_per_second']:,.0f} tokens/s, evaluation and saving included",
+        ),
+        row(
+            "FLOPs a second, actual",
+            operations(predicted["flops"]["total"] / actual["seconds"] if predicted["flops"] else None),
+        ),
     ]
     return "\n".join(lines)

@@ -22,21 +22,31 @@ def compare_all(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
 
     Models without scores are left out. ValueError if two models were scored on other numbers of prompts.
     """
-    judged = {name: np.asarray(values, dtype=np.float64) for name, values in scores.items() if len(values)}
-    if len({len(values) for values in judged.values()}) > 1:
-        counts = ", ".join(f"{name}: {len(values)}" for name, values in judged.items())
-        raise ValueError(f"other numbers of scores ({counts}): a paired comparison needs the same prompts in all models")
-    pairs = [(a, b) if judged[a].mean() >= judged[b].mean() else (b, a) for a, b in combinations(judged, 2)]
+    scored = {name: np.asarray(values, dtype=np.float64) for name, values in scores.items() if len(values)}
+    if len({len(values) for values in scored.values()}) > 1:
+        counts = ", ".join(f"{name}: {len(values)}" for name, values in scored.items())
+        raise ValueError(
+            f"other numbers of scores ({counts}): a paired comparison needs the same prompts in all models"
+        )
+    pairs = [(a, b) if scored[a].mean() >= scored[b].mean() else (b, a) for a, b in combinations(scored, 2)]
     if not pairs:
         return []
-    raw = paired_p_values(np.stack([judged[a] - judged[b] for a, b in pairs]))
+    raw = paired_p_values(np.stack([scored[a] - scored[b] for a, b in pairs]))
     rows = []
     for (first, second), p, p_holm in zip(pairs, raw, holm(raw), strict=True):
-        difference, interval = paired_difference(judged[first].tolist(), judged[second].tolist())
-        rows.append({
-            "first": first, "second": second, "difference": difference, "ci95": list(interval),
-            "n": len(judged[first]), "p": p, "p_holm": p_holm, "separate": p_holm < LEVEL,
-        })  # fmt: skip
+        difference, interval = paired_difference(scored[first].tolist(), scored[second].tolist())
+        rows.append(
+            {
+                "first": first,
+                "second": second,
+                "difference": difference,
+                "ci95": list(interval),
+                "n": len(scored[first]),
+                "p": p,
+                "p_holm": p_holm,
+                "separate": p_holm < LEVEL,
+            }
+        )
     return rows
 
 
@@ -67,7 +77,9 @@ def all_pairs(comparisons: Sequence[Mapping[str, Any]] | None) -> bool:
     return bool(comparisons) and all("separate" in row for row in comparisons or ())
 
 
-def best_model(models: Mapping[str, Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+def best_model(
+    models: Mapping[str, Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]] | None = None
+) -> str | None:
     """Return the model that is better than every other one beyond chance; None where there is none.
 
     With comparisons of all pairs: separate from each other model after Holm's correction. Else its interval lies above

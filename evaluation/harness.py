@@ -21,14 +21,19 @@ def check_benchmarks(config: EvaluationConfig) -> None:
     if not config.lm_eval:
         return
     if find_spec("lm_eval") is None:
-        raise ValueError(f"evaluation.lm_eval={config.lm_eval} needs lm-evaluation-harness, which is not installed: {INSTALL}")
+        raise ValueError(
+            f"evaluation.lm_eval={config.lm_eval} needs lm-evaluation-harness, which is not installed: {INSTALL}"
+        )
     if config.lm_eval_path and not Path(config.lm_eval_path).expanduser().is_dir():
         raise ValueError(f"evaluation.lm_eval_path={config.lm_eval_path} is no folder: give one that holds task YAMLs")
     known = _task_manager(config.lm_eval_path).all_tasks
     for name in config.lm_eval:
         if name not in known:
             close = nearest(name, known) if len(known) < 50 or "Did you mean" in nearest(name, known) else ""
-            raise ValueError(f"evaluation.lm_eval: lm-evaluation-harness has no task {name!r}.{close} Tasks of your own: evaluation.lm_eval_path=FOLDER")
+            raise ValueError(
+                f"evaluation.lm_eval: lm-evaluation-harness has no task {name!r}.{close} Tasks of your own: "
+                "evaluation.lm_eval_path=FOLDER"
+            )
 
 
 @cache
@@ -40,7 +45,7 @@ def _task_manager(folder: str | None) -> Any:
     return TaskManager(include_path=str(Path(folder).expanduser()) if folder else None)
 
 
-def benchmark_figures(settings: Settings, model: Any, tokenizer: Any) -> dict[str, Any]:
+def benchmark_metrics(settings: Settings, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Run evaluation.lm_eval on a loaded model; {task: {"n", "metrics": {metric: {"value", "stderr"}}}}.
 
     stderr is the library's own standard error, None where it has none for that metric.
@@ -50,13 +55,22 @@ def benchmark_figures(settings: Settings, model: Any, tokenizer: Any) -> dict[st
 
     config, seed = settings.evaluation, settings.run.seed
     wrapped = HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=settings.model.eval_batch_size, max_length=settings.model.max_length
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=settings.model.eval_batch_size,
+        max_length=settings.model.max_length,
     )
     found = lm_eval.simple_evaluate(
-        model=wrapped, tasks=list(config.lm_eval), task_manager=_task_manager(config.lm_eval_path), log_samples=False,
-        apply_chat_template=config.lm_eval_chat_template, random_seed=seed, numpy_random_seed=seed,
-        torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
+        model=wrapped,
+        tasks=list(config.lm_eval),
+        task_manager=_task_manager(config.lm_eval_path),
+        log_samples=False,
+        apply_chat_template=config.lm_eval_chat_template,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
     assert found is not None, "simple_evaluate returns None on ranks other than 0 only"
     counts = {name: count["effective"] for name, count in found["n-samples"].items()}
     return {name: {"n": counts.get(name), "metrics": metrics_of(row)} for name, row in found["results"].items()}
@@ -81,9 +95,14 @@ def metrics_of(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 def table(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the benchmarks as a Markdown table; empty where there are none."""
     rows = [
-        f"| {name} | {task} | {metric} | {one['value']:.3f} | {'-' if one['stderr'] is None else format(one['stderr'], '.3f')} | {found['n']} |"
+        f"| {name} | {task} | {metric} | {one['value']:.3f} | "
+        f"{'-' if one['stderr'] is None else format(one['stderr'], '.3f')} | {found['n']} |"
         for name, entry in models.items()
         for task, found in (entry.get("lm_eval") or {}).items()
         for metric, one in found["metrics"].items()
     ]
-    return "\n".join(["| model | task | metric | value | standard error | n |", "|---" * 6 + "|", *rows]) + "\n" if rows else ""
+    return (
+        "\n".join(["| model | task | metric | value | standard error | n |", "|---" * 6 + "|", *rows]) + "\n"
+        if rows
+        else ""
+    )

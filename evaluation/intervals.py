@@ -1,7 +1,7 @@
 """95 % intervals of reported scores, in plain numpy.
 
 Two kinds of chance are kept apart: over prompts (another draw of held-out prompts, the same models) and over seeds
-(other data, initialisation and sampling). The second is usually the wider, and is what a claim about a method needs.
+(other data, initialization and sampling). The second is usually the wider, and is what a claim about a method needs.
 """
 
 import math
@@ -15,10 +15,37 @@ NORMAL_975 = 1.959963984540054  # the 97.5 % quantile of the standard normal dis
 
 # The 97.5 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom.
 STUDENT_975 = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
-    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
-    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
-)  # fmt: skip
+    12.7062,
+    4.3027,
+    3.1824,
+    2.7764,
+    2.5706,
+    2.4469,
+    2.3646,
+    2.3060,
+    2.2622,
+    2.2281,
+    2.2010,
+    2.1788,
+    2.1604,
+    2.1448,
+    2.1314,
+    2.1199,
+    2.1098,
+    2.1009,
+    2.0930,
+    2.0860,
+    2.0796,
+    2.0739,
+    2.0687,
+    2.0639,
+    2.0595,
+    2.0555,
+    2.0518,
+    2.0484,
+    2.0452,
+    2.0423,
+)
 
 
 def student_quantile(degrees: int) -> float:
@@ -36,10 +63,10 @@ def proportion_interval(successes: float, n: int) -> Interval:
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes={successes}, n={n}: needs n >= 1 and 0 <= successes <= n")
     share, z = successes / n, NORMAL_975
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
+    low = 0.0 if successes == 0 else max(0.0, center - half)
+    high = 1.0 if successes == n else min(1.0, center + half)
     return low, high
 
 

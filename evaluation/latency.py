@@ -1,6 +1,8 @@
-"""How long replies take: time to the first token, then per token, on prompts of the data set, with cached keys and values.
+"""How long responses take: time to the first token, then per token, on prompts of the data set, with cached keys and
+values.
 
-A timed batch is B real prompts, padded on the left (hf) or put in together (vllm), each answered greedily with exactly N
+A timed batch is B real prompts, padded on the left (hf) or put in together (vllm), each answered greedily with
+exactly N
 new tokens. Every batch has other prompts; the first WARMUP batches are not timed. Letters: B prompts, N new tokens.
 """
 
@@ -29,7 +31,9 @@ WARMUP = 2  # batches: compilation, caches of kernels, pages of memory
 
 
 class Timing(NamedTuple):
-    """One batch: seconds until all prompts have their first token, then of every step, and the tokens of these steps."""
+    """One batch: seconds until all prompts have their first token, then of every step, and the tokens of these
+    steps.
+    """
 
     first_token: float
     steps: list[float]
@@ -45,11 +49,14 @@ def check_latency(config: EvaluationConfig, num_processes: int) -> None:
         return
     if num_processes > 1:
         raise ValueError(
-            f"evaluation.latency=true times a model that has the machine for itself, and {num_processes} processes run: "
+            f"evaluation.latency=true times a model that has the machine for itself, and {num_processes} processes "
+            "run: "
             "start it with `python launch.py`, without accelerate launch"
         )
     if "vllm" in config.latency_backends and find_spec("vllm") is None:
-        raise ValueError("evaluation.latency_backends has vllm, which is not installed: ./install.sh --vllm, or leave it out")
+        raise ValueError(
+            "evaluation.latency_backends has vllm, which is not installed: ./install.sh --vllm, or leave it out"
+        )
 
 
 # ---- hf
@@ -77,9 +84,13 @@ def now(device: torch.device) -> float:
 def hf_timed(model: Any, tokenizer: Any, new_tokens: int) -> Timed:
     """Return a function that times one batch with model.generate."""
     config = transformers.GenerationConfig(
-        min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, use_cache=True,
-        eos_token_id=models.stop_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=models.stop_ids(tokenizer, model),
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
     @torch.inference_mode()
     def timed(prompts: list[list[int]]) -> Timing:
@@ -88,10 +99,14 @@ def hf_timed(model: Any, tokenizer: Any, new_tokens: int) -> Timed:
         own, model.generation_config = model.generation_config, config  # else its penalties and cuts fill our gaps
         try:
             clock = _Clock(model.device)
-            out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([clock]))
+            out = model.generate(
+                ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([clock])
+            )
         finally:
             model.generation_config = own
-        assert out.shape == (len(prompts), ids.shape[1] + new_tokens), f"a reply of another length: {tuple(out.shape)}"
+        assert out.shape == (len(prompts), ids.shape[1] + new_tokens), (
+            f"a response of another length: {tuple(out.shape)}"
+        )
         spans = np.diff(clock.times).tolist()
         return Timing(spans[0], spans[1:], len(prompts) * (new_tokens - 1))
 
@@ -107,7 +122,11 @@ def vllm_timed(llm: Any, new_tokens: int) -> Timed:
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.CUMULATIVE
+        temperature=0.0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.CUMULATIVE,
     )
 
     def timed(prompts: list[list[int]]) -> Timing:
@@ -130,13 +149,13 @@ def vllm_timed(llm: Any, new_tokens: int) -> Timed:
             elif all(said.values()):
                 first, before = at - start, sum(said.values())
             last = at
-        assert set(said.values()) == {new_tokens}, f"replies of other lengths: {said}"
+        assert set(said.values()) == {new_tokens}, f"responses of other lengths: {said}"
         return Timing(first, steps, sum(said.values()) - before)
 
     return timed
 
 
-# ---- figures
+# ---- metrics
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -150,7 +169,7 @@ def batches_of(prompts: Sequence[list[int]], batch_size: int, count: int) -> lis
     return [[prompts[(k * batch_size + i) % len(prompts)] for i in range(batch_size)] for k in range(count)]
 
 
-def figures_of(timings: Sequence[Timing]) -> dict[str, Any]:
+def timing_metrics(timings: Sequence[Timing]) -> dict[str, Any]:
     """Return the spread over batches of the first token and of the speed, and over steps of every further token."""
     return {
         "first_token_ms": spread([1e3 * one.first_token for one in timings]),
@@ -165,7 +184,9 @@ def device_name(device: torch.device, backend: str) -> str:
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     threads = f"{torch.get_num_threads()} thread(s)" if backend == "hf" else "threads as vLLM binds them"
     return f"{name or 'CPU'}, {threads}"
 
@@ -180,7 +201,9 @@ def latency_rows(
     for backend in wanted.latency_backends:
         device = model.device
         if backend == "hf":
-            rows += _rows(settings, backend, hf_timed(model, tokenizer, wanted.latency_new_tokens), prompts, device, model.dtype)
+            rows += _rows(
+                settings, backend, hf_timed(model, tokenizer, wanted.latency_new_tokens), prompts, device, model.dtype
+            )
             continue
         model.to("cpu")  # vLLM wants the device's memory
         length = max(map(len, prompts)) + wanted.latency_new_tokens
@@ -195,7 +218,12 @@ def latency_rows(
 
 
 def _rows(
-    settings: Settings, backend: str, timed: Timed, prompts: Sequence[list[int]], device: torch.device, dtype: torch.dtype
+    settings: Settings,
+    backend: str,
+    timed: Timed,
+    prompts: Sequence[list[int]],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
     wanted, rows = settings.evaluation, []
     for size in wanted.latency_batch_sizes:
@@ -205,16 +233,29 @@ def _rows(
         fresh = resources.restart_peak()
         timings = [timed(batch) for batch in batches[WARMUP:]]
         lengths = [len(ids) for batch in batches[WARMUP:] for ids in batch]
-        rows.append({
-            "backend": backend, "batch_size": size, **figures_of(timings), **_peak(backend, device, fresh),
-            "new_tokens": wanted.latency_new_tokens, "repetitions": wanted.latency_repetitions, "warmup": WARMUP, "kv_cache": True,
-            "prompt_tokens": {"min": min(lengths), "p50": float(np.median(lengths)), "max": max(lengths)},
-            "prompts": f"{len(prompts)} held-out prompts of {', '.join(settings.datasets)}",
-            "device": device_name(device, backend), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
-            "backend_version": version("transformers") if backend == "hf" else import_module("vllm").__version__,
-        })  # fmt: skip
-        print(f"latency, {backend}, batch {size}: {rows[-1]['first_token_ms']['p50']:.1f} ms to the first token, "
-              f"{rows[-1]['decode_tokens_per_second']['p50']:.1f} tokens/s", flush=True)  # fmt: skip
+        rows.append(
+            {
+                "backend": backend,
+                "batch_size": size,
+                **timing_metrics(timings),
+                **_peak(backend, device, fresh),
+                "new_tokens": wanted.latency_new_tokens,
+                "repetitions": wanted.latency_repetitions,
+                "warmup": WARMUP,
+                "kv_cache": True,
+                "prompt_tokens": {"min": min(lengths), "p50": float(np.median(lengths)), "max": max(lengths)},
+                "prompts": f"{len(prompts)} held-out prompts of {', '.join(settings.datasets)}",
+                "device": device_name(device, backend),
+                "dtype": str(dtype).removeprefix("torch."),
+                "torch": torch.__version__,
+                "backend_version": version("transformers") if backend == "hf" else import_module("vllm").__version__,
+            }
+        )
+        print(
+            f"latency, {backend}, batch {size}: {rows[-1]['first_token_ms']['p50']:.1f} ms to the first token, "
+            f"{rows[-1]['decode_tokens_per_second']['p50']:.1f} tokens/s",
+            flush=True,
+        )
     return rows
 
 
@@ -222,9 +263,15 @@ def _peak(backend: str, device: torch.device, fresh: bool) -> dict[str, Any]:
     """Return the peak memory of the timed batches, weights included, and what it is the memory of."""
     if device.type == "cuda":  # vLLM's engine has a process of its own and takes all it may for its cache
         known = backend == "hf"
-        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device) if known else None, "peak_memory_of": "allocated on the GPU"}
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if known else None,
+            "peak_memory_of": "allocated on the GPU",
+        }
     since = "during the timed batches" if fresh else "since the process began"
-    return {"peak_memory_bytes": resources.peak_resident_bytes(), "peak_memory_of": f"resident set of the process {since}"}
+    return {
+        "peak_memory_bytes": resources.peak_resident_bytes(),
+        "peak_memory_of": f"resident set of the process {since}",
+    }
 
 
 def table(timed: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -232,18 +279,34 @@ def table(timed: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     rows = []
     for name, entries in timed.items():
         for one in entries:
-            first, token, speed, peak = one["first_token_ms"], one["token_ms"], one["decode_tokens_per_second"], one["peak_memory_bytes"]
+            first, token, speed, peak = (
+                one["first_token_ms"],
+                one["token_ms"],
+                one["decode_tokens_per_second"],
+                one["peak_memory_bytes"],
+            )
             rows.append(
-                f"| {name} | {one['backend']} | {one['batch_size']} | {first['p50']:.1f} / {first['p95']:.1f} | {token['p50']:.2f} / "
+                f"| {name} | {one['backend']} | {one['batch_size']} | {first['p50']:.1f} / {first['p95']:.1f} | "
+                f"{token['p50']:.2f} / "
                 f"{token['p95']:.2f} | {speed['p50']:.1f} | {f'{peak / 1e9:.2f}' if peak else '-'} |"
             )
     if not rows:
         return ""
-    columns = ("model", "backend", "batch", "first token, ms p50 / p95", "next token, ms p50 / p95", "decode tokens/s, p50", "peak GB")
+    columns = (
+        "model",
+        "backend",
+        "batch",
+        "first token, ms p50 / p95",
+        "next token, ms p50 / p95",
+        "decode tokens/s, p50",
+        "peak GB",
+    )
     one = next(entries[0] for entries in timed.values() if entries)
     lengths = one["prompt_tokens"]
     note = (
-        f"{one['device']}, {one['dtype']}; {one['prompts']} ({lengths['min']} to {lengths['max']} tokens), {one['new_tokens']} new tokens a "
-        f"reply, {one['repetitions']} timed batches after {one['warmup']} that are not timed; keys and values are cached.\n"
+        f"{one['device']}, {one['dtype']}; {one['prompts']} ({lengths['min']} to {lengths['max']} tokens), "
+        f"{one['new_tokens']} new tokens a "
+        f"response, {one['repetitions']} timed batches after {one['warmup']} that are not timed; keys and values are "
+        "cached.\n"
     )
     return "\n".join(["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *rows]) + f"\n\n{note}"

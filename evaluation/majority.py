@@ -1,4 +1,4 @@
-"""Majority of n: several sampled replies to each prompt vote, and the answer that most agree with is scored."""
+"""Majority of n: several sampled responses to each prompt vote, and the answer that most agree with is scored."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Any
 
 from conversations import Conversation
 from evaluation.intervals import score_interval
-from rewards.checkers import majority_reply, scored, vote_of
+from rewards.verifiers import majority_response, scored, vote_of
 from settings.schema import EvaluationConfig, Settings
 
 
@@ -22,17 +22,17 @@ def vote_settings(settings: Settings, k: int) -> Settings:
 
 
 def majority_scores(
-    passes: list[list[str]], conversations: list[Conversation], checker: Callable[..., float]
+    passes: list[list[str]], conversations: list[Conversation], verifier: Callable[..., float]
 ) -> list[float]:
-    """Score, for each prompt, the reply whose answer is the most frequent one over the passes."""
-    vote = vote_of(checker)
+    """Score, for each prompt, the response whose answer is the most frequent one over the passes."""
+    vote = vote_of(verifier)
     return [
-        scored(checker, conversation, majority_reply(list(texts), vote))
+        scored(verifier, conversation, majority_response(list(texts), vote))
         for conversation, texts in zip(conversations, zip(*passes, strict=True), strict=True)
     ]
 
 
-def majority_figures(config: EvaluationConfig, scores: list[float]) -> dict[str, Any]:
+def majority_metrics(config: EvaluationConfig, scores: list[float]) -> dict[str, Any]:
     """Return what results.json says of the majority: accuracy with its interval over prompts, votes, temperature."""
     return {
         "votes": config.majority,

@@ -1,4 +1,4 @@
-"""What is known of a model after it was asked: its replies by temperature, and its figures."""
+"""What is known of a model after it was asked: its responses by temperature, and its metrics."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from conversations import Conversation
 
 
-class Replies(NamedTuple):
-    """One reply to each held-out prompt, in their order; scores are empty without a checker."""
+class Responses(NamedTuple):
+    """One response to each held-out prompt, in their order; scores are empty without a verifier."""
 
     texts: list[str]
     num_tokens: list[int]
@@ -15,16 +15,16 @@ class Replies(NamedTuple):
     scores: list[float]
 
 
-class Judged(NamedTuple):
-    """All that is known of one model: its replies by temperature, and its figures on the pairs."""
+class Evaluated(NamedTuple):
+    """All that is known of one model: its responses by temperature, and its metrics on the pairs."""
 
     prompts: list[str]
     conversations: list[Conversation]
-    replies: dict[float, Replies]
-    pair_figures: dict[str, Any]
+    responses: dict[float, Responses]
+    pair_metrics: dict[str, Any]
     majority_scores: list[float] = []  # of the most frequent answer to each prompt, where it was asked for
     latency: list[dict[str, Any]] = []  # a row a backend and batch size
-    benchmarks: dict[str, Any] = {}  # figures of lm-evaluation-harness by task
+    benchmarks: dict[str, Any] = {}  # metrics of lm-evaluation-harness by task
 
 
 def main_temperature(temperatures: Sequence[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""What can be said of replies without judging them: refusals, lengths, repetition.
+"""What can be said of responses without judging them: refusals, lengths, repetition.
 
 Words are what stands between white space; a phrase is sought in lower case, with plain apostrophes.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluation.intervals import proportion_interval
 
-OPENING = 150  # characters of a reply in which a refusal is sought: later on the same words are mostly quoted
+OPENING = 150  # characters of a response in which a refusal is sought: later on the same words are mostly quoted
 GRAM = 4  # words
 TURNS = 3  # a loop says its unit at least so often
 LONGEST_WORDS, SHORTEST_WORDS = 32, 8  # the longest unit of a loop, and the shortest loop, in words
@@ -23,20 +23,22 @@ def plain(text: str) -> str:
 
 
 def refuses(text: str, phrases: Sequence[str]) -> bool:
-    """Tell whether one of the phrases stands in the opening of a reply."""
+    """Tell whether one of the phrases stands in the opening of a response."""
     opening = plain(text)[:OPENING]
     return any(plain(phrase) in opening for phrase in phrases)
 
 
 def repeated_grams(text: str) -> float:
-    """Return the share of a reply's 4-grams of words that stood in it before; 0 for less than two of them."""
+    """Return the share of a response's 4-grams of words that stood in it before; 0 for less than two of them."""
     words = text.split()
     grams = [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _periodic_end(items: Sequence[str], longest: int, shortest: int) -> bool:
-    """Tell whether the last items repeat with a period of at most `longest`, three times or more, over `shortest` items."""
+    """Tell whether the last items repeat with a period of at most `longest`, three times or more, over `shortest`
+    items.
+    """
     for unit in range(1, longest + 1):
         span = max(TURNS * unit, shortest)
         tail = items[-span:]
@@ -46,19 +48,21 @@ def _periodic_end(items: Sequence[str], longest: int, shortest: int) -> bool:
 
 
 def ends_in_loop(text: str) -> bool:
-    """Tell whether a reply ends by saying the same words, or characters, over and over; it may be cut inside a turn."""
+    """Tell whether a response ends by saying the same words, or characters, over and over; it may be cut inside a
+    turn.
+    """
     return _periodic_end(text.split(), LONGEST_WORDS, SHORTEST_WORDS) or _periodic_end(
         text.strip(), LONGEST_CHARACTERS, SHORTEST_CHARACTERS
     )
 
 
-def text_figures(texts: Sequence[str], num_tokens: Sequence[int], phrases: Sequence[str]) -> dict[str, Any]:
-    """Return the figures of one model's replies; rates are shares of replies, with Wilson's 95 % interval.
+def text_metrics(texts: Sequence[str], num_tokens: Sequence[int], phrases: Sequence[str]) -> dict[str, Any]:
+    """Return the metrics of one model's responses; rates are shares of responses, with Wilson's 95 % interval.
 
-    num_tokens: of each reply, its end-of-turn token included. ValueError without replies.
+    num_tokens: of each response, its end-of-turn token included. ValueError without responses.
     """
     if not texts:
-        raise ValueError("no replies: text statistics need at least one")
+        raise ValueError("no responses: text statistics need at least one")
     refused, looped = sum(refuses(text, phrases) for text in texts), sum(map(ends_in_loop, texts))
     median, p95 = np.quantile(num_tokens, [0.5, 0.95])
     return {

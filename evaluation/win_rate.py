@@ -1,6 +1,8 @@
-"""Win rates against an opponent on the same prompts: by a checker's or reward model's scores, or by a judge's verdicts.
+"""Win rates against an opponent on the same prompts: by a verifier's or reward model's scores, or by a judge's
+verdicts.
 
-A judge sees each pair of replies in both orders; where the two verdicts do not agree it is a tie. Beside the plain win rate
+A judge sees each pair of responses in both orders; where the two verdicts do not agree it is a tie. Beside the plain
+win rate
 stands one at equal length.
 """
 
@@ -21,10 +23,12 @@ def points_of(own: Sequence[float], other: Sequence[float]) -> list[float]:
     return [(a > b) + 0.5 * (a == b) for a, b in zip(own, other, strict=True)]
 
 
-def judged_points(judge: Judge, prompts: Sequence[str], own: Sequence[str], other: Sequence[str]) -> tuple[list[float | None], int]:
+def judged_points(
+    judge: Judge, prompts: Sequence[str], own: Sequence[str], other: Sequence[str]
+) -> tuple[list[float | None], int]:
     """Return the points of `own` for each prompt (None where a verdict is missing), and how often the orders disagreed.
 
-    Equal replies are a tie and are not asked about.
+    Equal responses are a tie and are not asked about.
     """
     pairs = list(zip(prompts, own, other, strict=True))
     forward = [judge.pair_question(p, a, b) for p, a, b in pairs]
@@ -44,7 +48,9 @@ def judged_points(judge: Judge, prompts: Sequence[str], own: Sequence[str], othe
 
 
 def fitted(points: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Fit P(win) = s(theta + phi x) to points in [0, 1] and standardised length terms x [P] by Newton's method; (theta, phi)."""
+    """Fit P(win) = s(theta + phi x) to points in [0, 1] and standardised length terms x [P] by Newton's method; (theta,
+    phi).
+    """
     design = np.stack([np.ones_like(lengths), lengths], axis=1)
     weights = np.zeros(2)
     for _ in range(50):
@@ -58,11 +64,15 @@ def fitted(points: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return weights
 
 
-def length_controlled(points: Sequence[float], own: Sequence[int], other: Sequence[int], seed: int = 0) -> dict[str, Any]:
-    """Return the win rate at equal length: s(theta) of a logistic regression of the points on tanh(length difference / its deviation).
+def length_controlled(
+    points: Sequence[float], own: Sequence[int], other: Sequence[int], seed: int = 0
+) -> dict[str, Any]:
+    """Return the win rate at equal length: s(theta) of a logistic regression of the points on tanh(length difference /
+    its deviation).
 
-    The regression is that of AlpacaEval 2 (2404.04475) without its term for each instruction's difficulty, which needs many
-    models: so its figures are not comparable with AlpacaEval's. The interval is a bootstrap over prompts.
+    The regression is that of AlpacaEval 2 (2404.04475) without its term for each instruction's difficulty, which needs
+    many
+    models: so its metrics are not comparable with AlpacaEval's. The interval is a bootstrap over prompts.
     """
     difference = np.asarray(own, dtype=float) - np.asarray(other, dtype=float)
     x = np.tanh(difference / max(float(difference.std()), 1e-9))
@@ -76,29 +86,44 @@ def length_controlled(points: Sequence[float], own: Sequence[int], other: Sequen
     }
 
 
-def win_rate(points: Sequence[float | None], own: Sequence[int], other: Sequence[int], opponent: str, by: str) -> dict[str, Any]:
-    """Return wins, ties, losses and both win rates, with intervals; prompts without a verdict are left out and counted."""
+def win_rate(
+    points: Sequence[float | None], own: Sequence[int], other: Sequence[int], opponent: str, by: str
+) -> dict[str, Any]:
+    """Return wins, ties, losses and both win rates, with intervals; prompts without a verdict are left out and
+    counted.
+    """
     kept = [(p, a, b) for p, a, b in zip(points, own, other, strict=True) if p is not None]
     if not kept:
-        raise ValueError(f"no verdict against {opponent} could be read: take a better judge or template (judge.on_error=fail shows a reply)")
+        raise ValueError(
+            f"no verdict against {opponent} could be read: take a better judge or template (judge.on_error=fail shows "
+            "a response)"
+        )
     found = [p for p, _, _ in kept]
     return {
-        "opponent": opponent, "by": by, "wins": found.count(1.0), "ties": found.count(0.5), "losses": found.count(0.0),
-        "skipped": len(points) - len(kept), "win_rate": sum(found) / len(found), "win_rate_ci95": list(score_interval(found)),
+        "opponent": opponent,
+        "by": by,
+        "wins": found.count(1.0),
+        "ties": found.count(0.5),
+        "losses": found.count(0.0),
+        "skipped": len(points) - len(kept),
+        "win_rate": sum(found) / len(found),
+        "win_rate_ci95": list(score_interval(found)),
         **length_controlled(found, [a for _, a, _ in kept], [b for _, _, b in kept]),
-    }  # fmt: skip
+    }
 
 
-def against(scores: Sequence[float], opponent_scores: Sequence[float], own: Sequence[int], other: Sequence[int], opponent: str) -> dict[str, Any]:
-    """Return the win rate by a checker's scores, and the difference in score."""
+def against(
+    scores: Sequence[float], opponent_scores: Sequence[float], own: Sequence[int], other: Sequence[int], opponent: str
+) -> dict[str, Any]:
+    """Return the win rate by a verifier's scores, and the difference in score."""
     difference, interval = paired_difference(scores, opponent_scores)
-    rate = win_rate(points_of(scores, opponent_scores), own, other, opponent, "checker")
+    rate = win_rate(points_of(scores, opponent_scores), own, other, opponent, "verifier")
     return {**rate, "score_difference": difference, "score_difference_ci95": list(interval)}
 
 
-def alpaca_eval_rows(prompts: Sequence[str], replies: Sequence[str], generator: str) -> list[dict[str, str]]:
+def alpaca_eval_rows(prompts: Sequence[str], responses: Sequence[str], generator: str) -> list[dict[str, str]]:
     """Return model outputs in the format that the alpaca_eval tool reads (--model_outputs, --reference_outputs)."""
     return [
-        {"instruction": prompt, "output": reply, "generator": generator, "dataset": "held_out"}
-        for prompt, reply in zip(prompts, replies, strict=True)
+        {"instruction": prompt, "output": response, "generator": generator, "dataset": "held_out"}
+        for prompt, response in zip(prompts, responses, strict=True)
     ]

@@ -110,7 +110,7 @@ def value_of(expression: str) -> Fraction | None:
     return value if parser.place == len(tokens) else None
 
 
-def spelt(value: Fraction) -> str | None:
+def spelled(value: Fraction) -> str | None:
     """Write a value as GSM8K mostly does: no point for an integer, no trailing zeros, 0.5 and not .5.
 
     Rounded half away from zero to MAX_DECIMALS; None from 10^15 on, and where a value would be rounded to 0.
@@ -129,7 +129,7 @@ def spelt(value: Fraction) -> str | None:
 def calculate(expression: str) -> str | None:
     """Return the value of an expression as it is written into a mark; None where it has none."""
     value = value_of(expression)
-    return None if value is None else spelt(value)
+    return None if value is None else spelled(value)
 
 
 def completion(text: str) -> str | None:

@@ -2,7 +2,8 @@
 
 What is to be written is a function of the text so far (calculator.completion), so every backend can use it in its own
 way: Hugging Face through a logits processor, which forces the tokens row by row inside a running batch; vLLM and a
-server stop at every token with a `=` (`pause_ids`), write, and let the model go on (`reply_with_calculator` for a server).
+server stop at every token with a `=` (`pause_ids`), write, and let the model go on (`response_with_calculator` for a
+server).
 The written tokens are part of the response, and count as its tokens.
 """
 
@@ -63,7 +64,9 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def forced_ids(tokenizer: Any, said: Sequence[int]) -> list[int]:
-    """Return the ids that the calculator writes after a generated text, given as ids; empty where it has nothing to say."""
+    """Return the ids that the calculator writes after a generated text, given as ids; empty where it has nothing to
+    say.
+    """
     recent = said[-WINDOW:]
     text = completion(text_of(tokenizer, recent))
     return ids_that_add(tokenizer, recent, text) if text else []
@@ -111,7 +114,7 @@ def calculators(enabled: bool, tokenizer: Any, prompt_length: int) -> list[Logit
 
 
 def pause_ids(tokenizer: Any, stop: Sequence[int]) -> list[int]:
-    """Return the ids whose text holds a `=`: where they are sampled the calculator looks at the reply."""
+    """Return the ids whose text holds a `=`: where they are sampled the calculator looks at the response."""
     check_tokenizer(tokenizer)
     return [i for i in range(len(tokenizer)) if i not in stop and PAUSE in text_of(tokenizer, [i])]
 
@@ -135,10 +138,11 @@ class Piece(NamedTuple):
 Speak = Callable[[list[list[int]], list[int], int], list[Piece]]
 
 
-def reply_with_calculator(
+def response_with_calculator(
     speak: Speak, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, seed: int
 ) -> list[tuple[list[int], str]]:
-    """Reply to every prompt with a backend that stops at `=`: speak, write, go on; (response ids, "stop" | "length").
+    """Response to every prompt with a backend that stops at `=`: speak, write, go on; (response ids, "stop" |
+    "length").
 
     Rows that have ended leave the batch. Every round has a seed of its own, else it would draw the same numbers again.
     """

@@ -1,4 +1,6 @@
-"""What is compared around generation: the tokens that end a turn, and the generator's log-probabilities with the trainer's."""
+"""What is compared around generation: the tokens that end a turn, and the generator's log-probabilities with the
+trainer's.
+"""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +28,9 @@ class Gap(NamedTuple):
 def logp_gap(
     model: Any, rows: Sequence[Tokens], logps: Sequence[list[float]], pad_id: int, vocab_size: int, batch_size: int
 ) -> Gap:
-    """Score the responses as training does (models.response_logits) and compare with the generator's `logps` of each."""
+    """Score the responses as training does (models.response_logits) and compare with the generator's `logps` of
+    each.
+    """
     gaps: list[torch.Tensor] = []
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size], pad_id)
@@ -39,17 +43,21 @@ def logp_gap(
 
 def check_gap(gap: Gap, limit: float) -> str:
     """Word the gap; ValueError if its mean is above `limit` nats per token, or no number."""
-    words = f"generator and trainer differ by {gap.mean:.2e} nats per token (at most {gap.max:.2e}) over {gap.tokens} tokens"
+    words = (
+        f"generator and trainer differ by {gap.mean:.2e} nats per token (at most {gap.max:.2e}) "
+        f"over {gap.tokens} tokens"
+    )
     if not math.isfinite(gap.mean) or gap.mean > limit:
         raise ValueError(
             f"{words}, more than generation.max_logp_gap={limit:g}: is it the same model and precision? "
-            "The replies are kept; raise the limit to accept them"
+            "The responses are kept; raise the limit to accept them"
         )
     return words
 
 
 def stop_notes(config: ModelConfig, tokenizer: Any, stop: list[int], teacher: str | None) -> list[str]:
-    """Compare what ends a turn for the template, the tokenizer, the student's model and, where one is known, the teacher.
+    """Compare what ends a turn for the template, the tokenizer, the student's model and, where one is known, the
+    teacher.
 
     Returns notes to print; ValueError if the teacher ends no turn with any of the student's tokens.
     """
@@ -58,11 +66,11 @@ def stop_notes(config: ModelConfig, tokenizer: Any, stop: list[int], teacher: st
     if own != stop:
         words = [tokenizer.convert_ids_to_tokens(ids) for ids in (own, stop)]
         notes.append(
-            f"the tokenizer ends a turn with {words[0]}, the model also with others; any of {words[1]} ends a reply"
+            f"the tokenizer ends a turn with {words[0]}, the model also with others; any of {words[1]} ends a response"
         )
     if not written.in_template:
         end = tokenizer.convert_ids_to_tokens(written.id) if written.id is not None else "nothing"
-        notes.append(f"the chat template writes no token after a turn; replies end with {end!r}")
+        notes.append(f"the chat template writes no token after a turn; responses end with {end!r}")
     if teacher is None:
         return notes
     theirs_config = replace(
@@ -74,11 +82,14 @@ def stop_notes(config: ModelConfig, tokenizer: Any, stop: list[int], teacher: st
     other = {(i, their_tokenizer.convert_ids_to_tokens(i)) for i in theirs}
     if not ours & other:
         raise ValueError(
-            f"student and teacher ({teacher}) end a turn with different tokens, {sorted(ours)} and {sorted(other)}: the "
-            "teacher would score ends that it never writes. Set model.tokenizer_name_or_path so that both share a template"
+            f"student and teacher ({teacher}) end a turn with different tokens, {sorted(ours)} and {sorted(other)}: "
+            "the "
+            "teacher would score ends that it never writes. Set model.tokenizer_name_or_path so that both share a "
+            "template"
         )
     if ours != other:
         notes.append(
-            f"student and teacher end turns differently: {sorted(ours)} and {sorted(other)}; the student's end a reply"
+            f"student and teacher end turns differently: {sorted(ours)} and {sorted(other)}; the student's end a "
+            "response"
         )
     return notes

@@ -13,10 +13,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import models
 from generation.calculator_hooks import calculators
-from generation.interface import Answer, Progress, Reply, cut, derived_seed, forbidden_ids, length_batches
+from generation.interface import Answer, Progress, Response, cut, derived_seed, forbidden_ids, length_batches
 from settings.schema import GenerationConfig, Settings
 
-BatchSampler = Callable[[list[list[int]], int], list[Reply]]  # (prompts of one batch, seed) -> replies in their order
+BatchSampler = Callable[
+    [list[list[int]], int], list[Response]
+]  # (prompts of one batch, seed) -> responses in their order
 
 
 class Forbid(LogitsProcessor):
@@ -50,17 +52,22 @@ def hf_backend(
     sampling: dict[str, Any] = {"do_sample": False}
     if generation.temperature > 0:
         sampling = {
-            "do_sample": True, "temperature": generation.temperature,
-            "top_p": generation.top_p, "top_k": max(0, generation.top_k),
-        }  # fmt: skip
+            "do_sample": True,
+            "temperature": generation.temperature,
+            "top_p": generation.top_p,
+            "top_k": max(0, generation.top_k),
+        }
     config = transformers.GenerationConfig(
-        max_new_tokens=generation.max_new_tokens, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id,
-        use_cache=True, **sampling,
-    )  # fmt: skip
+        max_new_tokens=generation.max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        **sampling,
+    )
 
     @torch.inference_mode()
-    def batch(prompts: list[list[int]], seed: int) -> list[Reply]:
-        """Reply to each prompt, in their order; the seed is the batch's."""
+    def batch(prompts: list[list[int]], seed: int) -> list[Response]:
+        """Response to each prompt, in their order; the seed is the batch's."""
         ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
         longest = ids.shape[1]
         own, model.generation_config = model.generation_config, config  # else its penalties and cuts fill our gaps
@@ -78,7 +85,7 @@ def hf_backend(
 
 
 class HfBackend:
-    """The model of the `model` group behind the interface of generation.replies."""
+    """The model of the `model` group behind the interface of generation.responses."""
 
     def __init__(self, settings: Settings, tokenizer: Any, stop: list[int]) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,8 +99,8 @@ class HfBackend:
         for number, batch in enumerate(length_batches(prompts, self.batch_size)):
             if not any(i in wanted for i in batch):
                 continue
-            replies = self.batch([prompts[i] for i in batch], derived_seed(seed, number))
-            for i, (ids, reason) in zip(batch, replies, strict=True):
+            responses = self.batch([prompts[i] for i in batch], derived_seed(seed, number))
+            for i, (ids, reason) in zip(batch, responses, strict=True):
                 if i in wanted:
                     yield Answer(i, ids, reason)
 
@@ -103,18 +110,26 @@ class HfBackend:
 
 
 def sample(
-    model: PreTrainedModel, tokenizer: Any, prompt_ids: list[list[int]], generation: GenerationConfig,
-    stop: list[int], vocab_size: int, seed: int,
-) -> list[Reply]:  # fmt: skip
-    """Reply once to every prompt with a loaded model; (ids with the end-of-turn token, "stop" | "length") in their order.
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt_ids: list[list[int]],
+    generation: GenerationConfig,
+    stop: list[int],
+    vocab_size: int,
+    seed: int,
+) -> list[Response]:
+    """Response once to every prompt with a loaded model; (ids with the end-of-turn token, "stop" | "length") in their
+    order.
 
-    No reply holds an id >= vocab_size, padding, or a special token that ends no turn. Temperature 0 is greedy.
+    No response holds an id >= vocab_size, padding, or a special token that ends no turn. Temperature 0 is greedy.
     """
     backend = hf_backend(model, tokenizer, generation, stop, vocab_size)
-    replies: list[Reply | None] = [None] * len(prompt_ids)
+    responses: list[Response | None] = [None] * len(prompt_ids)
     with Progress(len(prompt_ids), 0) as progress:
         for index, batch in enumerate(length_batches(prompt_ids, generation.batch_size)):
-            for i, reply in zip(batch, backend([prompt_ids[i] for i in batch], derived_seed(seed, index)), strict=True):
-                replies[i] = reply
-                progress.add(reply[0])
-    return [reply for reply in replies if reply is not None]
+            for i, response in zip(
+                batch, backend([prompt_ids[i] for i in batch], derived_seed(seed, index)), strict=True
+            ):
+                responses[i] = response
+                progress.add(response[0])
+    return [response for response in responses if response is not None]

@@ -1,6 +1,7 @@
-"""What every backend takes and gives: prompts as token ids in, replies as token ids out.
+"""What every backend takes and gives: prompts as token ids in, responses as token ids out.
 
-A backend is an object with `answers(prompts, wanted, seed)`, which yields an Answer for each wanted prompt as soon as it
+A backend is an object with `answers(prompts, wanted, seed)`, which yields an Answer for each wanted prompt as soon as
+it
 is there, and `close()`. Everything else (order on disk, resume, rows) is the task's.
 """
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-Reply = tuple[list[int], str]  # response ids with the end-of-turn token, and "stop" or "length"
+Response = tuple[list[int], str]  # response ids with the end-of-turn token, and "stop" or "length"
 
 
 class Answer(NamedTuple):
-    """The reply to prompt `number`, and what its backend knows of it.
+    """The response to prompt `number`, and what its backend knows of it.
 
     `logps`: log-probability of each response id under the full softmax at temperature 1; None where the backend does
     not say. `from_text`: a server gave no ids, so they were made from its text.
@@ -30,17 +31,17 @@ class Answer(NamedTuple):
 
 
 class Backend(Protocol):
-    """A generator of replies."""
+    """A generator of responses."""
 
     def answers(self, prompts: Sequence[list[int]], wanted: Collection[int], seed: int) -> Iterator[Answer]:
-        """Yield the reply to every prompt whose index is wanted, in any order."""
+        """Yield the response to every prompt whose index is wanted, in any order."""
 
     def close(self) -> None:
         """Free what the backend holds (memory of a GPU, connections)."""
 
 
-def cut(ids: list[int], stop: Sequence[int]) -> Reply:
-    """Cut after the first stop id; without one the reply ran into max_new_tokens."""
+def cut(ids: list[int], stop: Sequence[int]) -> Response:
+    """Cut after the first stop id; without one the response ran into max_new_tokens."""
     for i, token in enumerate(ids):
         if token in stop:
             return ids[: i + 1], "stop"
@@ -48,7 +49,7 @@ def cut(ids: list[int], stop: Sequence[int]) -> Reply:
 
 
 def forbidden_ids(tokenizer: Any, stop: Sequence[int], vocab_size: int, width: int) -> Tensor:
-    """Mark what no reply may hold, [width] bool: padding of the vocabulary, and special tokens that end no turn."""
+    """Mark what no response may hold, [width] bool: padding of the vocabulary, and special tokens that end no turn."""
     forbidden = torch.zeros(width, dtype=torch.bool)
     forbidden[vocab_size:] = True
     special = {tokenizer.pad_token_id, *tokenizer.all_special_ids} - set(stop)
@@ -68,10 +69,10 @@ def length_batches(prompts: Sequence[list[int]], batch_size: int) -> list[list[i
 
 
 class Progress:
-    """A progress bar over replies that shows tokens per second."""
+    """A progress bar over responses that shows tokens per second."""
 
     def __init__(self, total: int, done: int) -> None:
-        self.bar = tqdm(total=total, initial=done, desc="generate", unit="reply", mininterval=1)
+        self.bar = tqdm(total=total, initial=done, desc="generate", unit="response", mininterval=1)
         self.tokens, self.start = 0, time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -86,7 +87,7 @@ class Progress:
         return self.tokens / max(time.monotonic() - self.start, 1e-9)
 
     def add(self, ids: list[int]) -> None:
-        """Count one reply."""
+        """Count one response."""
         self.tokens += len(ids)
         self.bar.set_postfix_str(f"{self.tokens_per_second:.0f} tokens/s", refresh=False)
         self.bar.update()

@@ -1,6 +1,7 @@
 """Sampling inside a training step: each row draws with uniform numbers of its own, whatever it is batched with.
 
-So the replies of a step are the same on one process and on many, in one batch and in eight. Nothing that the policy may say
+So the responses of a step are the same on one process and on many, in one batch and in eight. Nothing that the policy
+may say
 is forbidden: a policy gradient on samples of another distribution pushes probability into what is never sampled.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from generation.hf import Forbid, left_padded
-from generation.interface import Reply, cut
+from generation.interface import Response, cut
 
 
 class RowSampler(LogitsProcessor):
@@ -32,14 +33,22 @@ class RowSampler(LogitsProcessor):
 
 def uniforms_of(seeds: Sequence[int], count: int) -> Tensor:
     """Return `count` uniform numbers for each seed, [B, count] float64."""
-    return torch.stack([torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack(
+        [torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 @torch.no_grad()
 def sample_rows(
-    model: Any, tokenizer: Any, prompts: list[list[int]], seeds: Sequence[int], max_new_tokens: int, stop: list[int], synced: bool
-) -> list[Reply]:  # fmt: skip
-    """Reply to every prompt from the model's distribution over the tokenizer's vocabulary, row i by seeds[i].
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    stop: list[int],
+    synced: bool,
+) -> list[Response]:
+    """Response to every prompt from the model's distribution over the tokenizer's vocabulary, row i by seeds[i].
 
     `synced` keeps the ranks of a sharded model in step.
     """
@@ -48,12 +57,18 @@ def sample_rows(
     ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
     sampler = RowSampler(uniforms_of(seeds, max_new_tokens).to(model.device), ids.shape[1])
     config = transformers.GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, use_cache=True, do_sample=False
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        do_sample=False,
+    )
     own, model.generation_config = model.generation_config, config  # else its penalties and cuts fill our gaps
     try:
         processors = LogitsProcessorList([forbid, sampler])
-        out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors, synced_gpus=synced)
+        out = model.generate(
+            ids, attention_mask=mask, generation_config=config, logits_processor=processors, synced_gpus=synced
+        )
     finally:
         model.generation_config = own
     return [cut(row, stop) for row in out[:, ids.shape[1] :].tolist()]

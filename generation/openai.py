@@ -1,21 +1,21 @@
 """OpenAI-compatible backend: any server with /completions that takes token ids as prompt, and gives token ids back.
 
 vLLM's server does (`return_token_ids`). Where a server gives only text it is refused, or, with
-generation.text_replies=tokenise, its text is tokenised: those rows are marked.
+generation.text_responses=tokenize, its text is tokenized: those rows are marked.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from dataloader import turn_end
-from generation.calculator_hooks import Piece, pause_ids, piece_of, reply_with_calculator
+from generation.calculator_hooks import Piece, pause_ids, piece_of, response_with_calculator
 from generation.interface import Answer, derived_seed, forbidden_ids
 from generation.server import Server, in_parallel, served_model
 from settings.schema import Settings
 
 
 class OpenAIBackend:
-    """An OpenAI-compatible server behind the interface of generation.replies; each request has a seed of its own."""
+    """An OpenAI-compatible server behind the interface of generation.responses; each request has a seed of its own."""
 
     def __init__(self, settings: Settings, tokenizer: Any, stop: list[int]) -> None:
         generation = settings.generation
@@ -31,20 +31,31 @@ class OpenAIBackend:
         """Return the body of one request: the standard's fields, and vLLM's own where ids shall come back."""
         generation = self.generation
         body: dict[str, Any] = {
-            "model": self.model, "prompt": prompt, "max_tokens": room, "n": 1, "seed": seed,
-            "temperature": generation.temperature, "top_p": generation.top_p, "logit_bias": self.bias,
-        }  # fmt: skip
-        if generation.text_replies == "tokenise":
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": room,
+            "n": 1,
+            "seed": seed,
+            "temperature": generation.temperature,
+            "top_p": generation.top_p,
+            "logit_bias": self.bias,
+        }
+        if generation.text_responses == "tokenize":
             return body | {"stop": [self.tokenizer.convert_ids_to_tokens(i) for i in self.stop[:4]]}  # 4 at most
         return body | {
-            "top_k": max(0, generation.top_k), "stop_token_ids": [*self.stop, *self.pauses], "ignore_eos": True, "logprobs": 0,
-            "return_token_ids": True, "skip_special_tokens": False, "add_special_tokens": False,
-        }  # fmt: skip
+            "top_k": max(0, generation.top_k),
+            "stop_token_ids": [*self.stop, *self.pauses],
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            "add_special_tokens": False,
+        }
 
     def ask(self, index: int, prompt: list[int], seed: int) -> Answer:
         """Answer one prompt, with a request after each pause for the calculator where there is one."""
         room = self.generation.max_new_tokens
-        if self.generation.text_replies == "tokenise":
+        if self.generation.text_responses == "tokenize":
             return self._from_text(index, self.choice(prompt, room, seed))
         spoken: list[tuple[Piece, list[float] | None]] = []
 
@@ -56,12 +67,16 @@ class OpenAIBackend:
             speak([prompt], [room], seed)
             (ids, reason), logps = spoken[0]
             return Answer(index, ids, reason, logps)
-        ((ids, reason),) = reply_with_calculator(speak, self.tokenizer, [prompt], room, seed)
-        # What the calculator wrote was not sampled: a reply with a pause has no log-probabilities of its own.
-        return Answer(index, ids, reason, spoken[0][1] if len(spoken) == 1 and len(spoken[0][0].ids) == len(ids) else None)
+        ((ids, reason),) = response_with_calculator(speak, self.tokenizer, [prompt], room, seed)
+        # What the calculator wrote was not sampled: a response with a pause has no log-probabilities of its own.
+        return Answer(
+            index, ids, reason, spoken[0][1] if len(spoken) == 1 and len(spoken[0][0].ids) == len(ids) else None
+        )
 
     def choice(self, prompt: list[int], room: int, seed: int) -> dict[str, Any]:
-        """Ask for one reply; one that the server broke off (finish_reason abort, when it ends) is asked for again."""
+        """Ask for one response; one that the server broke off (finish_reason abort, when it ends) is asked for
+        again.
+        """
         reason = None
         for _ in range(self.generation.retries + 1):
             response = self.server.call("/completions", self.payload(prompt, room, seed))
@@ -72,22 +87,24 @@ class OpenAIBackend:
             if reason in ("stop", "length"):
                 return choices[0]
             self.server.stopped.wait(1.0)
-        raise ValueError(f"{self.server.base_url} ends a reply with finish_reason={reason!r} each time")
+        raise ValueError(f"{self.server.base_url} ends a response with finish_reason={reason!r} each time")
 
     def piece(self, prompt: list[int], choice: dict[str, Any]) -> tuple[Piece, list[float] | None]:
-        """Check what came back (our prompt's ids unchanged, an end that is ours); with its log-probabilities, if any."""
+        """Check what came back (our prompt's ids unchanged, an end that is ours); with its log-probabilities, if
+        any.
+        """
         ids = choice.get("token_ids")
         if ids is None:
             raise ValueError(
                 f"{self.server.base_url} gives no token ids back (return_token_ids of vLLM's server, from 0.10.2). "
-                "generation.text_replies=tokenise makes ids from its text and marks the rows"
+                "generation.text_responses=tokenize makes ids from its text and marks the rows"
             )
         if choice.get("prompt_token_ids", prompt) != prompt:
             shown = choice["prompt_token_ids"][: len(prompt) + 2]
             raise ValueError(f"the server changed the prompt's ids from {prompt[:8]}... to {shown[:8]}...")
         piece = piece_of(ids, self.stop, self.pauses)
         if choice["finish_reason"] == "stop" and piece.reason == "length":
-            raise ValueError(f"the server ended a reply at {ids[-1:]}, which is none of the stop ids {self.stop}")
+            raise ValueError(f"the server ended a response at {ids[-1:]}, which is none of the stop ids {self.stop}")
         logps = (choice.get("logprobs") or {}).get("token_logprobs")
         return piece, logps[: len(piece.ids)] if logps else None
 
@@ -99,7 +116,9 @@ class OpenAIBackend:
         return Answer(index, ids, "length", None, True)
 
     def answers(self, prompts: Sequence[list[int]], wanted: Collection[int], seed: int) -> Iterator[Answer]:
-        """Yield replies as they come, `generation.concurrency` requests at once; what is in is yielded before an error."""
+        """Yield responses as they come, `generation.concurrency` requests at once; what is in is yielded before an
+        error.
+        """
         order = sorted(wanted, key=lambda i: (-len(prompts[i]), i))
         work = lambda i: self.ask(i, prompts[i], derived_seed(seed, i))  # noqa: E731
         yield from in_parallel(self.server, order, work, self.generation.concurrency)

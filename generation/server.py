@@ -1,6 +1,7 @@
 """An OpenAI-compatible server as the generators and the judge ask it: retries with back-off, bounded concurrency.
 
-The standard library is enough for it. The key is read from the environment variable OPENAI_API_KEY alone and never shown.
+The standard library is enough for it. The key is read from the environment variable OPENAI_API_KEY alone and never
+shown.
 """
 
 import http.client
@@ -38,7 +39,9 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 
 class Server:
-    """A base URL with time limit, retries with back-off, and the key of the environment; `section` names its keys in messages."""
+    """A base URL with time limit, retries with back-off, and the key of the environment; `section` names its keys in
+    messages.
+    """
 
     def __init__(self, base_url: str, timeout: float, retries: int, section: str = "generation") -> None:
         self.base_url, self.timeout, self.retries, self.section = base_url.rstrip("/"), timeout, retries, section
@@ -58,7 +61,8 @@ class Server:
                 wait = min(2.0**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
                 pause = min(error.pause, LONGEST_PAUSE) if error.pause is not None else wait
         raise ValueError(
-            f"{self.base_url}{path}: {reason}, {self.retries + 1} times in a row. Is the server of {self.section}.base_url up? "
+            f"{self.base_url}{path}: {reason}, {self.retries + 1} times in a row. Is the server of "
+            f"{self.section}.base_url up? "
             "What is finished is kept: the same command goes on from there"
         )
 
@@ -98,12 +102,18 @@ def served_model(server: Server, name: str | None) -> str:
     if name is None and len(listed) == 1:
         return listed[0]
     if name is None or (listed and name not in listed):
-        raise ValueError(f"{server.section}.model_name={name!r}: {server.base_url} serves {', '.join(listed) or 'nothing'}")
+        raise ValueError(
+            f"{server.section}.model_name={name!r}: {server.base_url} serves {', '.join(listed) or 'nothing'}"
+        )
     return name
 
 
-def in_parallel(server: Server, tasks: Sequence[Task], work: Callable[[Task], Result], concurrency: int) -> Iterator[Result]:
-    """Yield work(task) of every task as it is done, `concurrency` at once; what is done is yielded before an error is raised."""
+def in_parallel(
+    server: Server, tasks: Sequence[Task], work: Callable[[Task], Result], concurrency: int
+) -> Iterator[Result]:
+    """Yield work(task) of every task as it is done, `concurrency` at once; what is done is yielded before an error is
+    raised.
+    """
     todo: queue.SimpleQueue[Task] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
     for task in tasks:
@@ -120,7 +130,7 @@ def in_parallel(server: Server, tasks: Sequence[Task], work: Callable[[Task], Re
                 return
 
     for _ in range(min(concurrency, len(tasks))):
-        threading.Thread(target=worker, daemon=True).start()  # daemon: an interrupted run does not wait for a reply
+        threading.Thread(target=worker, daemon=True).start()  # daemon: an interrupted run does not wait for a response
     for _ in tasks:
         result, error = done.get()
         if error is not None:

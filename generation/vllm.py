@@ -68,11 +68,20 @@ def engine(
         from vllm import LLM
 
         return LLM(
-            model=source, skip_tokenizer_init=True, generation_config="vllm", trust_remote_code=False,
-            dtype=str(models.resolve_dtype(getattr(config, dtype_key), "cuda" if gpu else "cpu")).removeprefix("torch."),
-            tensor_parallel_size=tensor_parallel, max_model_len=max_length, enforce_eager=not gpu,
-            enable_prefix_caching=True, logprobs_mode="raw_logprobs", **options,
-        )  # fmt: skip
+            model=source,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            trust_remote_code=False,
+            dtype=str(models.resolve_dtype(getattr(config, dtype_key), "cuda" if gpu else "cpu")).removeprefix(
+                "torch."
+            ),
+            tensor_parallel_size=tensor_parallel,
+            max_model_len=max_length,
+            enforce_eager=not gpu,
+            enable_prefix_caching=True,
+            logprobs_mode="raw_logprobs",
+            **options,
+        )
     except (ImportError, RuntimeError, ValueError, OSError, NotImplementedError, AssertionError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
@@ -85,7 +94,9 @@ Request = tuple[str, list[int], Any]  # id, prompt's ids, sampling parameters
 
 
 def finished(llm: Any, todo: deque[int], request: Callable[[int], Request]) -> Iterator[Any]:
-    """Run the request of every number in `todo` and yield each output when it is complete; more may be put in meanwhile."""
+    """Run the request of every number in `todo` and yield each output when it is complete; more may be put in
+    meanwhile.
+    """
     from vllm import TokensPrompt
 
     core, waiting = llm.llm_engine, 0
@@ -108,19 +119,29 @@ def model_width(config: ModelConfig) -> int:
 
 
 def sampling_params(generation: GenerationConfig, ends: list[int], bias: dict[int, float], room: int, seed: int) -> Any:
-    """Return vLLM's parameters of at most `room` tokens: our ends and no others, the sampled token's log-probability."""
+    """Return vLLM's parameters of at most `room` tokens: our ends and no others, the sampled token's log-
+    probability.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=generation.temperature, top_p=generation.top_p, top_k=max(0, generation.top_k), max_tokens=room,
-        stop_token_ids=ends, ignore_eos=True, logit_bias=bias or None, logprobs=0, seed=seed, detokenize=False,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=max(0, generation.top_k),
+        max_tokens=room,
+        stop_token_ids=ends,
+        ignore_eos=True,
+        logit_bias=bias or None,
+        logprobs=0,
+        seed=seed,
+        detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-    )  # fmt: skip
+    )
 
 
 class VllmBackend:
-    """A vLLM engine behind the interface of generation.replies; each request has a seed of its own."""
+    """A vLLM engine behind the interface of generation.responses; each request has a seed of its own."""
 
     def __init__(self, settings: Settings, tokenizer: Any, stop: list[int], max_length: int) -> None:
         generation = settings.generation
@@ -130,17 +151,24 @@ class VllmBackend:
         forbidden = forbidden_ids(tokenizer, stop, len(tokenizer), width).nonzero().flatten().tolist()
         if len(forbidden) > MOST_BIASED:
             raise ValueError(
-                f"vLLM can forbid {MOST_BIASED} ids, and no reply may hold any of {len(forbidden)} ids of this model "
+                f"vLLM can forbid {MOST_BIASED} ids, and no response may hold any of {len(forbidden)} ids of this "
+                "model "
                 f"(its softmax has {width}, the tokenizer {len(tokenizer)}): use generation.backend=hf"
             )
         self.bias = dict.fromkeys(forbidden, FORBIDDEN)
         self.llm = engine(
-            settings.model, "policy_dtype", max_length, generation.tensor_parallel, generation.kv_cache_gb,
+            settings.model,
+            "policy_dtype",
+            max_length,
+            generation.tensor_parallel,
+            generation.kv_cache_gb,
             seed=generation.seed,
-        )  # fmt: skip
+        )
 
     def answers(self, prompts: Sequence[list[int]], wanted: Collection[int], seed: int) -> Iterator[Answer]:
-        """Yield replies in the order in which they end; one that pauses for the calculator goes back into the engine."""
+        """Yield responses in the order in which they end; one that pauses for the calculator goes back into the
+        engine.
+        """
         longest, ends = self.generation.max_new_tokens, [*self.stop, *self.pauses]
         todo = deque(sorted(wanted, key=lambda i: (-len(prompts[i]), i)))
         said: dict[int, list[int]] = {}
@@ -163,7 +191,7 @@ class VllmBackend:
                     todo.appendleft(i)
                     continue
             logps = [float(entry[token].logprob) for token, entry in zip(new, made.logprobs, strict=True)]
-            # What the calculator wrote was not sampled: a reply with a pause has no log-probabilities of its own.
+            # What the calculator wrote was not sampled: a response with a pause has no log-probabilities of its own.
             yield Answer(i, ids, "stop" if reason == "stop" else "length", logps if len(logps) == len(ids) else None)
 
     def close(self) -> None:
@@ -194,9 +222,13 @@ class VllmScorer:
         if self.k > width:
             raise ValueError(f"cache.top_k={self.k} is more than the vocabulary of {width}")
         self.llm = engine(
-            settings.model, "reference_dtype", max_length + 1, settings.cache.tensor_parallel,
-            settings.cache.kv_cache_gb, max_logprobs=self.k,
-        )  # fmt: skip
+            settings.model,
+            "reference_dtype",
+            max_length + 1,
+            settings.cache.tensor_parallel,
+            settings.cache.kv_cache_gb,
+            max_logprobs=self.k,
+        )
 
     def __call__(self, rows: Sequence[Tokens]) -> list[Entries]:
         """Return the entries of each row's response tokens."""
@@ -205,9 +237,13 @@ class VllmScorer:
 
         # One token has to be generated; it is thrown away.
         params = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=self.k, flat_logprobs=True, detokenize=False,
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=self.k,
+            flat_logprobs=True,
+            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
+        )
         outputs = finished(self.llm, deque(range(len(rows))), lambda i: (str(i), rows[i].ids, params))
         found = {int(o.request_id): self._entries(o.prompt_logprobs, rows[int(o.request_id)]) for o in outputs}
         return [found[i] for i in range(len(rows))]

@@ -20,30 +20,71 @@ SECTIONS = {
     "generate": ("model", "datasets", "generation"),
     "evaluate": ("model", "datasets", "evaluation", "judge"),
     "world": ("world",),
-    "summarise": ("evaluation",),
+    "summarize": ("evaluation",),
     "select": ("datasets", "select"),
     "label": ("model", "label", "judge"),
 }
 # Of the run section; training reads all of it, cache and generate by their split.
-RUN_KEYS = {"world": ("seed",), "select": ("seed",), "label": (), "summarise": (), "evaluate": ("seed", "n_eval_examples")}
+RUN_KEYS = {
+    "world": ("seed",),
+    "select": ("seed",),
+    "label": (),
+    "summarize": (),
+    "evaluate": ("seed", "n_eval_examples"),
+}
 SCORING_RUN_KEYS = ("seed", "n_examples", "n_eval_examples")
 # Where a run lands and what it shows on the way; how it evaluates itself while training changes no weight.
 UNIMPORTANT = (
-    "exp_name", "run_count", "cache_dir", "debug", "dry_run", "wandb", "strategy", "log_every", "save_every",
-    "keep_last", "intermediate_checkpoints", "eval_every", "do_first_eval", "n_eval_examples", "sweep", "estimate",
-)  # fmt: skip
+    "exp_name",
+    "run_count",
+    "cache_dir",
+    "debug",
+    "dry_run",
+    "wandb",
+    "strategy",
+    "log_every",
+    "save_every",
+    "keep_last",
+    "intermediate_checkpoints",
+    "eval_every",
+    "do_first_eval",
+    "n_eval_examples",
+    "sweep",
+    "estimate",
+)
 TRAINING_MODEL_KEYS = (
-    "batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_grad_norm", "activation_checkpointing",
-    "compile", "use_peft", "peft", "master_dtype",
-)  # fmt: skip
+    "batch_size",
+    "gradient_accumulation_steps",
+    "eval_batch_size",
+    "max_grad_norm",
+    "activation_checkpointing",
+    "compile",
+    "use_peft",
+    "peft",
+    "master_dtype",
+)
 # How a generator or scorer is run, not what it gives.
-SERVING_KEYS = ("tensor_parallel", "kv_cache_gb", "base_url", "concurrency", "timeout", "retries", "check_rows", "max_logp_gap")
+SERVING_KEYS = (
+    "tensor_parallel",
+    "kv_cache_gb",
+    "base_url",
+    "concurrency",
+    "timeout",
+    "retries",
+    "check_rows",
+    "max_logp_gap",
+)
 
 # Keys that name a file or a model's folder: its content counts, not its name.
 FOLDERS = (
-    ("loss", "teacher"), ("loss", "reward_model"), ("label", "replies"), ("label", "reward_model"), ("evaluation", "reward_model"),
-    ("judge", "score_template"), ("judge", "pair_template"),
-)  # fmt: skip
+    ("loss", "teacher"),
+    ("loss", "reward_model"),
+    ("label", "responses"),
+    ("label", "reward_model"),
+    ("evaluation", "reward_model"),
+    ("judge", "score_template"),
+    ("judge", "pair_template"),
+)
 
 
 def reads(task: str, section: str) -> bool:
@@ -74,7 +115,9 @@ def version_of(module: str) -> list[int]:
         raise ValueError(f"there is no module {module!r}")
     versions = []
     for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         if any(isinstance(t, ast.Name) and t.id == "VERSION" for t in targets):
             versions.append(ast.literal_eval(node.value))  # type: ignore[attr-defined]
     return versions
@@ -86,10 +129,16 @@ def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
     sections = SECTIONS[task]
     run_keys = RUN_KEYS.get(task, SCORING_RUN_KEYS)
     if task in ("cache", "generate"):
-        unread = "n_eval_examples" if raw["cache" if task == "cache" else "generation"]["split"] == "train" else "n_examples"
+        unread = (
+            "n_eval_examples" if raw["cache" if task == "cache" else "generation"]["split"] == "train" else "n_examples"
+        )
         run_keys = tuple(key for key in run_keys if key != unread)
     every = ("pipeline", *(name for names in SECTIONS.values() for name in names))
-    kept = {key: raw[key] for key in raw if (key not in every and key not in UNIMPORTANT if task == "train" else key in run_keys)}
+    kept = {
+        key: raw[key]
+        for key in raw
+        if (key not in every and key not in UNIMPORTANT if task == "train" else key in run_keys)
+    }
     kept |= {key: dict(raw[key]) for key in sections if raw.get(key)}
     for section in ("generation", "cache", "judge"):
         if section in kept:

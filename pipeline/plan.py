@@ -36,7 +36,9 @@ PER_STAGE = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One entry of `stages`. `set` is laid over the stage's config; "{other}" in it is the folder of another stage, "{seed}" the seed."""
+    """One entry of `stages`. `set` is laid over the stage's config; "{other}" in it is the folder of another stage,
+    "{seed}" the seed.
+    """
 
     task: str = "train"
     loss: str | None = None  # config group
@@ -124,11 +126,15 @@ def recipes_of(config: PipelineConfig) -> dict[str, Recipe]:
         if section is None:
             continue
         recipe = typed(section, Recipe, f"pipeline.stages.{name}.")
-        require(recipe.model in ("teacher", "student"), f"pipeline.stages.{name}.model={recipe.model!r}: teacher or student")
+        require(
+            recipe.model in ("teacher", "student"), f"pipeline.stages.{name}.model={recipe.model!r}: teacher or student"
+        )
         data = config.data.get(recipe.data, {}) if recipe.data else {}
         values = merged(config.set, (data or {}).get("set", {}), getattr(config, f"{recipe.model}_set"), recipe.set)
         if "evaluation" in values:
-            values["evaluation"] = _evaluated(values["evaluation"], {n for n, other in config.stages.items() if other is None})
+            values["evaluation"] = _evaluated(
+                values["evaluation"], {n for n, other in config.stages.items() if other is None}
+            )
         recipes[name] = typed({**section, "set": values}, Recipe)
     return recipes
 
@@ -152,12 +158,16 @@ def in_order(recipes: dict[str, Recipe]) -> list[str]:
     for name, recipe in recipes.items():
         for other in needs_of(recipe):
             if other not in recipes:
-                raise ValueError(f"pipeline.stages.{name} needs stage {other!r}, which is not there.{nearest(other, list(recipes))}")
+                raise ValueError(
+                    f"pipeline.stages.{name} needs stage {other!r}, which is not there.{nearest(other, list(recipes))}"
+                )
     placed: list[str] = []
     while len(placed) < len(recipes):
         ready = [n for n in recipes if n not in placed and all(o in placed for o in needs_of(recipes[n]))]
         if not ready:
-            raise ValueError(f"pipeline.stages need each other in a circle: {', '.join(n for n in recipes if n not in placed)}")
+            raise ValueError(
+                f"pipeline.stages need each other in a circle: {', '.join(n for n in recipes if n not in placed)}"
+            )
         placed.append(ready[0])
     return placed
 
@@ -183,15 +193,21 @@ def check_lineage(recipes: dict[str, Recipe]) -> None:
 # ---- the plan
 
 
-def spelt(value: Any) -> str:
+def spelled(value: Any) -> str:
     """Write a value in the grammar of Hydra's command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{','.join(spelt(v) for v in value)}]"
+        return f"[{','.join(spelled(v) for v in value)}]"
     if not isinstance(value, str):
         return repr(value)
-    plain = re.fullmatch(r"[A-Za-z_./][\w./:@-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf")
+    plain = re.fullmatch(r"[A-Za-z_./][\w./:@-]*", value) and value.lower() not in (
+        "null",
+        "true",
+        "false",
+        "nan",
+        "inf",
+    )
     return value if plain else "'" + value.replace("'", "\\'") + "'"
 
 
@@ -208,7 +224,10 @@ def users_overrides(overrides: list[str], recipes: dict[str, Recipe]) -> list[st
         key = key_of(override)
         section = key.split(".")[0]
         if key in PER_STAGE or section == "loss":
-            raise ValueError(f"{override}: every stage of a pipeline has its own {section}; write {PER_STAGE.get(key, PER_STAGE[section])}")
+            raise ValueError(
+                f"{override}: every stage of a pipeline has its own {section}; write "
+                f"{PER_STAGE.get(key, PER_STAGE[section])}"
+            )
         if key in wired:
             raise ValueError(f"{override}: stage {wired[key]!r} gets it from another stage")
         if section not in OWN_KEYS or "." in key and section == "datasets":
@@ -216,19 +235,25 @@ def users_overrides(overrides: list[str], recipes: dict[str, Recipe]) -> list[st
     return kept
 
 
-def stage_overrides(recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str], values: dict[str, Any]) -> list[str]:
+def stage_overrides(
+    recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str], values: dict[str, Any]
+) -> list[str]:
     """Return a stage's command line without exp_name: groups, its own values, then what the user typed."""
     sections = SECTIONS[recipe.task]
     result = [f"task={recipe.task}"] + ([f"loss={recipe.loss}"] if recipe.loss else [])
     if "model" in sections:
         result.append(f"model={getattr(pipeline, recipe.model)}")
     if groups and "datasets" in sections:
-        result.append(f"datasets={spelt(groups)}")
+        result.append(f"datasets={spelled(groups)}")
     sets = [(key, value) for key, value in flat(values) if _read_by(recipe.task, key, groups)]
     typed_by_user = [o for o in users if _read_by(recipe.task, key_of(o), groups)]
     overridden = {key_of(o) for o in typed_by_user}
     # Without ++ Hydra names an unknown key of a loss before anything runs.
-    result += [f"{'' if key.startswith('loss.') else '++'}{key}={spelt(value)}" for key, value in sets if key not in overridden]
+    result += [
+        f"{'' if key.startswith('loss.') else '++'}{key}={spelled(value)}"
+        for key, value in sets
+        if key not in overridden
+    ]
     return result + typed_by_user
 
 
@@ -252,24 +277,40 @@ def build_plan(config: dict[str, Any], overrides: list[str]) -> list[Stage]:
         with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
             for name in order:
                 for seed in pipeline.seeds[:1] if recipes[name].once else pipeline.seeds:
-                    built[name, seed] = _stage(name, seed, recipes[name], pipeline, list(config["datasets"] or {}), users, built, stages_dir)
+                    built[name, seed] = _stage(
+                        name, seed, recipes[name], pipeline, list(config["datasets"] or {}), users, built, stages_dir
+                    )
     finally:
         GlobalHydra.instance().hydra = outer
     return list(built.values())
 
 
 def _stage(
-    name: str, seed: int, recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str],
-    built: dict[tuple[str, int], Stage], stages_dir: Path,
-) -> Stage:  # fmt: skip
+    name: str,
+    seed: int,
+    recipe: Recipe,
+    pipeline: PipelineConfig,
+    groups: list[str],
+    users: list[str],
+    built: dict[tuple[str, int], Stage],
+    stages_dir: Path,
+) -> Stage:
     if recipe.task not in SECTIONS:
-        raise ValueError(f"pipeline.stages.{name}.task={recipe.task!r} is not known.{nearest(recipe.task, list(SECTIONS))}")
+        raise ValueError(
+            f"pipeline.stages.{name}.task={recipe.task!r} is not known.{nearest(recipe.task, list(SECTIONS))}"
+        )
     if recipe.data is not None:
         if recipe.data not in pipeline.data:
-            raise ValueError(f"pipeline.stages.{name}.data={recipe.data!r} is not in pipeline.data.{nearest(recipe.data, list(pipeline.data))}")
+            raise ValueError(
+                f"pipeline.stages.{name}.data={recipe.data!r} is not in "
+                f"pipeline.data.{nearest(recipe.data, list(pipeline.data))}"
+            )
         own = (pipeline.data[recipe.data] or {}).get("datasets")
         if own is not None and groups and (pipeline.data[recipe.data] or {}).get("set"):
-            raise ValueError(f"pipeline={pipeline.name} brings its own data; for datasets={spelt(groups)} choose pipeline=adpa_plus or another")
+            raise ValueError(
+                f"pipeline={pipeline.name} brings its own data; for datasets={spelled(groups)} choose "
+                "pipeline=adpa_plus or another"
+            )
         groups = own or groups
     if "datasets" in SECTIONS[recipe.task] and not groups:
         raise ValueError(
@@ -290,12 +331,14 @@ def _stage(
     accelerate = recipe.accelerate_config or pipeline.accelerate_config
     if accelerate and recipe.task == "train":
         launcher += ["-m", "accelerate.commands.launch", "--config_file", accelerate]
-    paths = [f"exp_name=stages/{folder.name}", f"cache_dir={spelt(str(stages_dir.parent))}"]
+    paths = [f"exp_name=stages/{folder.name}", f"cache_dir={spelled(str(stages_dir.parent))}"]
     label = name if recipe.once or len(pipeline.seeds) == 1 else f"{name} seed {seed}"
     return Stage(label, name, seed, digest, folder, needs, [*launcher, str(ROOT / "launch.py"), *line, *paths], raw)
 
 
-def _filled(values: Any, seed: int, recipe: Recipe, pipeline: PipelineConfig, built: dict[tuple[str, int], Stage]) -> Any:
+def _filled(
+    values: Any, seed: int, recipe: Recipe, pipeline: PipelineConfig, built: dict[tuple[str, int], Stage]
+) -> Any:
     """Replace "{stage}" by its folder; in a stage that runs once, repeat an entry whose key says {seed}."""
     if isinstance(values, dict):
         result = {}

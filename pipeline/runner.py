@@ -45,7 +45,9 @@ def run_pipeline(config: dict[str, Any], overrides: list[str]) -> int:
         stages[0].folder.parent.mkdir(parents=True, exist_ok=True)
         describe(stages, run_dir, overrides)
     except OSError as error:
-        raise ValueError(f"cannot write into cache_dir={config['cache_dir']}: {error.strerror}: {error.filename}") from error
+        raise ValueError(
+            f"cannot write into cache_dir={config['cache_dir']}: {error.strerror}: {error.filename}"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     code = Runner(stages, int(config["pipeline"].get("parallel", 1))).run()
@@ -87,7 +89,10 @@ def describe(stages: list[Stage], run_dir: Path, overrides: list[str]) -> None:
             link.unlink()
         if not link.exists():
             link.symlink_to(os.path.relpath(stage.folder, link.parent.resolve()))
-    rows = [{"stage": s.label, "digest": s.digest, "folder": str(s.folder), "command": shlex.join(s.command)} for s in stages]
+    rows = [
+        {"stage": s.label, "digest": s.digest, "folder": str(s.folder), "command": shlex.join(s.command)}
+        for s in stages
+    ]
     (run_dir / "plan.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (run_dir / "command.txt").write_text(shlex.join(["launch.py", *overrides]) + "\n", encoding="utf-8")
 
@@ -161,14 +166,24 @@ class Runner:
             return
         log = stage.folder / "log.txt"
         threads = max(1, (os.cpu_count() or 1) // self.parallel)
-        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+        }
         with log.open("ab") as output:
             output.write(f"\n$ {shlex.join(stage.command)}\n".encode())
             output.flush()
             process = subprocess.Popen(
-                stage.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True, pass_fds=(lock.fileno(),),
-            )  # fmt: skip
+                stage.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=(lock.fileno(),),
+            )
         self.running.append(Running(stage, process, log, lock, time.monotonic()))
         self._say(f"{stage.label}: started ({stage.folder.name})")
 
@@ -177,7 +192,11 @@ class Runner:
         self.running.remove(running)
         running.lock.close()
         if running.process.returncode == 0 and stage.done:
-            facts = {"digest": stage.digest, "seconds": round(seconds, 1), "needs": [str(folder) for folder in stage.needs]}
+            facts = {
+                "digest": stage.digest,
+                "seconds": round(seconds, 1),
+                "needs": [str(folder) for folder in stage.needs],
+            }
             (stage.folder / "stage.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             finished = len(self.stages) - len(self.waiting) - len(self.running) - len(self.failed)
             self._say(f"{stage.label}: done in {seconds:.0f} s ({finished}/{len(self.stages)})")

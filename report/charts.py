@@ -1,6 +1,6 @@
 """Charts of the report as inline SVG: the small line charts of a metrics.jsonl, and a dot-and-whisker plot of scores.
 
-Names arrive escaped; everything else drawn here is a number. Colours are classes, so that light and dark are the style
+Names arrive escaped; everything else drawn here is a number. Colors are classes, so that light and dark are the style
 sheet's business.
 """
 
@@ -57,7 +57,9 @@ def read_curves(path: Path) -> Curves:
 
 
 def panel_of(metric: str) -> tuple[str, str]:
-    """Split a metric's name into (panel, series): loss/eval -> (loss, eval); rewards_train/accuracies -> (rewards/accuracies, train)."""
+    """Split a metric's name into (panel, series): loss/eval -> (loss, eval); rewards_train/accuracies ->
+    (rewards/accuracies, train).
+    """
     head, slash, tail = metric.partition("/")
     if tail in ("train", "eval"):
         return head, tail
@@ -125,11 +127,16 @@ def line_chart(name: str, series: Sequence[Series]) -> str:
     parts = []
     for tick in ticks(low, high):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>'
+        )
     for tick in ticks(first, last):
         anchor = "end" if x(tick) > WIDTH - 22 else "middle"
         at = WIDTH - RIGHT if anchor == "end" else x(tick)
-        parts.append(f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>')
+        parts.append(
+            f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{HEIGHT - BOTTOM}" '
+            f'y2="{HEIGHT - BOTTOM + 4}"/>'
+        )
         parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 7}" text-anchor="{anchor}">{short(tick)}</text>')
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
@@ -140,13 +147,16 @@ def line_chart(name: str, series: Sequence[Series]) -> str:
         parts.append(f'<polyline class="line {line.split}" points="{path}"/>')
         if line.split == "eval":
             parts += [f'<circle class="point" cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.6"/>' for s, v in points[-12:]]
-        hover.append([line.split, line.seed, [[round(x(s), 1), round(y(v), 1), s, float(f"{v:.5g}")] for s, v in points]])
+        hover.append(
+            [line.split, line.seed, [[round(x(s), 1), round(y(v), 1), s, float(f"{v:.5g}")] for s, v in points]]
+        )
     data = json.dumps(hover, separators=(",", ":")).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     ends = last_values(series)
     return (
-        f'<figure class="panel"><figcaption><b>{name}</b><span>{ends}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name} over optimizer steps; last: {ends}" data-lines="{data}">'
-        f"{''.join(parts)}</svg></figure>"
+        f'<metric class="panel"><figcaption><b>{name}</b><span>{ends}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name} over optimizer steps; last: {ends}" '
+        f'data-lines="{data}">'
+        f"{''.join(parts)}</svg></metric>"
     )
 
 
@@ -172,7 +182,9 @@ class Plotted(NamedTuple):
 
 
 def interval_chart(rows: Sequence[Plotted]) -> str:
-    """Draw a dot with its whisker (over prompts), a thin line (over seeds), ticks for the seeds, a diamond for greedy."""
+    """Draw a dot with its whisker (over prompts), a thin line (over seeds), ticks for the seeds, a diamond for
+    greedy.
+    """
     if not rows:
         return ""
     numbers = [0.0]
@@ -198,18 +210,24 @@ def interval_chart(rows: Sequence[Plotted]) -> str:
             parts.append(f'<path class="thin" d="M{x(row.over_seeds[0]):.1f} {middle}H{x(row.over_seeds[1]):.1f}"/>')
         for value in row.seeds if len(row.seeds) > 1 else ():
             if is_number(value):
-                parts.append(f'<line class="seedtick" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{middle - 7}" y2="{middle + 7}"/>')
+                parts.append(
+                    f'<line class="seedtick" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{middle - 7}" '
+                    f'y2="{middle + 7}"/>'
+                )
         if is_number(row.greedy):
             parts.append(f'<path class="greedy" d="M{x(row.greedy):.1f} {middle - 4.5}l4.5 4.5l-4.5 4.5l-4.5-4.5z"/>')
         shown = f"{row.score:.3f}"
         if row.over_prompts:
             a, b = x(row.over_prompts[0]), x(row.over_prompts[1])
-            parts.append(f'<path class="whisker" d="M{a:.1f} {middle}H{b:.1f}M{a:.1f} {middle - 4}v8M{b:.1f} {middle - 4}v8"/>')
+            parts.append(
+                f'<path class="whisker" d="M{a:.1f} {middle}H{b:.1f}M{a:.1f} {middle - 4}v8M{b:.1f} {middle - 4}v8"/>'
+            )
             shown += f" [{row.over_prompts[0]:.3f}, {row.over_prompts[1]:.3f}]"
         parts.append(f'<circle class="dot" cx="{x(row.score):.1f}" cy="{middle}" r="4.2"/>')
         parts.append(f'<text class="value" x="{width - right + 16}" y="{middle + 4:.1f}">{shown}</text>')
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Interval plot">'
-        f'<svg class="intervals" viewBox="0 0 {width} {total}" role="img" aria-label="Scores with 95 % intervals; the numbers stand in the table">'
+        f'<svg class="intervals" viewBox="0 0 {width} {total}" role="img" aria-label="Scores with 95 % intervals; the '
+        'numbers stand in the table">'
         f"{''.join(parts)}</svg></div>"
     )

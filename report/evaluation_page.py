@@ -9,13 +9,13 @@ from transformers import AutoTokenizer
 
 from evaluation import comparisons, latency
 from evaluation import harness as benchmarks
-from evaluation.records import Judged, main_temperature
+from evaluation.records import Evaluated, main_temperature
 from evaluation.results import table
 from evaluation.win_rate import alpaca_eval_rows
 from models import local_source
 from report.gather import NUM_SAMPLES, Evaluation, advantages_of, curves_of, samples_of, tokens_of
 from report.page import write_report
-from report.tables import benchmarks_section, latency_section, pairs_section, replies_section
+from report.tables import benchmarks_section, latency_section, pairs_section, text_section
 from settings.schema import EvaluationConfig, Settings
 from teacher.cache import Reader
 
@@ -41,7 +41,10 @@ def check_advantages(config: EvaluationConfig) -> None:
         return
     quantity = Reader(config.advantages).meta.quantity
     if quantity != "advantage":
-        raise ValueError(f"evaluation.advantages={config.advantages} caches {quantity}s: give one of task=cache cache.reference=FOLDER")
+        raise ValueError(
+            f"evaluation.advantages={config.advantages} caches {quantity}s: give one of task=cache "
+            "cache.reference=FOLDER"
+        )
     _reader_for(config.advantages, next(iter(config.models.values())))
 
 
@@ -50,7 +53,10 @@ def _reader_for(cache: str, model: str) -> tuple[Reader, Any]:
     reader = Reader(cache)
     tokenizer: Any = AutoTokenizer.from_pretrained(local_source(model), trust_remote_code=False)
     if reader.meta.vocab_size != len(tokenizer):
-        raise ValueError(f"evaluation.advantages={cache} is over {reader.meta.vocab_size} tokens, the tokenizer of {model} has {len(tokenizer)}")
+        raise ValueError(
+            f"evaluation.advantages={cache} is over {reader.meta.vocab_size} tokens, the tokenizer of {model} has "
+            f"{len(tokenizer)}"
+        )
     return reader, tokenizer
 
 
@@ -67,21 +73,30 @@ def advantages_in(cache: str, model: str) -> list[dict[str, Any]]:
 
 
 def write_artifacts(
-    run_dir: Path, table: str, results: dict[str, Any], timed: Mapping[str, Sequence[Mapping[str, Any]]], cache: str | None
+    run_dir: Path,
+    table: str,
+    results: dict[str, Any],
+    timed: Mapping[str, Sequence[Mapping[str, Any]]],
+    cache: str | None,
 ) -> None:
     """Write summary.md and report.html; samples.jsonl stands there already."""
     (run_dir / "summary.md").write_text(summary_text(table, results, timed), encoding="utf-8")
     evaluation = Evaluation(run_dir, results["seed"], results, {})
     models = results["models"]
-    more = pairs_section(models) + replies_section(models) + benchmarks_section(models) + latency_section(timed)
+    more = pairs_section(models) + text_section(models) + benchmarks_section(models) + latency_section(timed)
     write_report(
-        run_dir, TITLE, curves_of([evaluation]), results, samples_of(evaluation),
-        advantages_in(cache, next(iter(models.values()))["folder"]) if cache else advantages_found(evaluation), more,
-    )  # fmt: skip
+        run_dir,
+        TITLE,
+        curves_of([evaluation]),
+        results,
+        samples_of(evaluation),
+        advantages_in(cache, next(iter(models.values()))["folder"]) if cache else advantages_found(evaluation),
+        more,
+    )
 
 
 def advantages_found(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return the advantages that a model learnt from; none, with a note, where its cache is no longer there."""
+    """Return the advantages that a model learned from; none, with a note, where its cache is no longer there."""
     try:
         return advantages_of(evaluation)
     except (ValueError, OSError) as error:
@@ -89,7 +104,7 @@ def advantages_found(evaluation: Evaluation) -> list[dict[str, Any]]:
         return []
 
 
-MAX_SAMPLES = 200  # replies a model in samples.jsonl
+MAX_SAMPLES = 200  # responses a model in samples.jsonl
 
 
 def _write(path: Path, text: str) -> None:
@@ -99,18 +114,20 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def write_results(settings: Settings, results: dict[str, Any], judged: dict[str, Judged]) -> None:
+def write_results(settings: Settings, results: dict[str, Any], evaluated: dict[str, Evaluated]) -> None:
     """Write samples.jsonl, scores.json, results.md, summary.md, report.html and, last, results.json."""
     run_dir = settings.run.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    first = next(iter(judged.values()))
-    temperatures = list(first.replies)
+    first = next(iter(evaluated.values()))
+    temperatures = list(first.responses)
     main = main_temperature(temperatures)
     if main is not None:
         samples = []
         for i, prompt in enumerate(first.prompts[:MAX_SAMPLES]):
-            texts = {name: one.replies[main].texts[i] for name, one in judged.items()}
-            scores = {name: one.replies[main].scores[i] for name, one in judged.items() if one.replies[main].scores}
+            texts = {name: one.responses[main].texts[i] for name, one in evaluated.items()}
+            scores = {
+                name: one.responses[main].scores[i] for name, one in evaluated.items() if one.responses[main].scores
+            }
             samples.append(
                 json.dumps(
                     {"prompt": prompt, "temperature": main, "responses": texts, "scores": scores}, ensure_ascii=False
@@ -118,18 +135,18 @@ def write_results(settings: Settings, results: dict[str, Any], judged: dict[str,
             )
         _write(run_dir / "samples.jsonl", "\n".join(samples) + "\n")
         (run_dir / "alpaca_eval").mkdir(exist_ok=True)
-        for name, one in judged.items():
-            rows = alpaca_eval_rows(one.prompts, one.replies[main].texts, name)
+        for name, one in evaluated.items():
+            rows = alpaca_eval_rows(one.prompts, one.responses[main].texts, name)
             _write(run_dir / "alpaca_eval" / f"{name}.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
         every = {
-            f"{temperature:g}": {name: one.replies[temperature].scores for name, one in judged.items()}
+            f"{temperature:g}": {name: one.responses[temperature].scores for name, one in evaluated.items()}
             for temperature in temperatures
         }
         if first.majority_scores:
-            every["majority"] = {name: one.majority_scores for name, one in judged.items()}
+            every["majority"] = {name: one.majority_scores for name, one in evaluated.items()}
         _write(run_dir / "scores.json", json.dumps(every) + "\n")
     _write(run_dir / "results.md", table(results))
-    timed = {name: one.latency for name, one in judged.items() if one.latency}
+    timed = {name: one.latency for name, one in evaluated.items() if one.latency}
     if timed:
         _write(run_dir / "latency.json", json.dumps(timed, indent=1) + "\n")
     write_artifacts(run_dir, table(results), results, timed, settings.evaluation.advantages)

@@ -1,4 +1,6 @@
-"""What a report shows beside its scores, gathered from run folders: curves, sample responses, advantages token by token."""
+"""What a report shows beside its scores, gathered from run folders: curves, sample responses, advantages token by
+token.
+"""
 
 import json
 import math
@@ -27,7 +29,9 @@ def read_evaluation(folder: Path) -> Evaluation:
     """Read an evaluation; ValueError if it is not whole."""
     for name in ("DONE", "results.json", "scores.json"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no finished evaluation with a checker: {name} is missing. Run task=evaluate there")
+            raise ValueError(
+                f"{folder} is no finished evaluation with a verifier: {name} is missing. Run task=evaluate there"
+            )
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     return Evaluation(folder, results["seed"], results, scores)
@@ -45,7 +49,7 @@ def curves_of(evaluations: list[Evaluation]) -> dict[str, Path]:
 
 
 def samples_of(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return the first replies of every model, as the report takes them."""
+    """Return the first responses of every model, as the report takes them."""
     file = evaluation.folder / "samples.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     rows = [json.loads(line) for line in lines[:NUM_SAMPLES] if line]
@@ -59,7 +63,7 @@ def samples_of(evaluation: Evaluation) -> list[dict[str, Any]]:
 def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return generated responses with each token's advantage and the teacher's top entries.
 
-    They come from the cache that the last model with advantages learnt from; none, if there is no such model.
+    They come from the cache that the last model with advantages learned from; none, if there is no such model.
     """
     for row in reversed(evaluation.results["models"].values()):
         folder = Path(row["folder"])
@@ -69,9 +73,14 @@ def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
             continue
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         reader = Reader(loss["advantages"])
-        generations = read_generations(loss["generations"])[:: max(1, reader.meta.num_sequences // NUM_SAMPLES)][:NUM_SAMPLES]
+        generations = read_generations(loss["generations"])[:: max(1, reader.meta.num_sequences // NUM_SAMPLES)][
+            :NUM_SAMPLES
+        ]
         return [
-            {"prompt": g.prompt[-1]["content"], "tokens": tokens_of(tokenizer, g.response_ids, reader.get(g.tokens.ids, g.tokens.response))}
+            {
+                "prompt": g.prompt[-1]["content"],
+                "tokens": tokens_of(tokenizer, g.response_ids, reader.get(g.tokens.ids, g.tokens.response)),
+            }
             for g in generations
         ]
     return []

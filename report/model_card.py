@@ -46,10 +46,17 @@ class Facts(NamedTuple):
 def card(facts: Facts) -> str:
     """Return the model card as Markdown with YAML front matter."""
     front = yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n# {facts.name}\n\n" + "\n".join([
-        f"Trained with prefdistill, `loss={facts.loss}`.\n",
-        _objective(facts), _base(facts), _data(facts), _metrics(facts), _settings(facts), _repeat(facts),
-    ])  # fmt: skip
+    return f"---\n{front}---\n\n# {facts.name}\n\n" + "\n".join(
+        [
+            f"Trained with prefdistill, `loss={facts.loss}`.\n",
+            _objective(facts),
+            _base(facts),
+            _data(facts),
+            _metrics(facts),
+            _settings(facts),
+            _repeat(facts),
+        ]
+    )
 
 
 def front_matter(facts: Facts) -> dict[str, Any]:
@@ -77,7 +84,10 @@ def _base(facts: Facts) -> str:
 
 def _data(facts: Facts) -> str:
     steps = f", {facts.steps} optimizer steps" if facts.steps is not None else ""
-    lines = [f"{facts.num_train:,} training rows, {facts.num_test:,} held-out rows, counted after dropping and limits{steps}.\n"]
+    lines = [
+        f"{facts.num_train:,} training rows, {facts.num_test:,} held-out rows, counted after dropping and "
+        f"limits{steps}.\n"
+    ]
     for source in facts.sources:
         for split, place in (("train", source.train), ("test", source.test)):
             if place:

@@ -46,7 +46,16 @@ def results_section(results: Mapping[str, Any]) -> str:
     best = best_model(models, results.get("comparisons"))
     seeds = any(interval_of(entry, "ci95_over_seeds") for entry in models.values())
     rows = "".join(result_row(name, entry, name == best, seeds) for name, entry in models.items())
-    columns = ["model", "score", "95 % over prompts", *(["95 % over seeds"] if seeds else []), "greedy", "95 % over prompts", "n", "per seed"]
+    columns = [
+        "model",
+        "score",
+        "95 % over prompts",
+        *(["95 % over seeds"] if seeds else []),
+        "greedy",
+        "95 % over prompts",
+        "n",
+        "per seed",
+    ]
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     table = (
         '<div class="scroll" tabindex="0" role="region" aria-label="Scores of every model"><table class="results">'
@@ -54,27 +63,49 @@ def results_section(results: Mapping[str, Any]) -> str:
     )
     plotted = [
         Plotted(
-            text(name), entry["score"], interval_of(entry), interval_of(entry, "ci95_over_seeds"),
-            (entry.get("greedy") or {}).get("score"), list(seed_scores(entry).values()),
+            text(name),
+            entry["score"],
+            interval_of(entry),
+            interval_of(entry, "ci95_over_seeds"),
+            (entry.get("greedy") or {}).get("score"),
+            list(seed_scores(entry).values()),
         )
         for name, entry in models.items()
         if is_number(entry.get("score"))
-    ]  # fmt: skip
+    ]
     legend = (
         '<p class="legend"><span><i class="key dot"></i>sampled score, 95 % over prompts</span>'
-        + ('<span><i class="key thin"></i>95 % over seeds</span><span><i class="key tick"></i>one seed</span>' if seeds else "")
+        + (
+            '<span><i class="key thin"></i>95 % over seeds</span><span><i class="key tick"></i>one seed</span>'
+            if seeds
+            else ""
+        )
         + '<span><i class="key diamond"></i>greedy</span></p>'
     )
     if corrected:
-        why = ("its score is above every other one", "no score is above all the others", " on the same prompts, after Holm’s correction for all pairs.")
+        why = (
+            "its score is above every other one",
+            "no score is above all the others",
+            " on the same prompts, after Holm’s correction for all pairs.",
+        )
     else:
-        why = (f"its interval {'' if seeds else 'over prompts '}lies above every other one", "no interval lies above all the others", ".")
-    notes = [f"<b>{text(best)}</b> is marked: {why[0]}{why[2]}" if best else f"No model is marked best: {why[1]}{why[2]}"]
+        why = (
+            f"its interval {'' if seeds else 'over prompts '}lies above every other one",
+            "no interval lies above all the others",
+            ".",
+        )
+    notes = [
+        f"<b>{text(best)}</b> is marked: {why[0]}{why[2]}" if best else f"No model is marked best: {why[1]}{why[2]}"
+    ]
     if not seeds:
-        notes.append("No interval over seeds: these say what other prompts would change, not what training again would.")
+        notes.append(
+            "No interval over seeds: these say what other prompts would change, not what training again would."
+        )
     notes += [greedy_note(models)] if greedy_note(models) else []
     body = legend + interval_chart(plotted) + table + "".join(f'<p class="note">{note}</p>' for note in notes)
-    body += differences(results.get("comparisons") or [], "sampled") + differences(results.get("greedy_comparisons") or [], "greedy")
+    body += differences(results.get("comparisons") or [], "sampled") + differences(
+        results.get("greedy_comparisons") or [], "greedy"
+    )
     return section("results", "Scores", body)
 
 
@@ -92,8 +123,20 @@ def differences(rows: Sequence[Mapping[str, Any]], how: str) -> str:
     written, seeds, corrected = "", any(interval_of(row, "ci95_over_seeds") for row in rows), all_pairs(rows)
     for row in rows:
         interval = interval_of(row, "ci95_over_seeds") or interval_of(row)
-        mark = ("▲ separate" if row["separate"] else "not separate") if corrected else "" if interval is None else "▲ above 0" if interval[0] > 0 else "▼ below 0" if interval[1] < 0 else "holds 0"
-        spans = "".join(f"<td>{signed_interval(row, key)}</td>" for key in ("ci95", *(["ci95_over_seeds"] if seeds else [])))
+        mark = (
+            ("▲ separate" if row["separate"] else "not separate")
+            if corrected
+            else ""
+            if interval is None
+            else "▲ above 0"
+            if interval[0] > 0
+            else "▼ below 0"
+            if interval[1] < 0
+            else "holds 0"
+        )
+        spans = "".join(
+            f"<td>{signed_interval(row, key)}</td>" for key in ("ci95", *(["ci95_over_seeds"] if seeds else []))
+        )
         tests = f"<td>{number(row['p'], 4)}</td><td>{number(row['p_holm'], 4)}</td>" if corrected else ""
         written += (
             f'<tr><th scope="row">{text(row["first"])} − {text(row["second"])}</th><td>{signed(row["difference"])}</td>'
@@ -103,8 +146,10 @@ def differences(rows: Sequence[Mapping[str, Any]], how: str) -> str:
     columns = (f"models, {how}", "difference", "95 % over prompts", *(["95 % over seeds"] if seeds else []), *last)
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (
-        f'<details{" open" if how == "sampled" and len(rows) <= MOST_OPEN else ""}><summary>Differences on the same prompts, {how}</summary><div class="scroll" tabindex="0" '
-        f'role="region" aria-label="Differences, {how}"><table class="differences"><thead><tr>{head}</tr></thead><tbody>{written}</tbody></table></div></details>'
+        f"<details{' open' if how == 'sampled' and len(rows) <= MOST_OPEN else ''}><summary>Differences on the same "
+        f'prompts, {how}</summary><div class="scroll" tabindex="0" '
+        f'role="region" aria-label="Differences, {how}"><table '
+        f'class="differences"><thead><tr>{head}</tr></thead><tbody>{written}</tbody></table></div></details>'
     )
 
 
@@ -124,7 +169,8 @@ def result_row(name: str, entry: Mapping[str, Any], best: bool, over_seeds: bool
     seeds = entry.get("seeds")
     count = len(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else seeds
     per_seed = " ".join(
-        f'<span class="seed"><small>{text(seed)}</small> {number(value)}</span>' for seed, value in seed_scores(entry).items()
+        f'<span class="seed"><small>{text(seed)}</small> {number(value)}</span>'
+        for seed, value in seed_scores(entry).items()
     )
     per_seed = per_seed or (f"{text(count)} seed(s)" if count is not None else "–")
     mark = ' <span class="badge">▲ separated</span>' if best else ""
@@ -153,7 +199,8 @@ def greedy_note(models: Mapping[str, Mapping[str, Any]]) -> str:
     first, first_greedy = max(sampled, key=sampled.__getitem__), max(greedy, key=greedy.__getitem__)
     if first == first_greedy:
         return ""
-    return f"Sampling and greedy decoding disagree: the highest score is {text(first)} sampled, {text(first_greedy)} greedy."
+    scores = f"the highest score is {text(first)} sampled, {text(first_greedy)} greedy"
+    return f"Sampling and greedy decoding disagree: {scores}."
 
 
 # ---- training curves
@@ -185,19 +232,25 @@ def stage_block(stage: str, seeds: Mapping[str, Curves]) -> str:
     main = [name for name in MAIN_PANELS if name in panels]
     rest = sorted(name for name in panels if name not in main)
     problems = "".join(
-        f'<p class="note">{text(f"{seed}: " if seed else "")}{text(read.problem)}</p>' for seed, read in seeds.items() if read.problem
+        f'<p class="note">{text(f"{seed}: " if seed else "")}{text(read.problem)}</p>'
+        for seed, read in seeds.items()
+        if read.problem
     )
     count = f" <small>{len(seeds)} seeds</small>" if len(seeds) > 1 else ""
     body = f'<div class="panels">{"".join(line_chart(text(name), panels[name]) for name in main)}</div>' if main else ""
     if rest:
         more = "".join(line_chart(text(name), panels[name]) for name in rest)
-        body += f'<details{"" if main else " open"}><summary>{len(rest)} more</summary><div class="panels">{more}</div></details>'
+        folded = "" if main else " open"
+        body += f'<details{folded}><summary>{len(rest)} more</summary><div class="panels">{more}</div></details>'
     return f'<div class="stage"><h3>{text(stage)}{count}</h3>{body}{problems}</div>'
 
 
 def part_apart(panels: dict[str, list[Series]]) -> None:
     """Give the held-out loss a panel of its own where it has fewer terms than the training loss: no axis for both."""
-    terms = {split: {name[5:] for name in panels if name.startswith("term/") and any(s.split == split for s in panels[name])} for split in ("train", "eval")}
+    terms = {
+        split: {name[5:] for name in panels if name.startswith("term/") and any(s.split == split for s in panels[name])}
+        for split in ("train", "eval")
+    }
     if terms["eval"] and terms["eval"] != terms["train"] and "loss" in panels:
         panels[f"loss ({', '.join(sorted(terms['eval']))} alone)"] = [s for s in panels["loss"] if s.split == "eval"]
         panels["loss"] = [s for s in panels["loss"] if s.split == "train"]
@@ -218,19 +271,22 @@ def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f'<th scope="col">{text(model)}</th>' for model in models)
     rows = "".join(
         f'<tr><th scope="row">{text(prompt)}</th>'
-        + "".join(f"<td>{''.join(response_cell(r) for r in cells.get((prompt, model), ())) or '–'}</td>" for model in models)
+        + "".join(
+            f"<td>{''.join(response_cell(r) for r in cells.get((prompt, model), ())) or '–'}</td>" for model in models
+        )
         + "</tr>"
         for prompt in prompts
     )
     table = (
-        '<div class="scroll tall" tabindex="0" role="region" aria-label="Responses side by side"><table class="responses">'
+        '<div class="scroll tall" tabindex="0" role="region" aria-label="Responses side by side"><table '
+        'class="responses">'
         f'<thead><tr><th scope="col">prompt</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
     return section("responses", "Responses side by side", table)
 
 
 def response_cell(row: Mapping[str, Any]) -> str:
-    """Write a response under its mark: a sign and a word, colour only beside them."""
+    """Write a response under its mark: a sign and a word, color only beside them."""
     score = row.get("score")
     if not is_number(score):
         kind, mark = "none", "not judged"
@@ -248,7 +304,7 @@ def response_cell(row: Mapping[str, Any]) -> str:
 
 
 def advantages_section(advantages: Sequence[Mapping[str, Any]]) -> str:
-    """Colour each generated token by its own advantage; the teacher's top entries show on hover and on focus."""
+    """Color each generated token by its own advantage; the teacher's top entries show on hover and on focus."""
     if not advantages:
         return section("advantages", "Advantages, token by token", '<p class="empty">No advantages in this run.</p>')
     sizes = sorted(abs(t["advantage"]) for row in advantages for t in row["tokens"] if is_number(t.get("advantage")))
@@ -268,7 +324,7 @@ def advantages_section(advantages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def advantage_block(index: int, row: Mapping[str, Any], scale: float) -> str:
-    """Write a prompt and its response as coloured tokens; their lists travel as JSON beside them."""
+    """Write a prompt and its response as colored tokens; their lists travel as JSON beside them."""
     tokens = "<wbr>".join(token_span(token, scale) for token in row["tokens"])
     tops = [
         [
@@ -288,7 +344,7 @@ def advantage_block(index: int, row: Mapping[str, Any], scale: float) -> str:
 
 
 def token_span(token: Mapping[str, Any], scale: float) -> str:
-    """Write one token: its sign as a line below it, its size as the strength of the colour."""
+    """Write one token: its sign as a line below it, its size as the strength of the color."""
     value = token.get("advantage")
     shown = text(str(token["text"]).replace("\n", "↵\n").replace("\t", "⇥"))
     if not is_number(value):
@@ -312,13 +368,26 @@ def page(title: str, body: str) -> str:
     style = (HERE / "report.css").read_text(encoding="utf-8")
     script = (HERE / "report.js").read_text(encoding="utf-8")
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
-    links = {"results": "Scores", "pairs": "Pairs", "replies": "Replies", "benchmarks": "Benchmarks", "latency": "Latency", "curves": "Training", "responses": "Responses", "advantages": "Advantages"}
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    links = {
+        "results": "Scores",
+        "pairs": "Pairs",
+        "text": "Text",
+        "benchmarks": "Benchmarks",
+        "latency": "Latency",
+        "curves": "Training",
+        "responses": "Responses",
+        "advantages": "Advantages",
+    }
     menu = "".join(f'<a href="#{name}">{label}</a>' for name, label in links.items() if f'id="{name}"' in body)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light '
+        'dark">'
         f"<title>{text(title)}</title><style>{style}</style></head><body>"
         f"<header><h1>{text(title)}</h1><nav>{menu}</nav></header><main>{body}</main>"
         f"<script>{script}</script></body></html>\n"
@@ -326,17 +395,29 @@ def page(title: str, body: str) -> str:
 
 
 def write_report(
-    run_dir: Path, title: str, curves: Mapping[str, Path], results: Mapping[str, Any],
-    samples: Sequence[Mapping[str, Any]], advantages: Sequence[Mapping[str, Any]], more: str = "",
-) -> Path:  # fmt: skip
+    run_dir: Path,
+    title: str,
+    curves: Mapping[str, Path],
+    results: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    advantages: Sequence[Mapping[str, Any]],
+    more: str = "",
+) -> Path:
     """Write run_dir/report.html, whole or not at all, and return its path.
 
     curves: stage (or seed_N/stage) -> its metrics.jsonl. results: {"models": {name: {"score", "ci95", "n", "seeds",
-    "per_seed", "ci95_over_seeds" (optional), "greedy": {"score", "ci95"}}}, "comparisons" (optional)}. samples: {"prompt", "model", "response", "score"}. advantages:
+    "per_seed", "ci95_over_seeds" (optional), "greedy": {"score", "ci95"}}}, "comparisons" (optional)}. samples:
+    {"prompt", "model", "response", "score"}. advantages:
     {"prompt", "tokens": [{"text", "advantage" | None, "top": [[text, advantage, teacher probability], ...]}]}.
     more: sections that stand below the scores, as HTML made by `section` and `text`.
     """
-    body = results_section(results) + more + curves_section(curves) + samples_section(samples) + advantages_section(advantages)
+    body = (
+        results_section(results)
+        + more
+        + curves_section(curves)
+        + samples_section(samples)
+        + advantages_section(advantages)
+    )
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     part = run_dir / f"report.html.{os.getpid()}"

@@ -13,20 +13,41 @@ from settings.schema import Settings
 
 # Of the run section, what a reader wants to see; loss and model stand beside it.
 RUN_SETTINGS = (
-    "seed", "lr", "n_epochs", "n_steps", "scheduler", "warmup", "optimizer", "betas", "weight_decay", "sync_reference",
+    "seed",
+    "lr",
+    "n_epochs",
+    "n_steps",
+    "scheduler",
+    "warmup",
+    "optimizer",
+    "betas",
+    "weight_decay",
+    "sync_reference",
     "sync_reference_rate",
-)  # fmt: skip
+)
 MODEL_SETTINGS = (
-    "batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "max_grad_norm", "policy_dtype",
-    "master_dtype", "use_peft", "peft", "num_layers",
-)  # fmt: skip
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "max_prompt_length",
+    "max_grad_norm",
+    "policy_dtype",
+    "master_dtype",
+    "use_peft",
+    "peft",
+    "num_layers",
+)
 
 
 def commit_of(folder: Path) -> str | None:
     """Return the commit of a checkout, with a word where files differ from it; None where there is none."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, timeout=30, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, timeout=30, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
@@ -56,15 +77,23 @@ def facts_of(settings: Settings, objective: str, head: str, num_train: int, num_
     shown |= {"loss": {key: value for key, value in loss.items() if key not in ("name", "trainer")}}
     shown |= {"model": {key: getattr(model, key) for key in MODEL_SETTINGS if key != "peft" or model.use_peft}}
     return Facts(
-        name=run_dir.name, loss=loss["name"], objective=objective,
+        name=run_dir.name,
+        loss=loss["name"],
+        objective=objective,
         base=model.from_checkpoint or model.load_from or model.name_or_path,
-        base_is_folder=source is not None and Path(source).is_dir(), base_digest=config_digest(model), head=head,
+        base_is_folder=source is not None and Path(source).is_dir(),
+        base_digest=config_digest(model),
+        head=head,
         sources=[source_of(name, one.train, one.test) for name, one in settings.datasets.items()],
-        num_train=num_train, num_test=num_test, steps=steps, settings=shown, metrics=last,
+        num_train=num_train,
+        num_test=num_test,
+        steps=steps,
+        settings=shown,
+        metrics=last,
         command=command.read_text(encoding="utf-8") if command.is_file() else None,
         versions=json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {},
         commit=commit_of(ROOT),
-    )  # fmt: skip
+    )
 
 
 def write_card(folder: Path, facts: Facts) -> None:

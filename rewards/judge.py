@@ -1,6 +1,7 @@
-"""A judge behind an OpenAI-compatible chat server: a score of one reply, or which of two is better.
+"""A judge behind an OpenAI-compatible chat server: a score of one response, or which of two is better.
 
-What a judge says is kept in a file, one row a question, found by content: a killed run does not ask twice. A reply that
+What a judge says is kept in a file, one row a question, found by content: a killed run does not ask twice. A response
+that
 does not end as the template asks is no verdict; it is an error or a counted skip, never a tie.
 """
 
@@ -41,10 +42,12 @@ def last_line(text: str) -> str:
 
 
 def parsed(kind: str, text: str) -> float:
-    """Read the last line of a judge's reply: a score from 1 to 10, or a verdict as the points of A (1, 0.5, 0); Unparsed if it is neither."""
+    """Read the last line of a judge's response: a score from 1 to 10, or a verdict as the points of A (1, 0.5, 0);
+    Unparsed if it is neither.
+    """
     found = (SCORE if kind == "score" else VERDICT).fullmatch(last_line(text))
     if found is None:
-        raise Unparsed(f"the judge's reply ends with {last_line(text)[:120]!r}, which is no {kind}")
+        raise Unparsed(f"the judge's response ends with {last_line(text)[:120]!r}, which is no {kind}")
     if kind == "verdict":
         return POINTS[found[1].lower()]
     score = float(found[1])
@@ -82,25 +85,28 @@ class Judge:
         self.skipped: Counter[str] = Counter()
 
     def score_question(self, prompt: str, response: str) -> Question:
-        """Return the question for a score of one reply."""
+        """Return the question for a score of one response."""
         return Question(filled(self.single, prompt=prompt, response=response), "score")
 
     def pair_question(self, prompt: str, first: str, second: str) -> Question:
-        """Return the question which of two replies is better."""
+        """Return the question which of two responses is better."""
         return Question(filled(self.pair, prompt=prompt, first=first, second=second), "verdict")
 
     def asked(self, questions: Sequence[Question]) -> list[float | None]:
-        """Return the answer to each question, None for one that was skipped; ValueError if on_error=fail meets nonsense."""
+        """Return the answer to each question, None for one that was skipped; ValueError if on_error=fail meets
+        nonsense.
+        """
         wanted = {self._key(q): q for q in questions if self._key(q) not in self.known}
         with self.store.open("a", encoding="utf-8") as out:
-            replies = in_parallel(self.server, list(wanted.items()), self._ask, self.config.concurrency)
-            for key, text in tqdm(replies, total=len(wanted), desc="judge", mininterval=1):
+            responses = in_parallel(self.server, list(wanted.items()), self._ask, self.config.concurrency)
+            for key, text in tqdm(responses, total=len(wanted), desc="judge", mininterval=1):
                 try:
                     value = parsed(wanted[key].kind, text)
                 except Unparsed as error:
                     if self.on_error == "fail":
                         raise ValueError(
-                            f"{error}. What is judged is kept in {self.store}; take a better judge or template, or leave such rows out "
+                            f"{error}. What is judged is kept in {self.store}; take a better judge or template, or "
+                            "leave such rows out "
                             "with on_error=skip"
                         ) from error
                     self.skipped[str(error)] += 1
@@ -117,11 +123,16 @@ class Judge:
     def _ask(self, task: tuple[str, Question]) -> tuple[str, str]:
         key, question = task
         payload: dict[str, Any] = {
-            "model": self.model, "messages": [{"role": "user", "content": question.message}],
-            "temperature": self.config.temperature, "max_tokens": self.config.max_tokens, "seed": 0,
-        }  # fmt: skip
+            "model": self.model,
+            "messages": [{"role": "user", "content": question.message}],
+            "temperature": self.config.temperature,
+            "max_tokens": self.config.max_tokens,
+            "seed": 0,
+        }
         response = self.server.call("/chat/completions", payload)
         try:
             return key, str(response["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{self.server.base_url}/chat/completions answers without a message: {str(response)[:300]}") from error
+            raise ValueError(
+                f"{self.server.base_url}/chat/completions answers without a message: {str(response)[:300]}"
+            ) from error

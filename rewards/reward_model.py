@@ -1,4 +1,4 @@
-"""Scores by a reward model: replies as text, tokenised with the reward model's own tokenizer and template."""
+"""Scores by a reward model: responses as text, tokenized with the reward model's own tokenizer and template."""
 
 import json
 from collections import Counter
@@ -25,7 +25,8 @@ def check_reward_model(folder: str, key: str) -> None:
     kinds, labels = found.get("architectures") or [], found.get("id2label", {"0": "", "1": ""})
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or len(labels) != 1:
         raise ValueError(
-            f"{key}={folder} is no reward model: it holds {', '.join(kinds) or 'no architecture'} with {len(labels)} label(s), and a "
+            f"{key}={folder} is no reward model: it holds {', '.join(kinds) or 'no architecture'} with {len(labels)} "
+            "label(s), and a "
             "...ForSequenceClassification with one label is needed, as loss=bradley-terry writes it"
         )
 
@@ -36,8 +37,14 @@ class RewardModel:
     def __init__(self, settings: Settings, folder: str, key: str) -> None:
         check_reward_model(folder, key)
         self.config: ModelConfig = replace(
-            settings.model, name_or_path=folder, tokenizer_name_or_path=None, load_from=None, from_checkpoint=None, build=None, num_layers=None,
-        )  # fmt: skip
+            settings.model,
+            name_or_path=folder,
+            tokenizer_name_or_path=None,
+            load_from=None,
+            from_checkpoint=None,
+            build=None,
+            num_layers=None,
+        )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = models.load_tokenizer(self.config)
         dtype = models.resolve_dtype(self.config.policy_dtype, self.device)
@@ -47,7 +54,7 @@ class RewardModel:
         self.shortened: Counter[str] = Counter()
 
     def tokens(self, prompt: list[Message], response: str, ended: bool) -> Tokens:
-        """Tokenise a reply; one that was cut has no end-of-turn token."""
+        """Tokenize a response; one that was cut has no end-of-turn token."""
         prompt, prompt_ids = fit_prompt(self.tokenizer, prompt, self.config.max_prompt_length, self.shortened)
         turn = encode_turn(self.tokenizer, prompt, {"role": "assistant", "content": response}, self.shortened)
         turn = turn if ended else turn[:-1]
@@ -63,6 +70,8 @@ class RewardModel:
         found: dict[int, float] = {}
         for start in tqdm(range(0, len(order), batch_size), desc=label, mininterval=1):
             chunk = order[start : start + batch_size]
-            batch = Sequences(*(part.to(self.device) for part in collate([every[i] for i in chunk], self.tokenizer.pad_token_id)))
+            batch = Sequences(
+                *(part.to(self.device) for part in collate([every[i] for i in chunk], self.tokenizer.pad_token_id))
+            )
             found.update(zip(chunk, models.last_token_scores(self.model, batch).tolist(), strict=True))
         return [found[i] for i in range(len(rows))]

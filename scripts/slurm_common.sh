@@ -59,7 +59,7 @@ run_batch() { # run_batch OVERRIDES...: prepare, run the ranks, hand on Slurm's 
     exit "$code"
 }
 
-requeue() { # put the job back into the queue; a cancelled one stays cancelled
+requeue() { # put the job back into the queue; a canceled one stays canceled
     local restarts="${SLURM_RESTART_COUNT:-0}" state
     state=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
     if [[ -n $state && $state != JobState=RUNNING ]]; then return; fi

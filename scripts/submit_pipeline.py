@@ -49,16 +49,29 @@ def resources_of(stage: Stage, resources: dict[str, Any]) -> dict[str, Any]:
 
 def check_resources(resources: dict[str, Any], stages: list[Stage]) -> None:
     """Refuse a key that names neither a task nor a stage."""
-    known = ["default", "train", "cache", "generate", "evaluate", "summarise", "world", *dict.fromkeys(s.name for s in stages)]
+    known = [
+        "default",
+        "train",
+        "cache",
+        "generate",
+        "evaluate",
+        "summarize",
+        "world",
+        *dict.fromkeys(s.name for s in stages),
+    ]
     for key, options in resources.items():
         if key not in known:
             raise ValueError(f"the resources name {key!r}, no task and no stage of this pipeline.{nearest(key, known)}")
         if not isinstance(options, dict | None):
-            raise ValueError(f"the resources of {key!r} are {options!r}: write sbatch options, e.g. {{nodes: 2, time: '4:00:00'}}")
+            raise ValueError(
+                f"the resources of {key!r} are {options!r}: write sbatch options, e.g. {{nodes: 2, time: '4:00:00'}}"
+            )
 
 
 def batch_line(name: str, options: dict[str, Any], after: list[str], log: Path, overrides: list[str]) -> list[str]:
-    """Return the sbatch command of one job; it starts once the jobs `after` have ended well, and goes with them if not."""
+    """Return the sbatch command of one job; it starts once the jobs `after` have ended well, and goes with them if
+    not.
+    """
     line = ["sbatch", "--parsable", f"--job-name={name}", f"--output={log}"]
     line += [f"--{key}={value}" for key, value in options.items()]
     if after:
@@ -77,7 +90,9 @@ def in_cluster(command: list[str], **env: str) -> str:
     """Run one of Slurm's commands with what cluster.env sets; return what it prints."""
     shell = ["bash", "-c", WITH_CLUSTER, str(ROOT / "scripts" / "cluster.env"), *command]
     try:
-        done = subprocess.run(shell, capture_output=True, text=True, env={**os.environ, **env}, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            shell, capture_output=True, text=True, env={**os.environ, **env}, stdin=subprocess.DEVNULL
+        )
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename} is not here: submit from a machine with Slurm's commands") from error
     if done.returncode:
@@ -92,10 +107,15 @@ def queued() -> dict[str, str]:
 
 
 def submit(
-    stages: list[Stage], resources: dict[str, Any], waiting: dict[str, str], last: tuple[str, list[str]],
+    stages: list[Stage],
+    resources: dict[str, Any],
+    waiting: dict[str, str],
+    last: tuple[str, list[str]],
     send: Callable[[list[str], str | None], str],
-) -> list[str]:  # fmt: skip
-    """Send a job for every stage that is neither done nor queued, then the last job (name, overrides); return all ids."""
+) -> list[str]:
+    """Send a job for every stage that is neither done nor queued, then the last job (name, overrides); return all
+    ids.
+    """
     jobs: dict[Path, str] = {}
     logs = stages[0].folder.parent.parent / LOGS
     for stage in stages:
@@ -122,7 +142,12 @@ def submit(
 def main(arguments: list[str]) -> None:
     """Plan, then submit."""
     parser = argparse.ArgumentParser(description="Submit a pipeline to Slurm, a job a stage.")
-    parser.add_argument("--resources", type=Path, default=ROOT / "scripts" / "pipeline_resources.yaml", help="sbatch options by task and stage")
+    parser.add_argument(
+        "--resources",
+        type=Path,
+        default=ROOT / "scripts" / "pipeline_resources.yaml",
+        help="sbatch options by task and stage",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch commands and submit nothing")
     options, overrides = parser.parse_known_args(arguments)
     with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):

@@ -8,28 +8,38 @@ from settings.schema import Settings, require
 class Needs(NamedTuple):
     """What a method asks for."""
 
-    data: str  # responses | pairs | feedback (pairs, or responses with a label) | prompts (or rewarded replies) | rewards
+    # responses | pairs | feedback (pairs, or responses with a label) | prompts (or rewarded responses) | rewards
+    data: str
     reference: str = ""  # "" | logps (of the response tokens; may be cached) | distributions (a live model)
     teacher: str = ""  # "" | logprob | advantage (the quantity of the teacher cache) | live (a model in memory)
 
 
 def check_needs(settings: Settings, needs: Needs, name: str, head: str) -> None:
-    """Raise ValueError for options that this method cannot honour."""
+    """Raise ValueError for options that this method cannot honor."""
     run, model = settings.run, settings.model
     cached = run.cache_reference_logprobs or bool(run.load_reference_logprobs)
     key = "load_reference_logprobs" if run.load_reference_logprobs else "cache_reference_logprobs=true"
-    require(not cached or needs.reference != "", f"{key}: loss={name} has no reference model, so there is nothing to cache")
+    require(
+        not cached or needs.reference != "", f"{key}: loss={name} has no reference model, so there is nothing to cache"
+    )
     require(
         not cached or needs.reference == "logps",
-        f"{key}: loss={name} compares whole distributions with the reference's, a cache holds the log-probabilities of the "
+        f"{key}: loss={name} compares whole distributions with the reference's, a cache holds the log-probabilities of "
+        "the "
         "response tokens only: leave it out, the reference stays in memory",
     )
     if run.sync_reference:
         key = f"sync_reference={run.sync_reference}"
         require(needs.reference != "", f"{key}: loss={name} has no reference model to move")
-        require(not cached, f"{key} moves the reference while training, cached log-probabilities stand still: choose one")
-        require(not model.use_peft, f"{key}: with model.use_peft=true the reference is the model without its adapter, which does not move")
+        require(
+            not cached, f"{key} moves the reference while training, cached log-probabilities stand still: choose one"
+        )
+        require(
+            not model.use_peft,
+            f"{key}: with model.use_peft=true the reference is the model without its adapter, which does not move",
+        )
     require(
         not (head == "reward" and model.activation_checkpointing and model.use_peft),
-        f"loss={name} with model.use_peft=true and model.activation_checkpointing=true is not supported: drop one of them",
+        f"loss={name} with model.use_peft=true and model.activation_checkpointing=true is not supported: drop one of "
+        "them",
     )

@@ -173,7 +173,22 @@ class Settings:
     raw: dict[str, Any] = field(default_factory=dict)
 
 
-SECTIONS = ("model", "loss", "datasets", "generation", "cache", "evaluation", "select", "label", "judge", "world", "estimate", "wandb", "pipeline", "dry_run")
+SECTIONS = (
+    "model",
+    "loss",
+    "datasets",
+    "generation",
+    "cache",
+    "evaluation",
+    "select",
+    "label",
+    "judge",
+    "world",
+    "estimate",
+    "wandb",
+    "pipeline",
+    "dry_run",
+)
 
 
 def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:

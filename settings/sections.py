@@ -1,4 +1,6 @@
-"""The sections of single tasks: generation, cache, evaluation, select, judge, label, estimate, world. Keys and comments stand in config.yaml."""
+"""The sections of single tasks: generation, cache, evaluation, select, judge, label, estimate, world. Keys and comments
+stand in config.yaml.
+"""
 
 import re
 from dataclasses import dataclass
@@ -30,11 +32,11 @@ class GenerationConfig:
     concurrency: int
     timeout: float
     retries: int
-    text_replies: str
+    text_responses: str
 
     def __post_init__(self) -> None:
         one_of("generation.backend", self.backend, ("auto", "vllm", "hf", "openai"))
-        one_of("generation.text_replies", self.text_replies, ("refuse", "tokenise"))
+        one_of("generation.text_responses", self.text_responses, ("refuse", "tokenize"))
         self._check_server()
         require(self.tensor_parallel >= 1, f"generation.tensor_parallel={self.tensor_parallel} must be at least 1")
         require(
@@ -54,13 +56,14 @@ class GenerationConfig:
         require(self.n >= 1 and self.batch_size >= 1, "generation.n and generation.batch_size must be at least 1")
         require(
             self.n == 1 or self.temperature > 0,
-            f"generation.n={self.n} at temperature 0 would give {self.n} equal replies: set generation.temperature",
+            f"generation.n={self.n} at temperature 0 would give {self.n} equal responses: set generation.temperature",
         )
 
     def _check_server(self) -> None:
         require(
             self.backend != "openai" or bool(re.match(r"https?://[^@/]+(/[^@]*)?$", self.base_url or "")),
-            f"generation.backend=openai needs generation.base_url=http://HOST:PORT/v1 (without a key or password in it), got {self.base_url!r}",
+            "generation.backend=openai needs generation.base_url=http://HOST:PORT/v1 (without a key or password in "
+            f"it), got {self.base_url!r}",
         )
         require(self.concurrency >= 1, f"generation.concurrency={self.concurrency} must be at least 1")
         require(self.timeout > 0, f"generation.timeout={self.timeout} must be above 0")
@@ -70,12 +73,13 @@ class GenerationConfig:
             f"generation.base_url and generation.model_name are for generation.backend=openai, not {self.backend}",
         )
         require(
-            not (self.calculator and self.text_replies == "tokenise"),
-            "generation.calculator=true works on token ids: leave generation.text_replies=refuse",
+            not (self.calculator and self.text_responses == "tokenize"),
+            "generation.calculator=true works on token ids: leave generation.text_responses=refuse",
         )
         require(
-            self.backend != "openai" or self.text_replies == "refuse" or self.top_k <= 0,
-            f"generation.text_replies=tokenise asks only for what every server knows, and generation.top_k={self.top_k} is not among it",
+            self.backend != "openai" or self.text_responses == "refuse" or self.top_k <= 0,
+            "generation.text_responses=tokenize asks only for what every server knows, and "
+            f"generation.top_k={self.top_k} is not among it",
         )
 
 
@@ -113,7 +117,7 @@ class EvaluationConfig:
     """The `evaluation` section: which models, judged how."""
 
     models: dict[str, str]
-    checker: str | None
+    verifier: str | None
     temperatures: list[float]
     max_new_tokens: int
     batch_size: int
@@ -142,18 +146,29 @@ class EvaluationConfig:
         )
         require(
             self.opponent is not None or not (self.reward_model or self.judge),
-            "evaluation.reward_model and evaluation.judge compare with an opponent: set evaluation.opponent to one of evaluation.models",
+            "evaluation.reward_model and evaluation.judge compare with an opponent: set evaluation.opponent to one of "
+            "evaluation.models",
         )
         for name in self.reference:
             require(name in self.models, f"evaluation.reference.{name} names no model of evaluation.models")
-        require(self.majority >= 0 and self.majority != 1, f"evaluation.majority={self.majority}: 0 is none, else at least 2 votes")
-        require(not self.majority or self.checker is not None, f"evaluation.majority={self.majority} needs evaluation.checker")
+        require(
+            self.majority >= 0 and self.majority != 1,
+            f"evaluation.majority={self.majority}: 0 is none, else at least 2 votes",
+        )
+        require(
+            not self.majority or self.verifier is not None,
+            f"evaluation.majority={self.majority} needs evaluation.verifier",
+        )
         for phrase in self.refusal_phrases:
-            require(bool(phrase.strip()), "evaluation.refusal_phrases holds an empty phrase: every reply would be a refusal")
+            require(
+                bool(phrase.strip()),
+                "evaluation.refusal_phrases holds an empty phrase: every response would be a refusal",
+            )
         self._check_latency()
         require(
             bool(self.lm_eval) or self.lm_eval_path is None,
-            f"evaluation.lm_eval_path={self.lm_eval_path} holds task files, but evaluation.lm_eval names no task: evaluation.lm_eval=[TASK]",
+            f"evaluation.lm_eval_path={self.lm_eval_path} holds task files, but evaluation.lm_eval names no task: "
+            "evaluation.lm_eval=[TASK]",
         )
 
     def _check_latency(self) -> None:
@@ -161,21 +176,28 @@ class EvaluationConfig:
             one_of("evaluation.latency_backends", name, ("hf", "vllm"))
         require(
             not self.latency or bool(self.latency_backends and self.latency_batch_sizes),
-            "evaluation.latency=true needs evaluation.latency_backends and evaluation.latency_batch_sizes, and one of them is empty",
+            "evaluation.latency=true needs evaluation.latency_backends and evaluation.latency_batch_sizes, and one of "
+            "them is empty",
         )
         for size in self.latency_batch_sizes:
             require(size >= 1, f"evaluation.latency_batch_sizes={self.latency_batch_sizes}: each must be at least 1")
-        require(self.latency_new_tokens >= 2, f"evaluation.latency_new_tokens={self.latency_new_tokens} must be at least 2: the first is the prompt's")
-        require(self.latency_repetitions >= 2, f"evaluation.latency_repetitions={self.latency_repetitions} must be at least 2, for percentiles")
+        require(
+            self.latency_new_tokens >= 2,
+            f"evaluation.latency_new_tokens={self.latency_new_tokens} must be at least 2: the first is the prompt's",
+        )
+        require(
+            self.latency_repetitions >= 2,
+            f"evaluation.latency_repetitions={self.latency_repetitions} must be at least 2, for percentiles",
+        )
 
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """The `select` section: what is made of sampled replies."""
+    """The `select` section: what is made of sampled responses."""
 
     make: str
     generations: str | None
-    checker: str | None
+    verifier: str | None
     pairs_per_prompt: int
     holdout: float
     max_similarity: float
@@ -190,7 +212,7 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The `judge` section: an OpenAI-compatible chat server that compares or scores replies."""
+    """The `judge` section: an OpenAI-compatible chat server that compares or scores responses."""
 
     base_url: str | None
     model_name: str | None
@@ -218,10 +240,10 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """The `label` section: which replies are scored, by whom, and what is made of the scores."""
+    """The `label` section: which responses are scored, by whom, and what is made of the scores."""
 
-    replies: str | None
-    checker: str | None
+    responses: str | None
+    verifier: str | None
     reward_model: str | None
     judge: bool
     make: str
@@ -237,12 +259,16 @@ class LabelConfig:
         require(self.batch_size >= 1, f"label.batch_size={self.batch_size} must be at least 1")
 
     def check_request(self) -> None:
-        """Refuse a request without replies, or without exactly one who scores them."""
-        require(bool(self.replies), "task=label needs label.replies=FILE: generations.jsonl, or rows with prompt and response")
-        given = [key for key in ("checker", "reward_model", "judge") if getattr(self, key)]
+        """Refuse a request without responses, or without exactly one who scores them."""
+        require(
+            bool(self.responses),
+            "task=label needs label.responses=FILE: generations.jsonl, or rows with prompt and response",
+        )
+        given = [key for key in ("verifier", "reward_model", "judge") if getattr(self, key)]
         require(
             len(given) == 1,
-            f"task=label needs one of label.checker=module:function, label.reward_model=FOLDER, label.judge=true; given: {', '.join(given) or 'none'}",
+            "task=label needs one of label.verifier=module:function, label.reward_model=FOLDER, label.judge=true; "
+            f"given: {', '.join(given) or 'none'}",
         )
 
 
@@ -261,17 +287,24 @@ class EstimateConfig:
     rows: int | None
     tokens_per_second: float | None
     flops_per_second_per_device: float | None
-    utilisation: float
+    utilization: float
     measure: bool
 
     def __post_init__(self) -> None:
         one_of("estimate.of", self.of, ("train", "cache", "generate"))
         one_of("estimate.strategy", self.strategy, ("auto", "none", "ddp", "fsdp"))
         one_of("estimate.accelerator", self.accelerator, ("auto", "gpu", "cpu"))
-        for key in ("devices", "device_memory_gb", "tokens", "rows", "tokens_per_second", "flops_per_second_per_device"):
+        for key in (
+            "devices",
+            "device_memory_gb",
+            "tokens",
+            "rows",
+            "tokens_per_second",
+            "flops_per_second_per_device",
+        ):
             value = getattr(self, key)
             require(value is None or value > 0, f"estimate.{key}={value} must be above 0 (or null)")
-        for key in ("response_share", "utilisation"):
+        for key in ("response_share", "utilization"):
             require(0 < getattr(self, key) <= 1, f"estimate.{key}={getattr(self, key)} must be in (0, 1]")
         require(
             self.strategy != "none" or self.devices in (None, 1),

@@ -10,7 +10,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
 
-# Spellings of neighbouring projects, with ours beside them.
+# Spellings of neighboring projects, with ours beside them.
 OTHER_SPELLINGS = {
     "train_datasets": "datasets=[NAME]",
     "test_datasets": "datasets.NAME.test=PATH",
@@ -26,7 +26,7 @@ OTHER_SPELLINGS = {
 def nearest(name: str, known: list[str]) -> str:
     """Return ' Did you mean ...?' for the closest of the known names, or the list of them."""
     if name in OTHER_SPELLINGS:
-        return f" Here it is spelt: {OTHER_SPELLINGS[name]}."
+        return f" Here it is spelled: {OTHER_SPELLINGS[name]}."
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
 

@@ -77,7 +77,8 @@ def _finish(folder: Path) -> None:
     done = finish(folder)
     size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
     print(
-        f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, {size / max(1, done.num_tokens):.1f} bytes per token"
+        f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, "
+        f"{size / max(1, done.num_tokens):.1f} bytes per token"
     )
 
 
@@ -104,7 +105,8 @@ def check_tokenizers(tokenizer: Any, reference: str, settings: Settings) -> None
     ours, theirs = models.tokenizer_digest(tokenizer), models.tokenizer_digest(other)
     if ours != theirs:
         raise ValueError(
-            f"cache.reference={reference} has another tokenizer or chat template (digest {theirs}) than the teacher's ({ours})"
+            f"cache.reference={reference} has another tokenizer or chat template (digest {theirs}) than the teacher's "
+            f"({ours})"
         )
 
 
@@ -113,13 +115,17 @@ def _meta(settings: Settings, tokenizer: Any, sequences: list[Tokens]) -> Meta:
     data = hashlib.sha256(b"".join(sorted(content_key(t.ids, t.response) for t in sequences))).hexdigest()[:16]
     command = settings.run.run_dir / "command.txt"
     return Meta(
-        quantity="advantage" if config.reference else "logprob", k=config.top_k, vocab_size=len(tokenizer),
+        quantity="advantage" if config.reference else "logprob",
+        k=config.top_k,
+        vocab_size=len(tokenizer),
         teacher_digest=models.model_digest(source) if source else f"build:{settings.model.build_seed}",
         reference_digest=models.model_digest(config.reference) if config.reference else None,
-        tokenizer_digest=models.tokenizer_digest(tokenizer), template_digest=models.template_digest(tokenizer),
-        data_digest=data, command=command.read_text().strip() if command.is_file() else "",
+        tokenizer_digest=models.tokenizer_digest(tokenizer),
+        template_digest=models.template_digest(tokenizer),
+        data_digest=data,
+        command=command.read_text().strip() if command.is_file() else "",
         backend=config.backend,
-    )  # fmt: skip
+    )
 
 
 class Scorer:
@@ -131,7 +137,9 @@ class Scorer:
 
     @torch.inference_mode()
     def __call__(self, rows: list[Tokens]) -> list[tuple[Any, Any, Any, Any]]:
-        """Return (ids [L, K], values [L, K], tail [L], teacher log-probs [L, K] or None) of each row, as numpy arrays."""
+        """Return (ids [L, K], values [L, K], tail [L], teacher log-probs [L, K] or None) of each row, as numpy
+        arrays.
+        """
         device = next(self.teacher.parameters()).device
         batch = collate(rows, self.pad_id)
         batch = type(batch)(*(t.to(device) for t in batch))
@@ -150,11 +158,17 @@ class Scorer:
 def _score_all(
     sequences: list[Tokens], writer: Writer, scorer: Callable[[list[Tokens]], Any], size: int, show: bool
 ) -> None:
-    # Batches are the same whether a run was cut off or not: other neighbours mean other padding, and other last bits.
+    # Batches are the same whether a run was cut off or not: other neighbors mean other padding, and other last bits.
     batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
     todo = [b for b in batches if not all(writer.has(content_key(t.ids, t.response)) for t in b)]
     started, tokens = time.perf_counter(), 0
-    bar = tqdm(total=len(sequences), initial=len(sequences) - sum(map(len, todo)), desc="cache", mininterval=1, disable=not show)
+    bar = tqdm(
+        total=len(sequences),
+        initial=len(sequences) - sum(map(len, todo)),
+        desc="cache",
+        mininterval=1,
+        disable=not show,
+    )
     for batch in todo:
         for row, (ids, values, tail, kept) in zip(batch, scorer(batch), strict=True):
             writer.add(row.ids, row.response, ids, values, tail, kept)

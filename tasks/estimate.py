@@ -36,7 +36,9 @@ def run(settings: Settings) -> None:
         print(comparison(found))
     else:
         if settings.estimate.measure:
-            settings = replace(settings, estimate=replace(settings.estimate, tokens_per_second=measured_speed(settings)))
+            settings = replace(
+                settings, estimate=replace(settings.estimate, tokens_per_second=measured_speed(settings))
+            )
         found = estimated(settings, settings.estimate.of)
         print(single(found))
     path = settings.run.run_dir / "estimate.json"
@@ -97,13 +99,17 @@ def setup_of(settings: Settings, needs: Needs) -> Setup:
     live = bool(needs.reference) and not (run.cache_reference_logprobs or run.load_reference_logprobs)
     wanted = settings.estimate.accelerator
     return Setup(
-        strategy, devices, config.gradient_accumulation_steps,
+        strategy,
+        devices,
+        config.gradient_accumulation_steps,
         master=4 if config.master_dtype == "auto" else width_of(config.master_dtype, settings),
         compute=width_of(config.policy_dtype, settings),
         reference=width_of(config.reference_dtype, settings) if live and not config.use_peft else 0,
-        live=live, states=OPTIMIZER_STATES[run.optimizer], checkpointing=config.activation_checkpointing,
+        live=live,
+        states=OPTIMIZER_STATES[run.optimizer],
+        checkpointing=config.activation_checkpointing,
         gpu=torch.cuda.is_available() if wanted == "auto" else wanted == "gpu",
-    )  # fmt: skip
+    )
 
 
 def check_batch(settings: Settings, devices: int) -> None:
@@ -112,40 +118,60 @@ def check_batch(settings: Settings, devices: int) -> None:
     if config.batch_size % (devices * config.gradient_accumulation_steps):
         unit = devices * config.gradient_accumulation_steps
         raise ValueError(
-            f"model.batch_size={config.batch_size} (global) is not divisible by {devices} devices x model.gradient_accumulation_steps="
+            f"model.batch_size={config.batch_size} (global) is not divisible by {devices} devices x "
+            "model.gradient_accumulation_steps="
             f"{config.gradient_accumulation_steps}; {math.ceil(config.batch_size / unit) * unit} would work"
         )
 
 
 def estimated(settings: Settings, task: str) -> dict[str, Any]:
-    """Return the estimate of one task of a run as plain numbers; ValueError if its model has no readable configuration."""
+    """Return the estimate of one task of a run as plain numbers; ValueError if its model has no readable
+    configuration.
+    """
     model = shape_of(settings.model)
     return {"train": training, "cache": scoring, "generate": generation}[task](settings, model)
 
 
 def report(
-    settings: Settings, task: str, model: Model, memory: Memory, devices: int, strategy: str,
-    lengths: counting.Lengths | None, total: Work | None, flops: arithmetic.Flops | None, disk: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the figures that every task has, as they are written to estimate.json."""
+    settings: Settings,
+    task: str,
+    model: Model,
+    memory: Memory,
+    devices: int,
+    strategy: str,
+    lengths: counting.Lengths | None,
+    total: Work | None,
+    flops: arithmetic.Flops | None,
+    disk: int | None = None,
+) -> dict[str, Any]:
+    """Return the metrics that every task has, as they are written to estimate.json."""
     config, speed = settings.estimate, None
     if config.flops_per_second_per_device:
-        speed = devices * config.flops_per_second_per_device * config.utilisation
+        speed = devices * config.flops_per_second_per_device * config.utilization
     hours = arithmetic.hours_of(flops.total, total.tokens, config.tokens_per_second, speed) if flops and total else None
     return {
-        "task": task, "loss": settings.raw["loss"]["name"] if task == "train" else None,
-        "strategy": strategy, "devices": devices,
-        "parameters": model.parameters, "embedding": model.embedding, "trainable": model.trainable if task == "train" else 0,
+        "task": task,
+        "loss": settings.raw["loss"]["name"] if task == "train" else None,
+        "strategy": strategy,
+        "devices": devices,
+        "parameters": model.parameters,
+        "embedding": model.embedding,
+        "trainable": model.trainable if task == "train" else 0,
         "tokens": None if total is None else round(total.tokens),
         "response_tokens": None if total is None else round(total.responses),
         "sequences": None if total is None else round(total.sequences),
         "lengths": "unknown: set n_examples, n_steps or estimate.tokens" if lengths is None else lengths.source,
         "flops": None if flops is None else {**flops._asdict(), "total": flops.total},
         "flops_per_token": None if flops is None or not total else flops.total / max(1.0, total.tokens),
-        "memory": memory.terms, "phases": memory.phases, "peak_bytes": memory.peak, "peak_phase": memory.phase,
-        "device_memory_gb": config.device_memory_gb, "disk_bytes": disk,
-        "tokens_per_second": config.tokens_per_second, "hours": hours,
-    }  # fmt: skip
+        "memory": memory.terms,
+        "phases": memory.phases,
+        "peak_bytes": memory.peak,
+        "peak_phase": memory.phase,
+        "device_memory_gb": config.device_memory_gb,
+        "disk_bytes": disk,
+        "tokens_per_second": config.tokens_per_second,
+        "hours": hours,
+    }
 
 
 def training(settings: Settings, model: Model) -> dict[str, Any]:
@@ -161,7 +187,9 @@ def training(settings: Settings, model: Model) -> dict[str, Any]:
     if lengths is not None:
         total = lengths.work.times(passes_of(settings, lengths.number))
         # Scored once into a cache, or in every pass.
-        scored = (total if setup.live else lengths.work) if needs.reference and not run.load_reference_logprobs else None
+        scored = (
+            (total if setup.live else lengths.work) if needs.reference and not run.load_reference_logprobs else None
+        )
         flops = arithmetic.training_flops(model, total, scored, config.activation_checkpointing)
     return report(settings, "train", model, memory, setup.devices, setup.strategy, lengths, total, flops)
 
@@ -187,7 +215,9 @@ def evaluation_batch(settings: Settings, needs: Needs) -> Batch | None:
     config = settings.model
     if not any(dataset.test for dataset in settings.datasets.values()):
         return None
-    lengths = counting.training_lengths(replace(settings, estimate=replace(settings.estimate, tokens=None)), needs, "test")
+    lengths = counting.training_lengths(
+        replace(settings, estimate=replace(settings.estimate, tokens=None)), needs, "test"
+    )
     if lengths is not None and lengths.measured:
         return counting.chunked_batch(lengths, config.eval_batch_size)
     slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
@@ -199,7 +229,9 @@ def evaluation_batch(settings: Settings, needs: Needs) -> Batch | None:
 
 
 def scoring(settings: Settings, model: Model) -> dict[str, Any]:
-    """Estimate task=cache: forward passes of one teacher or two, each process with whole models, and the folder on disk."""
+    """Estimate task=cache: forward passes of one teacher or two, each process with whole models, and the folder on
+    disk.
+    """
     config = settings.cache
     _, devices = layout_of(settings)
     lengths = counting.cache_lengths(settings)
@@ -221,7 +253,7 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
 
 
 def generation(settings: Settings, model: Model) -> dict[str, Any]:
-    """Estimate task=generate: prompts read once, and every reply as long as generation.max_new_tokens allows."""
+    """Estimate task=generate: prompts read once, and every response as long as generation.max_new_tokens allows."""
     config = settings.generation
     _, devices = layout_of(settings)
     lengths = counting.prompt_lengths(settings)
@@ -235,8 +267,8 @@ def generation(settings: Settings, model: Model) -> dict[str, Any]:
     if lengths is not None:
         prompts = lengths.work
         mean = prompts.tokens / max(1.0, prompts.sequences)
-        replies = prompts.sequences * config.n
-        total = Work(replies, replies * (mean + new), replies * (mean + new) ** 2, replies * new)
+        responses = prompts.sequences * config.n
+        total = Work(responses, responses * (mean + new), responses * (mean + new) ** 2, responses * new)
         flops = arithmetic.Flops(arithmetic.forward_flops(model, total))
     return report(settings, "generate", model, memory, devices, whole(devices), lengths, total, flops)
 
@@ -250,7 +282,9 @@ def whole(devices: int) -> str:
 
 
 def measured_speed(settings: Settings) -> float:
-    """Time the real model on its largest micro-batch; return tokens a second of all devices, as if they did not wait."""
+    """Time the real model on its largest micro-batch; return tokens a second of all devices, as if they did not
+    wait.
+    """
     needs = needs_of(settings)
     setup = setup_of(settings, needs)
     slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1

@@ -1,7 +1,8 @@
 """task=evaluate: judge several models on the same held-out prompts and pairs.
 
 Writes results.json (scores with 95 % intervals over prompts, comparisons), results.md (a table), scores.json (every
-prompt's score, for paired comparisons later), samples.jsonl (replies side by side), summary.md and report.html (all of
+prompt's score, for paired comparisons later), samples.jsonl (responses side by side), summary.md and report.html (all
+of
 it, tasks/evaluation_report.py), and with evaluation.latency latency.json.
 With several processes each takes its share of the models; rank 0 writes.
 """
@@ -18,17 +19,17 @@ from tqdm import tqdm
 import models
 from dataloader import Example, Sequences, collate, load_examples
 from engine.optimizer import check_strategy
-from evaluation.harness import benchmark_figures, check_benchmarks
+from evaluation.harness import benchmark_metrics, check_benchmarks
 from evaluation.intervals import score_interval
 from evaluation.latency import check_latency, latency_rows
 from evaluation.majority import majority_scores, majority_temperature, vote_settings
-from evaluation.records import Judged, Replies
+from evaluation.records import Evaluated, Responses
 from evaluation.results import results_of, table, verdicts_of
 from functional import row_sums, token_logps
 from generation.hf import sample
-from generation.interface import Reply
+from generation.interface import Response
 from report.evaluation_page import check_advantages, write_results
-from rewards.checkers import Checker, prompt_text, resolve_checker, scored, vote_of
+from rewards.verifiers import Verifier, prompt_text, resolve_verifier, scored, vote_of
 from settings.schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
 
 
@@ -48,21 +49,24 @@ def check_request(config: EvaluationConfig) -> None:
         raise ValueError("evaluation.models is empty: name at least one, e.g. evaluation.models.mine=outputs/run/FINAL")
     if any(temperature < 0 for temperature in config.temperatures):
         raise ValueError(f"evaluation.temperatures={config.temperatures}: none may be negative (0 is greedy)")
-    if config.checker and not config.temperatures:
+    if config.verifier and not config.temperatures:
         raise ValueError(
-            "evaluation.checker judges replies, but evaluation.temperatures is empty: give one, e.g. [1.0]"
+            "evaluation.verifier judges responses, but evaluation.temperatures is empty: give one, e.g. [1.0]"
         )
     if not (config.temperatures or config.reward_accuracy or config.latency or config.lm_eval):
         raise ValueError("nothing to evaluate: give evaluation.temperatures, or evaluation.reward_accuracy=true")
-    if config.opponent and not (config.checker or config.reward_model or config.judge):
+    if config.opponent and not (config.verifier or config.reward_model or config.judge):
         raise ValueError(
-            f"evaluation.opponent={config.opponent!r} needs somebody who decides who wins: evaluation.checker, evaluation.reward_model or "
+            f"evaluation.opponent={config.opponent!r} needs somebody who decides who wins: evaluation.verifier, "
+            "evaluation.reward_model or "
             "evaluation.judge=true"
         )
     if config.reward_model and config.judge:
         raise ValueError("evaluation.reward_model and evaluation.judge=true both decide who wins: keep one")
     if (config.reward_model or config.judge) and not config.temperatures:
-        raise ValueError("evaluation.reward_model and evaluation.judge look at replies, but evaluation.temperatures is empty")
+        raise ValueError(
+            "evaluation.reward_model and evaluation.judge look at responses, but evaluation.temperatures is empty"
+        )
     if config.majority and not any(config.temperatures):
         raise ValueError(
             f"evaluation.majority={config.majority} needs a temperature above 0 in evaluation.temperatures to sample at"
@@ -92,32 +96,39 @@ def held_out(settings: Settings, tokenizer: Any) -> HeldOut:
 
 def answer(
     settings: Settings, model: Any, tokenizer: Any, prompts: list[Example], temperature: float, label: str
-) -> list[Reply]:
-    """Reply one reply to each prompt, from the whole distribution; longest prompts first, so batches are alike."""
+) -> list[Response]:
+    """Give one response to each prompt, from the whole distribution; longest prompts first, so batches are alike."""
     config, seed = settings.evaluation, settings.run.seed
     generation: GenerationConfig = replace(
-        settings.generation, n=1, temperature=temperature, top_p=1.0, top_k=0,
-        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, seed=seed, calculator=config.calculator,
-    )  # fmt: skip
+        settings.generation,
+        n=1,
+        temperature=temperature,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        seed=seed,
+        calculator=config.calculator,
+    )
     stop = models.stop_ids(tokenizer, model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].prompt))
-    sampled: dict[int, Reply] = {}
+    sampled: dict[int, Response] = {}
     for start in tqdm(range(0, len(order), config.batch_size), desc=f"{label} t={temperature:g}", mininterval=1):
         batch = order[start : start + config.batch_size]
         ids = [prompts[i].prompt for i in batch]
-        replies = sample(model, tokenizer, ids, generation, stop, len(tokenizer), seed * 1_000_003 + start)
-        sampled.update(zip(batch, replies, strict=True))
+        responses = sample(model, tokenizer, ids, generation, stop, len(tokenizer), seed * 1_000_003 + start)
+        sampled.update(zip(batch, responses, strict=True))
     return [sampled[i] for i in range(len(prompts))]
 
 
-def judge_replies(samples: list[Reply], tokenizer: Any, prompts: list[Example], checker: Checker | None) -> Replies:
-    """Decode the replies, without their end-of-turn token, and judge each beside its prompt."""
+def verified(samples: list[Response], tokenizer: Any, prompts: list[Example], verifier: Verifier | None) -> Responses:
+    """Decode the responses, without their end-of-turn token, and judge each beside its prompt."""
     bodies = [ids[:-1] if reason == "stop" else ids for ids, reason in samples]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in bodies]
     scores = []
-    if checker is not None:
-        scores = [scored(checker, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
-    return Replies(texts, [len(ids) for ids, _ in samples], [reason == "stop" for _, reason in samples], scores)
+    if verifier is not None:
+        scores = [scored(verifier, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
+    return Responses(texts, [len(ids) for ids, _ in samples], [reason == "stop" for _, reason in samples], scores)
 
 
 @torch.no_grad()
@@ -138,23 +149,23 @@ def pair_logps(model: Any, tokenizer: Any, pairs: list[Example], batch_size: int
 def rank_pairs(logps: np.ndarray, reference_logps: np.ndarray | None, reference: str | None) -> dict[str, Any]:
     """Return the share of pairs ranked right and the mean margin in nats, before any factor beta.
 
-    logps [P, 2]. With a reference the reward is the log-ratio to it; without one the figures are those of the plain
+    logps [P, 2]. With a reference the reward is the log-ratio to it; without one the metrics are those of the plain
     log-probability, and are named so. An exact tie is not ranked right.
     """
     name = "reward" if reference_logps is not None else "logprob"
     rewards = logps - reference_logps if reference_logps is not None else logps
     margins = rewards[:, 0] - rewards[:, 1]
     right = (margins > 0).astype(float).tolist()
-    figures = {
+    metrics = {
         f"{name}_accuracy": float(np.mean(right)),
         f"{name}_accuracy_ci95": list(score_interval(right)),
         f"{name}_margin": float(margins.mean()),
         "num_pairs": len(right),
     }
-    return {**figures, "reference": reference} if reference else figures
+    return {**metrics, "reference": reference} if reference else metrics
 
 
-def judge(settings: Settings, name: str, accelerator: Accelerator, checker: Checker | None) -> Judged:
+def evaluate_model(settings: Settings, name: str, accelerator: Accelerator, verifier: Verifier | None) -> Evaluated:
     """Answer the prompts with one model at every temperature, and rank the pairs."""
     config = settings.evaluation
     own: ModelConfig = replace(
@@ -173,21 +184,21 @@ def judge(settings: Settings, name: str, accelerator: Accelerator, checker: Chec
         return models.load_model(own, source=source, dtype=dtype, trainable=False).to(accelerator.device)
 
     model = load(config.models[name])
-    replies = {}
+    responses = {}
     for temperature in config.temperatures:
         samples = answer(settings, model, tokenizer, data.prompts, temperature, name)
-        replies[temperature] = judge_replies(samples, tokenizer, data.prompts, checker)
+        responses[temperature] = verified(samples, tokenizer, data.prompts, verifier)
     votes: list[float] = []
-    if config.majority and checker is not None:
+    if config.majority and verifier is not None:
         voting = majority_temperature(config.temperatures)
-        passes = [replies[voting].texts]  # the main pass votes, too
+        passes = [responses[voting].texts]  # the main pass votes, too
         for k in range(1, config.majority):
             samples = answer(vote_settings(settings, k), model, tokenizer, data.prompts, voting, f"{name} vote {k + 1}")
-            passes.append(judge_replies(samples, tokenizer, data.prompts, None).texts)
-        votes = majority_scores(passes, [row.conversation for row in data.prompts], checker)
-    benchmarks = benchmark_figures(settings, model, tokenizer) if config.lm_eval else {}
+            passes.append(verified(samples, tokenizer, data.prompts, None).texts)
+        votes = majority_scores(passes, [row.conversation for row in data.prompts], verifier)
+    benchmarks = benchmark_metrics(settings, model, tokenizer) if config.lm_eval else {}
     timed = latency_rows(settings, own, model, tokenizer, data.prompts) if config.latency else []
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     if config.reward_accuracy:
         size = settings.model.eval_batch_size
         logps = pair_logps(model, tokenizer, data.pairs, size, name)
@@ -196,18 +207,20 @@ def judge(settings: Settings, name: str, accelerator: Accelerator, checker: Chec
         reference_logps = (
             pair_logps(load(reference), tokenizer, data.pairs, size, f"{name}, reference") if reference else None
         )
-        figures = rank_pairs(logps, reference_logps, reference)
+        metrics = rank_pairs(logps, reference_logps, reference)
     conversations = [row.conversation for row in data.prompts]
-    return Judged([prompt_text(c.prompt) for c in conversations], conversations, replies, figures, votes, timed, benchmarks)
+    return Evaluated(
+        [prompt_text(c.prompt) for c in conversations], conversations, responses, metrics, votes, timed, benchmarks
+    )
 
 
 def run(settings: Settings) -> None:
     """Judge every model of evaluation.models and write the results into the run's folder."""
     config = settings.evaluation
     check_request(config)
-    checker = resolve_checker(config.checker) if config.checker else None
-    if config.majority and checker:
-        vote_of(checker)  # refuses a module without one
+    verifier = resolve_verifier(config.verifier) if config.verifier else None
+    if config.majority and verifier:
+        vote_of(verifier)  # refuses a module without one
     check_benchmarks(config)
     check_advantages(config)
     accelerator = Accelerator()
@@ -215,17 +228,17 @@ def run(settings: Settings) -> None:
     check_strategy(settings.run.strategy, accelerator)
     names = list(config.models)
     own = names[accelerator.process_index :: accelerator.num_processes]
-    gathered = dict(gather_object([(name, judge(settings, name, accelerator, checker)) for name in own]))
-    judged = {name: gathered[name] for name in names}
+    gathered = dict(gather_object([(name, evaluate_model(settings, name, accelerator, verifier)) for name in own]))
+    evaluated = {name: gathered[name] for name in names}
     for name in names:
-        if judged[name].prompts != judged[names[0]].prompts:
+        if evaluated[name].prompts != evaluated[names[0]].prompts:
             raise ValueError(
                 f"{name} and {names[0]} kept different held-out prompts (another tokenizer drops other rows): "
                 "raise model.max_prompt_length and model.max_length"
             )
     if accelerator.is_main_process:
-        results = results_of(settings, judged, verdicts_of(settings, judged))
-        write_results(settings, results, judged)
+        results = results_of(settings, evaluated, verdicts_of(settings, evaluated))
+        write_results(settings, results, evaluated)
         print(f"\n{table(results)}\n{settings.run.run_dir / 'results.json'}", flush=True)
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:

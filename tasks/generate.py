@@ -1,8 +1,10 @@
-"""task=generate: sample replies of a model to the prompts of the data sets, as token ids.
+"""task=generate: sample responses of a model to the prompts of the data sets, as token ids.
 
-The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: which prompts, the rows on disk, and
-going on where a killed run stopped. A row is written as soon as its reply is there; at the end the rows stand in a fixed
-order, longest prompt first. What a reply is sampled with follows from the run's seed and its place alone.
+The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: which prompts, the rows on disk,
+and
+going on where a killed run stopped. A row is written as soon as its response is there; at the end the rows stand in a
+fixed
+order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone.
 """
 
 import importlib
@@ -93,7 +95,7 @@ def positions_of(config: ModelConfig) -> int | None:
 
 
 class Job(NamedTuple):
-    """One reply to make: the example, its number in the data, and which of its n samples this is."""
+    """One response to make: the example, its number in the data, and which of its n samples this is."""
 
     example: Example
     number: int
@@ -101,7 +103,7 @@ class Job(NamedTuple):
 
 
 def run(settings: Settings) -> None:
-    """Write run_dir/generations.jsonl: n replies to every prompt of the split; goes on where a killed run stopped."""
+    """Write run_dir/generations.jsonl: n responses to every prompt of the split; goes on where a killed run stopped."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "task=generate runs in one process: start it with `python launch.py`, without accelerate launch"
@@ -120,7 +122,7 @@ def run(settings: Settings) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     done = _resume(path, jobs, head, generation.n)
     if len(done) == len(jobs):
-        print(f"{path}: all {len(done)} replies are there")
+        print(f"{path}: all {len(done)} responses are there")
     else:
         longest = max(map(len, prompts))
         _notes(tokenizer, longest + generation.max_new_tokens, positions_of(config), prompts[0])
@@ -132,13 +134,18 @@ def run(settings: Settings) -> None:
             _write(path, jobs, answers, tokenizer, stop, head, progress)
         print(f"{path}: {progress.tokens} tokens at {progress.tokens_per_second:.0f} tokens/s")
     _in_order(path, prompts, generation.n)
-    _summarise(path, settings, tokenizer, name)
+    _summarize(path, settings, tokenizer, name)
 
 
 def _write(
-    path: Path, jobs: list[Job], answers: Iterator[Answer], tokenizer: Any, stop: list[int], head: dict[str, Any],
+    path: Path,
+    jobs: list[Job],
+    answers: Iterator[Answer],
+    tokenizer: Any,
+    stop: list[int],
+    head: dict[str, Any],
     progress: "Progress",
-) -> None:  # fmt: skip
+) -> None:
     """Append a row for each answer as it comes; a row is whole once its line break is written."""
     with path.open("a", encoding="utf-8") as out:
         for answer in answers:
@@ -170,10 +177,10 @@ def check_bos(tokenizer: Any, ids: list[int]) -> None:
 
 
 def _sampling(settings: Settings, name: str, stop: list[int]) -> dict[str, Any]:
-    """Return what the replies are sampled with: what another value of would give others."""
+    """Return what the responses are sampled with: what another value of would give others."""
     generation = settings.generation
     keys = ["max_new_tokens", "temperature", "top_p", "top_k", "n", "seed"]
-    keys += {"hf": ["batch_size"], "openai": ["model_name", "text_replies"]}.get(name, [])
+    keys += {"hf": ["batch_size"], "openai": ["model_name", "text_responses"]}.get(name, [])
     keys += ["calculator"] if generation.calculator else []
     found = {"backend": name} | {key: getattr(generation, key) for key in keys} | {"stop_ids": stop}
     if name == "openai":
@@ -183,9 +190,9 @@ def _sampling(settings: Settings, name: str, stop: list[int]) -> dict[str, Any]:
 
 
 def _notes(tokenizer: Any, length: int, positions: int | None, prompt: list[int]) -> None:
-    """Print what a user should know before the first reply."""
+    """Print what a user should know before the first response."""
     if positions is not None and length > positions:
-        print(f"note: prompt and reply may take {length} tokens, the model was made for {positions}")
+        print(f"note: prompt and response may take {length} tokens, the model was made for {positions}")
     print(f"first prompt: {tokenizer.decode(prompt)[-400:]!r}", flush=True)
 
 
@@ -193,7 +200,7 @@ def _row(job: Job, answer: Answer, tokenizer: Any, stop: list[int], head: dict[s
     body = answer.ids[:-1] if answer.finish_reason == "stop" else answer.ids
     strange = set(body) & (set(tokenizer.all_special_ids) | set(stop))
     if strange:
-        raise ValueError(f"special tokens inside a reply: {tokenizer.convert_ids_to_tokens(sorted(strange))}")
+        raise ValueError(f"special tokens inside a response: {tokenizer.convert_ids_to_tokens(sorted(strange))}")
     conversation = job.example.conversation
     row = {
         "prompt": conversation.prompt,
@@ -220,11 +227,13 @@ def _resume(path: Path, jobs: list[Job], head: dict[str, Any], n: int) -> set[in
         if not 0 <= job < len(jobs) or row.get("prompt_ids") != jobs[job].example.prompt:
             difference = difference or "prompt"
         if difference:
-            raise ValueError(f"{path}, line {number}: written with another {difference}. Remove the file or choose another exp_name")
-        assert job not in done, f"{path}, line {number}: a second row for reply {job}"
+            raise ValueError(
+                f"{path}, line {number}: written with another {difference}. Remove the file or choose another exp_name"
+            )
+        assert job not in done, f"{path}, line {number}: a second row for response {job}"
         done.add(job)
     if 0 < len(done) < len(jobs):
-        print(f"{path}: going on after {len(done)} of {len(jobs)} replies")
+        print(f"{path}: going on after {len(done)} of {len(jobs)} responses")
     return done
 
 
@@ -242,19 +251,27 @@ def _in_order(path: Path, prompts: list[list[int]], n: int) -> None:
 # ---- afterwards
 
 
-def _summarise(path: Path, settings: Settings, tokenizer: Any, name: str) -> None:
-    """Write summary.json beside the rows: counts, and how far the generator's log-probabilities are from the trainer's."""
+def _summarize(path: Path, settings: Settings, tokenizer: Any, name: str) -> None:
+    """Write summary.json beside the rows: counts, and how far the generator's log-probabilities are from the
+    trainer's.
+    """
     with path.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     reasons = Counter(row["finish_reason"] for row in rows)
     from_text = sum(row.get("ids_from_text", False) for row in rows)
     summary: dict[str, Any] = {
-        "backend": name, "replies": len(rows), "tokens": sum(len(row["response_ids"]) for row in rows),
-        "finish_reasons": dict(reasons), "ids_from_text": from_text, "logp_gap": None,
-    }  # fmt: skip
-    print(f"{path}: {len(rows)} replies; {reasons['stop']} ended, {reasons['length']} cut by max_new_tokens")
+        "backend": name,
+        "responses": len(rows),
+        "tokens": sum(len(row["response_ids"]) for row in rows),
+        "finish_reasons": dict(reasons),
+        "ids_from_text": from_text,
+        "logp_gap": None,
+    }
+    print(f"{path}: {len(rows)} responses; {reasons['stop']} ended, {reasons['length']} cut by max_new_tokens")
     if from_text:
-        print(f"warning: {from_text} replies have ids made from the server's text, which may not be the ids it sampled")
+        print(
+            f"warning: {from_text} responses have ids made from the server's text, which may not be the ids it sampled"
+        )
     gap = _measured_gap(rows, settings, tokenizer)
     if gap is not None:
         summary["logp_gap"] = gap._asdict()

@@ -1,7 +1,9 @@
-"""task=label: score replies by a checker, a reward model or a judge, and write rows that the loaders read back.
+"""task=label: score responses by a verifier, a reward model or a judge, and write rows that the loaders read back.
 
-Reads generations.jsonl or plain rows {"prompt", "response"}. Writes LABEL/: scores.jsonl (one score a row, as they come: a
-killed run goes on there), then labelled.jsonl: every row with its `reward`, or pairs of the best and the worst reply to a
+Reads generations.jsonl or plain rows {"prompt", "response"}. Writes LABEL/: scores.jsonl (one score a row, as they
+come: a
+killed run goes on there), then labeled.jsonl: every row with its `reward`, or pairs of the best and the worst response
+to a
 prompt, or rows with a `label`; summary.json counts what was left out.
 """
 
@@ -24,16 +26,16 @@ from conversations import (
     to_conversation,
     write_rows,
 )
-from rewards.checkers import prompt_text, resolve_checker, scored
 from rewards.judge import Judge
 from rewards.reward_model import RewardModel
+from rewards.verifiers import prompt_text, resolve_verifier, scored
 from settings.schema import LabelConfig, Settings
 
 VERSION = 1
 CHUNK = 256  # rows that are scored before their scores are written
 
 
-class Reply(NamedTuple):
+class Response(NamedTuple):
     """A row that can be scored: its number in the file, the row as it was read, and the conversation it holds."""
 
     number: int
@@ -42,13 +44,13 @@ class Reply(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Return what was replied."""
+        """Return what was responded."""
         assert self.conversation.response is not None
         return self.conversation.response[0]["content"]
 
     @property
     def ended(self) -> bool:
-        """Tell whether the reply came to its end, as far as the row says."""
+        """Tell whether the response came to its end, as far as the row says."""
         return self.row.get("finish_reason", "stop") == "stop"
 
     def key(self, source: str) -> str:
@@ -57,23 +59,25 @@ class Reply(NamedTuple):
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_replies(config: LabelConfig, counts: Counter[str]) -> list[Reply]:
-    """Read the rows; one that holds no reply is an error or, with on_error=skip, counted."""
-    assert config.replies is not None
-    rows, found = read_rows(config.replies, "label.replies"), []
+def read_responses(config: LabelConfig, counts: Counter[str]) -> list[Response]:
+    """Read the rows; one that holds no response is an error or, with on_error=skip, counted."""
+    assert config.responses is not None
+    rows, found = read_rows(config.responses, "label.responses"), []
     for number, row in enumerate(rows):
-        where = f"{config.replies}, row {number + 1}"
+        where = f"{config.responses}, row {number + 1}"
         try:
             # a generated row carries the meta data of the row that it answers, where a reference answer travels
-            conversation = conversation_of(row) if "response_ids" in row else to_conversation(row, find_format(row, where), where)
+            conversation = (
+                conversation_of(row) if "response_ids" in row else to_conversation(row, find_format(row, where), where)
+            )
             if conversation.response is None:
                 raise ValueError(f"{where}: has no response to score")
         except ValueError as error:
             _skip_or_raise(config, counts, "rows that could not be read", error)
             continue
-        found.append(Reply(number, row, conversation))
+        found.append(Response(number, row, conversation))
     if not found:
-        raise ValueError(f"label.replies={config.replies}: none of {len(rows)} rows holds a reply")
+        raise ValueError(f"label.responses={config.responses}: none of {len(rows)} rows holds a response")
     return found
 
 
@@ -87,44 +91,47 @@ def _skip_or_raise(config: LabelConfig, counts: Counter[str], what: str, error: 
 # ---- scores
 
 
-def scores_of(settings: Settings, replies: list[Reply], folder: Path, counts: Counter[str]) -> Iterator[tuple[Reply, float]]:
-    """Yield every reply that gets a score, chunk by chunk."""
+def scores_of(
+    settings: Settings, responses: list[Response], folder: Path, counts: Counter[str]
+) -> Iterator[tuple[Response, float]]:
+    """Yield every response that gets a score, chunk by chunk."""
     config = settings.label
-    if config.checker:
-        checker = resolve_checker(config.checker, "label.checker")
-        for reply in replies:
+    if config.verifier:
+        verifier = resolve_verifier(config.verifier, "label.verifier")
+        for response in responses:
             try:
-                value = scored(checker, reply.conversation, reply.text)
+                value = scored(verifier, response.conversation, response.text)
             except Exception as error:
-                shown = f"label.checker={config.checker} failed on row {reply.number + 1} ({reply.text[:120]!r}): {error!r}"
-                _skip_or_raise(config, counts, "replies on which the checker failed", ValueError(shown))
+                where = f"row {response.number + 1} ({response.text[:120]!r})"
+                shown = f"label.verifier={config.verifier} failed on {where}: {error!r}"
+                _skip_or_raise(config, counts, "responses on which the verifier failed", ValueError(shown))
                 continue
-            yield reply, value
+            yield response, value
         return
     if config.reward_model:
         model = RewardModel(settings, config.reward_model, "label.reward_model")
-        for start in range(0, len(replies), CHUNK):
-            chunk = replies[start : start + CHUNK]
+        for start in range(0, len(responses), CHUNK):
+            chunk = responses[start : start + CHUNK]
             rows = [(r.conversation.prompt, r.text, r.ended) for r in chunk]
             yield from zip(chunk, model.scores(rows, config.batch_size, "reward"), strict=True)
         return
     judge = Judge(settings.judge, folder / "judged.jsonl", config.on_error)
-    answers = judge.asked([judge.score_question(prompt_text(r.conversation.prompt), r.text) for r in replies])
-    counts["replies without a verdict"] += sum(answer is None for answer in answers)
-    yield from ((reply, answer) for reply, answer in zip(replies, answers, strict=True) if answer is not None)
+    answers = judge.asked([judge.score_question(prompt_text(r.conversation.prompt), r.text) for r in responses])
+    counts["responses without a verdict"] += sum(answer is None for answer in answers)
+    yield from ((response, answer) for response, answer in zip(responses, answers, strict=True) if answer is not None)
 
 
-def all_scores(settings: Settings, replies: list[Reply], folder: Path, counts: Counter[str]) -> dict[int, float]:
+def all_scores(settings: Settings, responses: list[Response], folder: Path, counts: Counter[str]) -> dict[int, float]:
     """Return the score of each row by its number; those on disk are taken, new ones appended as they come."""
     path = folder / "scores.jsonl"
     known: dict[str, float] = {row["key"]: row["score"] for row in resumed_rows(path)}
     source = source_of(settings)
-    keys = {reply.number: reply.key(source) for reply in replies}
+    keys = {response.number: response.key(source) for response in responses}
     counts["scores taken from an earlier run"] = sum(key in known for key in keys.values())
     with path.open("a", encoding="utf-8") as out:
-        todo = [reply for reply in replies if keys[reply.number] not in known]
-        for reply, value in scores_of(settings, todo, folder, counts) if todo else ():
-            key = keys[reply.number]
+        todo = [response for response in responses if keys[response.number] not in known]
+        for response, value in scores_of(settings, todo, folder, counts) if todo else ():
+            key = keys[response.number]
             known[key] = value
             out.write(json.dumps({"key": key, "score": value}) + "\n")
             out.flush()
@@ -137,34 +144,38 @@ def source_of(settings: Settings) -> str:
     if config.reward_model:
         lengths = [settings.model.max_length, settings.model.max_prompt_length]
         return f"reward model {models.model_digest(config.reward_model)} {lengths}"
-    return f"checker {config.checker}" if config.checker else f"judge {settings.judge}"
+    return f"verifier {config.verifier}" if config.verifier else f"judge {settings.judge}"
 
 
 # ---- rows
 
 
-def rewarded(replies: list[Reply], scores: dict[int, float]) -> list[dict[str, Any]]:
+def rewarded(responses: list[Response], scores: dict[int, float]) -> list[dict[str, Any]]:
     """Return the rows as they were, with `reward`."""
-    return [{**reply.row, "reward": scores[reply.number]} for reply in replies if reply.number in scores]
+    return [{**response.row, "reward": scores[response.number]} for response in responses if response.number in scores]
 
 
-def labelled(replies: list[Reply], scores: dict[int, float], threshold: float) -> list[dict[str, Any]]:
+def labeled(responses: list[Response], scores: dict[int, float], threshold: float) -> list[dict[str, Any]]:
     """Return the rows as they were, with `reward` and `label`: true from the threshold on."""
-    return [{**row, "label": row["reward"] >= threshold} for row in rewarded(replies, scores)]
+    return [{**row, "label": row["reward"] >= threshold} for row in rewarded(responses, scores)]
 
 
-def best_against_worst(replies: list[Reply], scores: dict[int, float], margin: float, counts: Counter[str]) -> list[dict[str, Any]]:
-    """Return a pair for each prompt whose best and worst replies lie more than `margin` apart; the first of equals is taken."""
-    groups: dict[str, list[Reply]] = {}
-    for reply in replies:
-        if reply.number in scores:
-            groups.setdefault(key_of(reply.conversation.prompt), []).append(reply)
+def best_against_worst(
+    responses: list[Response], scores: dict[int, float], margin: float, counts: Counter[str]
+) -> list[dict[str, Any]]:
+    """Return a pair for each prompt whose best and worst responses lie more than `margin` apart; the first of equals is
+    taken.
+    """
+    groups: dict[str, list[Response]] = {}
+    for response in responses:
+        if response.number in scores:
+            groups.setdefault(key_of(response.conversation.prompt), []).append(response)
     pairs = []
     for group in groups.values():
         best = max(group, key=lambda r: (scores[r.number], -r.number))
         worst = min(group, key=lambda r: (scores[r.number], r.number))
         if scores[best.number] - scores[worst.number] <= margin:
-            counts["prompts with one reply" if len(group) == 1 else "prompts whose replies tie"] += 1
+            counts["prompts with one response" if len(group) == 1 else "prompts whose responses tie"] += 1
             continue
         rewards = {"chosen_reward": scores[best.number], "rejected_reward": scores[worst.number]}
         if "response_ids" in best.row:
@@ -175,24 +186,33 @@ def best_against_worst(replies: list[Reply], scores: dict[int, float], margin: f
 
 
 def run(settings: Settings) -> None:
-    """Score the replies and write LABEL/labelled.jsonl."""
+    """Score the responses and write LABEL/labeled.jsonl."""
     config, counts = settings.label, Counter[str]()
     config.check_request()
-    replies = read_replies(config, counts)
+    responses = read_responses(config, counts)
     folder = settings.run.run_dir / "LABEL"
     folder.mkdir(parents=True, exist_ok=True)
-    scores = all_scores(settings, replies, folder, counts)
+    scores = all_scores(settings, responses, folder, counts)
     if config.make == "pairs":
-        rows = best_against_worst(replies, scores, config.margin, counts)
+        rows = best_against_worst(responses, scores, config.margin, counts)
     elif config.make == "binary":
-        rows = labelled(replies, scores, config.threshold)
+        rows = labeled(responses, scores, config.threshold)
     else:
-        rows = rewarded(replies, scores)
+        rows = rewarded(responses, scores)
     if not rows:
-        raise ValueError(f"nothing to write of {config.replies}: {dict(counts)}. Sample more replies (generation.n), or warmer ones")
-    write_rows(folder / "labelled.jsonl", rows)
+        raise ValueError(
+            f"nothing to write of {config.responses}: {dict(counts)}. Sample more responses (generation.n), or warmer "
+            "ones"
+        )
+    write_rows(folder / "labeled.jsonl", rows)
     values = list(scores.values())
-    summary = {"replies": len(replies), "scored": len(values), "rows": len(rows), "mean_score": sum(values) / max(1, len(values)), **counts}
+    summary = {
+        "responses": len(responses),
+        "scored": len(values),
+        "rows": len(rows),
+        "mean_score": sum(values) / max(1, len(values)),
+        **counts,
+    }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print("\n".join(f"{value:10.4g} {what}" for what, value in summary.items()))
-    print(f"{folder / 'labelled.jsonl'}", flush=True)
+    print(f"{folder / 'labeled.jsonl'}", flush=True)

@@ -20,13 +20,29 @@ from report.page import curves_section, page, section, text
 from settings.schema import Settings
 
 # What a column says of a run, in this order, and whether more is better.
-TRAINING = (("rewards_eval/accuracies", True), ("loss/eval", False), ("rewards_train/accuracies", True), ("loss/train", False))
+TRAINING = (
+    ("rewards_eval/accuracies", True),
+    ("loss/eval", False),
+    ("rewards_train/accuracies", True),
+    ("loss/train", False),
+)
 EVALUATION = (("score", True), ("win_rate", True), ("reward_accuracy", True))
 # Keys that may differ within a row: where a run lands, what it shows, and its seed.
 NOT_COMPARED = (
-    "seed", "exp_name", "run_count", "cache_dir", "sweep", "debug", "wandb", "dry_run", "strategy", "log_every",
-    "save_every", "keep_last", "intermediate_checkpoints",
-)  # fmt: skip
+    "seed",
+    "exp_name",
+    "run_count",
+    "cache_dir",
+    "sweep",
+    "debug",
+    "wandb",
+    "dry_run",
+    "strategy",
+    "log_every",
+    "save_every",
+    "keep_last",
+    "intermediate_checkpoints",
+)
 
 
 class Job(NamedTuple):
@@ -73,7 +89,9 @@ def read_jobs(sweep: Path) -> list[Job]:
             folder, done = file.parent, (file.parent / "DONE").is_file()
             jobs.append(Job(folder, str(folder.relative_to(sweep)), config, done, values_of(folder) if done else {}))
     if not jobs:
-        raise ValueError(f"sweep={sweep} holds no run (no config.yaml below it): give the folder of a sweep, cache_dir/exp_name")
+        raise ValueError(
+            f"sweep={sweep} holds no run (no config.yaml below it): give the folder of a sweep, cache_dir/exp_name"
+        )
     return jobs
 
 
@@ -98,7 +116,9 @@ def rows_of(jobs: list[Job]) -> list[Row]:
     for group in groups.values():
         seeds = [job.config["seed"] for job in group]
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"the same run stands twice: {', '.join(str(job.folder) for job in group)}. Remove one of them")
+            raise ValueError(
+                f"the same run stands twice: {', '.join(str(job.folder) for job in group)}. Remove one of them"
+            )
         names = dict.fromkeys(name for job in group for name in job.values)
         values = {name: {j.config["seed"]: j.values[name] for j in group if name in j.values} for name in names}
         loss = json.dumps(group[0].config["loss"], sort_keys=True) if group[0].config["task"] == "train" else ""
@@ -162,7 +182,9 @@ def cell(row: Row, column: str) -> str:
 
 
 def table(rows: list[Row], unfinished: list[Job]) -> str:
-    """Return the sweep as Markdown: a row for each configuration, the best of a column in bold where it is separated."""
+    """Return the sweep as Markdown: a row for each configuration, the best of a column in bold where it is
+    separated.
+    """
     columns = columns_of(rows)
     best = {column: best_rows(rows, column) for column in columns}
     lines = [["run", "seeds", *columns], ["---"] * (len(columns) + 2)]
@@ -172,7 +194,11 @@ def table(rows: list[Row], unfinished: list[Job]) -> str:
     written = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
     written += "Mean [95 % interval over seeds]. "
     marked = any(best.values())
-    written += "Bold: the interval lies apart from every other one.\n" if marked else "No interval lies apart from all others: none is marked.\n"
+    written += (
+        "Bold: the interval lies apart from every other one.\n"
+        if marked
+        else "No interval lies apart from all others: none is marked.\n"
+    )
     if any(len(row.jobs) < 2 for row in rows):
         written += "A run of one seed has no interval: add e.g. seed=1,2,3 to the sweep.\n"
     return written + "".join(f"Unfinished, left out: {job.folder}\n" for job in unfinished)
@@ -183,20 +209,30 @@ def html(title: str, rows: list[Row], unfinished: list[Job]) -> str:
     body = ""
     for column in columns_of(rows):
         filled, best = [row for row in rows if column in row.values], best_rows(rows, column)
-        plotted = [Plotted(text(r.name), mean(r, column), None, spread(r, column), None, list(r.values[column].values())) for r in filled]
+        plotted = [
+            Plotted(text(r.name), mean(r, column), None, spread(r, column), None, list(r.values[column].values()))
+            for r in filled
+        ]
         lines = "".join(
             f'<tr{" class=best" if row in best else ""}><th scope="row">{text(row.name)}'
-            f'{" <span class=badge>separated</span>" if row in best else ""}</th><td>{len(row.jobs)}</td><td>{text(cell(row, column))}</td></tr>'
+            f"{' <span class=badge>separated</span>' if row in best else ''}</th>"
+            f"<td>{len(row.jobs)}</td><td>{text(cell(row, column))}</td></tr>"
             for row in filled
         )
         head = '<th scope="col">run</th><th scope="col">seeds</th><th scope="col">mean [95 % over seeds]</th>'
         body += (
-            f"<h3>{text(column)} ({'more' if more_is_better(column) else 'less'} is better)</h3>{interval_chart(plotted)}"
+            f"<h3>{text(column)} ({'more' if more_is_better(column) else 'less'} is "
+            f"better)</h3>{interval_chart(plotted)}"
             f'<div class="scroll" tabindex="0" role="region" aria-label="{text(column)}"><table class="results">'
             f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
         )
     body += "".join(f'<p class="note">Unfinished, left out: {text(job.folder)}</p>' for job in unfinished)
-    files = {f"seed_{j.config['seed']}/{r.name}": j.folder / "metrics.jsonl" for r in rows for j in r.jobs if (j.folder / "metrics.jsonl").is_file()}
+    files = {
+        f"seed_{j.config['seed']}/{r.name}": j.folder / "metrics.jsonl"
+        for r in rows
+        for j in r.jobs
+        if (j.folder / "metrics.jsonl").is_file()
+    }
     return page(title, section("results", "Runs of the sweep", body) + curves_section(files))
 
 

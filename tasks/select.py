@@ -1,11 +1,12 @@
-"""task=select: from sampled replies and a checker to preference pairs, or to correct replies unlike each other.
+"""task=select: from sampled responses and a verifier to preference pairs, or to correct responses unlike each other.
 
-Reads a generations.jsonl with n replies to each question and writes JSONL files, with the sampled token ids, that the
-loaders read back (nothing is tokenised a second time):
+Reads a generations.jsonl with n responses to each question and writes JSONL files, with the sampled token ids, that the
+loaders read back (nothing is tokenized a second time):
 
-    SELECT/pairs_train.jsonl   make=pairs: a correct (chosen) with an incorrect (rejected) reply to the same question
+    SELECT/pairs_train.jsonl   make=pairs: a correct (chosen) with an incorrect (rejected) response to the same question
     SELECT/pairs_test.jsonl    make=pairs, holdout > 0: the pairs of other questions, for evaluation only
-    SELECT/distinct.jsonl      make=distinct: correct replies, none too similar to one kept before it or to the data set's own
+    SELECT/distinct.jsonl      make=distinct: correct responses, none too similar to one kept before it or to the data
+    set's own
     SELECT/counts.json         what was kept and dropped
 
 Questions of the data sets' test split are left out and counted; generations sampled from a test split are refused.
@@ -32,16 +33,15 @@ from conversations import (
     to_conversation,
     write_rows,
 )
-from rewards.checkers import Checker, resolve_checker, scored
+from rewards.verifiers import Verifier, resolve_verifier, scored
 from settings.schema import DatasetConfig, Settings
 
 VERSION = 1
-CORRECT = 1.0  # a checker's score from which a reply is correct
-
+CORRECT = 1.0  # a verifier's score from which a response is correct
 
 
 class Question(NamedTuple):
-    """The replies to one prompt that may be used, in the order in which they were sampled, no text twice."""
+    """The responses to one prompt that may be used, in the order in which they were sampled, no text twice."""
 
     key: str
     correct: list[Row]
@@ -58,12 +58,16 @@ def read_generated(path: Path) -> list[Row]:
     stored = path.parent / "config.yaml"
     config = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
     if (config or {}).get("generation", {}).get("split") == "test":
-        raise ValueError(f"select.generations={path} answers the test split: training on it would void every evaluation")
+        raise ValueError(
+            f"select.generations={path} answers the test split: training on it would void every evaluation"
+        )
     rows = list(read_jsonl(path))
     for number, row in enumerate(rows, 1):
         missing = {"prompt", "prompt_ids", "response", "response_ids", "finish_reason"} - row.keys()
         if missing:
-            raise ValueError(f"{path}, line {number}: no {', '.join(sorted(missing))}; was it written by task=generate?")
+            raise ValueError(
+                f"{path}, line {number}: no {', '.join(sorted(missing))}; was it written by task=generate?"
+            )
     if not rows:
         raise ValueError(f"select.generations={path} has no rows")
     return rows
@@ -80,10 +84,11 @@ def conversations_of(datasets: Mapping[str, DatasetConfig], split: str) -> Itera
         yield from (to_conversation(row, fmt, f"{source}, row {i}") for i, row in enumerate(rows, 1))
 
 
-def judged(rows: Iterable[Row], checker: Checker, held_out: set[str], counts: Counter[str]) -> list[Question]:
-    """Sort the replies by question and correctness, in order of first appearance.
+def verified(rows: Iterable[Row], verifier: Verifier, held_out: set[str], counts: Counter[str]) -> list[Question]:
+    """Sort the responses by question and correctness, in order of first appearance.
 
-    Correct means that the checker says so and that the reply has ended; a correct one that was cut is on neither side.
+    Correct means that the verifier says so and that the response has ended; a correct one that was cut is on neither
+    side.
     """
     questions: dict[str, Question] = {}
     seen: set[tuple[str, str]] = set()
@@ -93,22 +98,22 @@ def judged(rows: Iterable[Row], checker: Checker, held_out: set[str], counts: Co
         if key in held_out:
             left_out.add(key)
             continue
-        counts["replies"] += 1
+        counts["responses"] += 1
         question = questions.setdefault(key, Question(key, [], []))
         if (key, row["response"]) in seen:
-            counts["repeated replies dropped"] += 1
+            counts["repeated responses dropped"] += 1
             continue
         seen.add((key, row["response"]))
-        correct = scored(checker, conversation_of(row), row["response"]) >= CORRECT
-        counts["different correct replies"] += correct
+        correct = scored(verifier, conversation_of(row), row["response"]) >= CORRECT
+        counts["different correct responses"] += correct
         if correct and row["finish_reason"] != "stop":
-            counts["correct replies without an end dropped"] += 1
+            counts["correct responses without an end dropped"] += 1
         elif row["response_ids"]:
             (question.correct if correct else question.incorrect).append(row)
     counts["questions"] = len(questions)
     counts["questions of the test split left out"] = len(left_out)
-    counts["questions without a correct reply"] = sum(not q.correct for q in questions.values())
-    counts["questions without an incorrect reply"] = sum(not q.incorrect for q in questions.values())
+    counts["questions without a correct response"] = sum(not q.correct for q in questions.values())
+    counts["questions without an incorrect response"] = sum(not q.incorrect for q in questions.values())
     return list(questions.values())
 
 
@@ -116,7 +121,7 @@ def judged(rows: Iterable[Row], checker: Checker, held_out: set[str], counts: Co
 
 
 def draw_pairs(question: Question, limit: int, rng: random.Random) -> list[Row]:
-    """Draw at most `limit` different pairs; a reply is used again only after every other of its side was."""
+    """Draw at most `limit` different pairs; a response is used again only after every other of its side was."""
     correct, incorrect = list(question.correct), list(question.incorrect)
     rng.shuffle(correct)
     rng.shuffle(incorrect)
@@ -141,7 +146,7 @@ def make_pairs(questions: list[Question], limit: int, holdout: float, seed: int)
     return train, [row for key, rows in pairs.items() if key in held_out for row in rows]
 
 
-# ---- distinct replies
+# ---- distinct responses
 
 
 def words(text: str) -> frozenset[str]:
@@ -154,22 +159,27 @@ def similarity(one: frozenset[str], other: frozenset[str]) -> float:
     return len(one & other) / len(one | other) if one or other else 1.0
 
 
-def keep_distinct(replies: list[Row], kept: list[frozenset[str]], max_similarity: float) -> list[Row]:
-    """Return the replies that are less similar than max_similarity to every one kept before; `kept` grows by them."""
+def keep_distinct(responses: list[Row], kept: list[frozenset[str]], max_similarity: float) -> list[Row]:
+    """Return the responses that are less similar than max_similarity to every one kept before; `kept` grows by them."""
     fresh = []
-    for reply in replies:
-        own = words(reply["response"])
+    for response in responses:
+        own = words(response["response"])
         if all(similarity(own, other) < max_similarity for other in kept):
             kept.append(own)
-            fresh.append(reply)
+            fresh.append(response)
     return fresh
 
 
 def make_distinct(
-    questions: list[Question], originals: Mapping[str, list[str]], earlier: list[Row], max_similarity: float,
+    questions: list[Question],
+    originals: Mapping[str, list[str]],
+    earlier: list[Row],
+    max_similarity: float,
     counts: Counter[str],
-) -> list[Row]:  # fmt: skip
-    """Return earlier rows and then the new correct replies unlike them, unlike the originals and unlike each other."""
+) -> list[Row]:
+    """Return earlier rows and then the new correct responses unlike them, unlike the originals and unlike each
+    other.
+    """
     kept: dict[str, list[frozenset[str]]] = {key: [words(text) for text in texts] for key, texts in originals.items()}
     for row in earlier:
         kept.setdefault(key_of(row["prompt"]), []).append(words(row["response"]))
@@ -178,7 +188,7 @@ def make_distinct(
         for question in questions
         for row in keep_distinct(question.correct, kept.setdefault(question.key, []), max_similarity)
     ]
-    counts["too similar replies dropped"] = sum(len(question.correct) for question in questions) - len(fresh)
+    counts["too similar responses dropped"] = sum(len(question.correct) for question in questions) - len(fresh)
     counts["rows of earlier rounds"] = len(earlier)
     return [*earlier, *fresh]
 
@@ -198,13 +208,15 @@ def originals_of(settings: Settings) -> dict[str, list[str]]:
 def run(settings: Settings) -> None:
     """Write the selected rows into run_dir/SELECT and print what was kept and dropped."""
     config = settings.select
-    if not config.generations or not config.checker:
-        raise ValueError("task=select needs select.generations=FILE and select.checker=module:function, e.g. worlds.gsm8k:check")
+    if not config.generations or not config.verifier:
+        raise ValueError(
+            "task=select needs select.generations=FILE and select.verifier=module:function, e.g. worlds.gsm8k:check"
+        )
     rows = read_generated(Path(config.generations).expanduser())
-    checker = resolve_checker(config.checker)
+    verifier = resolve_verifier(config.verifier)
     held_out = {key_of(c.prompt) for c in conversations_of(settings.datasets, "test")}
     counts: Counter[str] = Counter()
-    questions = judged(rows, checker, held_out, counts)
+    questions = verified(rows, verifier, held_out, counts)
     folder = settings.run.run_dir / "SELECT"
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[Row]] = {}
@@ -213,10 +225,13 @@ def run(settings: Settings) -> None:
         files = {"pairs_train.jsonl": train} | ({"pairs_test.jsonl": test} if config.holdout else {})
     else:
         earlier = [row for path in config.earlier for row in read_generated(Path(path).expanduser())]
-        files = {"distinct.jsonl": make_distinct(questions, originals_of(settings), earlier, config.max_similarity, counts)}
+        files = {
+            "distinct.jsonl": make_distinct(questions, originals_of(settings), earlier, config.max_similarity, counts)
+        }
     if not all(files.values()):
         raise ValueError(
-            f"nothing to write of {config.generations}: {dict(counts)}. Sample more (generation.n), warmer, or from another model"
+            f"nothing to write of {config.generations}: {dict(counts)}. Sample more (generation.n), warmer, or from "
+            "another model"
         )
     for name, selected in files.items():
         write_rows(folder / name, selected)

@@ -48,7 +48,7 @@ def run(settings: Settings) -> None:
     if trainer.needs.reference:
         ref_model, items, test_items = _reference(settings, trainer, items, test_items)
     policy = _policy(settings, trainer)
-    _companions(settings, trainer)
+    _load_frozen_models(settings, trainer)
     meter.restart()
     before = checkpoint.examples_seen(settings.run.run_dir)
     with signals.watched():
@@ -85,7 +85,7 @@ def _show(example: Example, tokenizer: object, accelerator: Accelerator) -> None
 
 
 def _record(settings: Settings, trainer: BasicTrainer, meter: resources.Meter, examples: int, running: str) -> None:
-    """Write what this process and its neighbours used into resources.json; all ranks call it."""
+    """Write what this process and its neighbors used into resources.json; all ranks call it."""
     used, items = trainer.gathered([meter.used()]), trainer.train_items
     tokens = examples * sum(len(s.ids) for item in items for s in item.sequences) / len(items)
     if trainer.accelerator.is_main_process:
@@ -109,21 +109,33 @@ def _policy(settings: Settings, trainer: BasicTrainer) -> torch.nn.Module:
     return model
 
 
-def _companions(settings: Settings, trainer: BasicTrainer) -> None:
-    """Load the frozen models that the method asks: they read the policy's token ids, so they must share its tokenizer."""
-    for name, (folder, head) in trainer.companion_folders().items():
+def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
+    """Load the frozen models that the method asks: they read the policy's token ids, so they must share its
+    tokenizer.
+    """
+    for name, (folder, head) in trainer.frozen_model_folders().items():
         if head == "reward":
             check_reward_model(folder, f"loss.{name}")
         dtype = models.resolve_dtype(settings.model.reference_dtype, trainer.accelerator.device)
-        config = replace(settings.model, name_or_path=folder, tokenizer_name_or_path=None, load_from=None, from_checkpoint=None, build=None)
+        config = replace(
+            settings.model,
+            name_or_path=folder,
+            tokenizer_name_or_path=None,
+            load_from=None,
+            from_checkpoint=None,
+            build=None,
+        )
         tokenizer = models.load_tokenizer(config)
         if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
             raise ValueError(
-                f"{name} {folder} has another tokenizer than the policy ({len(tokenizer)} and {len(trainer.tokenizer)} tokens, or other "
+                f"{name} {folder} has another tokenizer than the policy ({len(tokenizer)} and {len(trainer.tokenizer)} "
+                "tokens, or other "
                 "words): it would read other text. Use a model of the same family"
             )
-        model = models.load_model(config, source=folder, dtype=dtype, trainable=False, head=head, empty=trainer.is_filled)
-        trainer.companions[name] = trainer.place_reference(model)
+        model = models.load_model(
+            config, source=folder, dtype=dtype, trainable=False, head=head, empty=trainer.is_filled
+        )
+        trainer.frozen_models[name] = trainer.place_reference(model)
 
 
 def _reference(

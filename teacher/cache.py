@@ -22,7 +22,9 @@ FORMAT_VERSION = 1
 
 
 class Entry(NamedTuple):
-    """A sequence's entries: ids [L, K], values [L, K], tail [L] (mass outside the top k), teacher_logps [L, K] or None."""
+    """A sequence's entries: ids [L, K], values [L, K], tail [L] (mass outside the top k), teacher_logps [L, K] or
+    None.
+    """
 
     ids: np.ndarray
     values: np.ndarray
@@ -60,9 +62,19 @@ def content_key(ids: Sequence[int], response: Sequence[bool]) -> bytes:
 
 
 _IDENTITY = (
-    "format_version", "quantity", "k", "vocab_size", "temperature", "dtype",
-    "teacher_digest", "reference_digest", "tokenizer_digest", "template_digest", "data_digest", "backend",
-)  # fmt: skip
+    "format_version",
+    "quantity",
+    "k",
+    "vocab_size",
+    "temperature",
+    "dtype",
+    "teacher_digest",
+    "reference_digest",
+    "tokenizer_digest",
+    "template_digest",
+    "data_digest",
+    "backend",
+)
 
 
 def _dtypes(meta: Mapping[str, Any]) -> dict[str, np.dtype]:
@@ -148,9 +160,14 @@ class Writer:
         return key in self.keys
 
     def add(
-        self, ids: Sequence[int], response: Sequence[bool], topk_ids: np.ndarray, values: np.ndarray, tail: np.ndarray,
+        self,
+        ids: Sequence[int],
+        response: Sequence[bool],
+        topk_ids: np.ndarray,
+        values: np.ndarray,
+        tail: np.ndarray,
         teacher_logps: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Append one sequence's entries: topk_ids [L, K], values [L, K], tail [L]."""
         length = int(np.sum(response))
         if topk_ids.shape != (length, self.meta.k) or values.shape != topk_ids.shape or tail.shape != (length,):
@@ -310,8 +327,10 @@ class Reader:
         elif common == min(len(ids), len(other)):
             what = f"the nearest cached sequence has {len(other)} tokens, this one {len(ids)}: another truncation?"
         return (
-            f"{self.folder} has no entries for a sequence of {len(ids)} tokens ({what}). It agrees with the nearest cached one for {common} tokens, then\n"
+            f"{self.folder} has no entries for a sequence of {len(ids)} tokens ({what}). It agrees with the nearest "
+            f"cached one for {common} tokens, then\n"
             f"  this run: {show(ids[max(0, common - 8) : common])!r} + {show(ids[common : common + 12])!r}\n"
             f"  cached:   {show(other[max(0, common - 8) : common])!r} + {show(other[common : common + 12])!r}\n"
-            "Make the cache again with task=cache on the same data, model.tokenizer_name_or_path, model.max_length and model.max_prompt_length"
+            "Make the cache again with task=cache on the same data, model.tokenizer_name_or_path, model.max_length and "
+            "model.max_prompt_length"
         )

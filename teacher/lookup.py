@@ -28,7 +28,8 @@ def generations_by_prompt(
     if missing:
         raise ValueError(
             f"{source}: {len(missing)} of {len(examples)} prompts have no generation. The first: "
-            f"{missing[0].conversation.prompt[-1]['content'][:120]!r} ({len(missing[0].prompt)} tokens). Generate for the "
+            f"{missing[0].conversation.prompt[-1]['content'][:120]!r} ({len(missing[0].prompt)} tokens). Generate for "
+            "the "
             "same data, template, model.max_prompt_length and n_examples"
         )
     return found

@@ -24,14 +24,19 @@ from trainers.csft import with_control
 
 VOCAB, PAD, TOP_K = 11, 0, 3
 PATHS = {
-    "dckd": ["loss.teacher_cache=none"], "adpa": ["loss.generations=none", "loss.advantages=none"], "gkd": ["loss.teacher=none"],
-    "opd": ["loss.teacher=none"], "ppo": ["loss.checker=worlds.shop:check"], "grpo": ["loss.checker=worlds.shop:check"],
-}  # fmt: skip
+    "dckd": ["loss.teacher_cache=none"],
+    "adpa": ["loss.generations=none", "loss.advantages=none"],
+    "gkd": ["loss.teacher=none"],
+    "opd": ["loss.teacher=none"],
+    "ppo": ["loss.verifier=worlds.shop:check"],
+    "grpo": ["loss.verifier=worlds.shop:check"],
+}
 FIGURES = {"ppo": 5, "grpo": 3, "opd": 2}  # columns that a rollout notes of each token
 
 
 class Bigram(torch.nn.Module):
-    """table [V, V]: row i holds the logits after token i. A reward model reads the first column at the last token, a value
+    """table [V, V]: row i holds the logits after token i. A reward model reads the first column at the last token, a
+    value
     head the second one."""
 
     def __init__(self, seed: int, reward: bool = False) -> None:
@@ -52,23 +57,33 @@ class Bigram(torch.nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def tokens(prompt: list[int], reply: list[int]) -> Tokens:
-    return Tokens(prompt + reply, [False] * len(prompt) + [True] * len(reply))
+def tokens(prompt: list[int], response: list[int]) -> Tokens:
+    return Tokens(prompt + response, [False] * len(prompt) + [True] * len(response))
 
 
 def examples() -> list[Example]:
-    """Six pairs with replies of 1 to 5 tokens."""
+    """Six pairs with responses of 1 to 5 tokens."""
     rng = np.random.default_rng(3)
     pairs = []
     for i in range(6):
         prompt = [1 + i, 1 + int(rng.integers(9))]
-        replies = [rng.integers(1, VOCAB, size=int(rng.integers(1, 6))).tolist() for _ in range(2)]
-        pairs.append(Example(prompt, tokens(prompt, replies[0]), tokens(prompt, replies[1]), None, Conversation([], None, None, None, {})))
+        responses = [rng.integers(1, VOCAB, size=int(rng.integers(1, 6))).tolist() for _ in range(2)]
+        pairs.append(
+            Example(
+                prompt,
+                tokens(prompt, responses[0]),
+                tokens(prompt, responses[1]),
+                None,
+                Conversation([], None, None, None, {}),
+            )
+        )
     return pairs
 
 
 def entries(sequence: Tokens, rng: np.random.Generator, advantage: bool) -> Entry:
-    """Draw a teacher's entries for one response: TOP_K ids a token with log-probabilities, or advantages beside them."""
+    """Draw a teacher's entries for one response: TOP_K ids a token with log-probabilities, or advantages beside
+    them.
+    """
     count = sum(sequence.response)
     ids = np.argsort(rng.random((count, VOCAB)), axis=1)[:, :TOP_K]
     logps = np.log(0.9 * rng.dirichlet(np.ones(TOP_K), count)).astype(np.float32)
@@ -81,17 +96,29 @@ def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
     """Make the method's own items; the two methods with a teacher get drawn entries instead of a cache on disk."""
     rng = np.random.default_rng(4)
     if name == "dckd":
-        return [Item((e.chosen, e.rejected), (entries(e.chosen, rng, False), entries(e.rejected, rng, False))) for e in examples()]
+        return [
+            Item((e.chosen, e.rejected), (entries(e.chosen, rng, False), entries(e.rejected, rng, False)))
+            for e in examples()
+        ]
     if name == "adpa":
         return [Item((e.chosen, e.rejected), (None, entries(e.rejected, rng, True))) for e in examples()]
-    if name in FIGURES:  # drawn instead of a rollout; the first column is the old log-probability, of about one in VOCAB
+    if (
+        name in FIGURES
+    ):  # drawn instead of a rollout; the first column is the old log-probability, of about one in VOCAB
         drawn = [rng.normal(size=(sum(e.chosen.response), FIGURES[name])).astype(np.float32) for e in examples()]
         shift = np.array([-2.4] + [0.0] * (FIGURES[name] - 1), np.float32)
-        return [Item((e.chosen,), label=1.0, figures=0.5 * part + shift) for e, part in zip(examples(), drawn, strict=True)]
+        return [
+            Item((e.chosen,), label=1.0, notes=0.5 * part + shift) for e, part in zip(examples(), drawn, strict=True)
+        ]
     if name == "reward-weighted-distill":
-        return [Item((e.chosen,), label=float(reward)) for e, reward in zip(examples(), rng.normal(size=6).astype(np.float32), strict=True)]
+        return [
+            Item((e.chosen,), label=float(reward))
+            for e, reward in zip(examples(), rng.normal(size=6).astype(np.float32), strict=True)
+        ]
     if name == "csft":  # the tokens of its control texts lie beyond this vocabulary
-        sides = [(len(e.prompt), side, ids) for e in examples() for side, ids in ((e.chosen, [9, 8]), (e.rejected, [7]))]
+        sides = [
+            (len(e.prompt), side, ids) for e in examples() for side, ids in ((e.chosen, [9, 8]), (e.rejected, [7]))
+        ]
         return [Item((with_control(side, length, ids, 99),)) for length, side, ids in sides]
     return trainer.items(examples(), "train")
 
@@ -114,7 +141,9 @@ def trainer_of(name: str, *overrides: str) -> BasicTrainer:
     trainer = method(settings, byte_tokenizer, Accelerator(cpu=True))
     trainer.vocab_size = VOCAB
     trainer.policy, trainer.reference = Bigram(1, method.head == "reward"), Bigram(2)
-    trainer.companions = {companion: Bigram(2 + i) for i, companion in enumerate(trainer.companion_folders())}
+    trainer.frozen_models = {
+        frozen_model: Bigram(2 + i) for i, frozen_model in enumerate(trainer.frozen_model_folders())
+    }
     return trainer
 
 

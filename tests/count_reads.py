@@ -1,4 +1,5 @@
-"""Run launch.py's task as one process of several, and print how often a model's from_pretrained was called and what it took off the disk.
+"""Run launch.py's task as one process of several, and print how often a model's from_pretrained was called and what it
+took off the disk.
 
 python -m tests.count_reads OVERRIDE... (started by torchrun)
 """

@@ -29,13 +29,17 @@ def launch(
     """Run launch.py as a user would."""
     return subprocess.run(
         [python, str(ROOT / "launch.py"), *args],
-        capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )  # fmt: skip
+    )
 
 
 def write_pairs(path: Path, count: int, start: int = 0) -> Path:
-    """Write pairs in messages format with replies of ragged lengths."""
+    """Write pairs in messages format with responses of ragged lengths."""
     with path.open("w", encoding="utf-8") as out:
         for i in range(start, start + count):
             prompt = {"role": "user", "content": f"say {WORDS[i % 16]} {i}"}

@@ -1,11 +1,11 @@
-"""Checkers for tests: what a reply of the tiny model can be rewarded for."""
+"""Verifiers for tests: what a response of the tiny model can be rewarded for."""
 
 
 def share_of_e(prompt: str, response: str) -> float:
-    """Return the share of the letter e in a reply."""
+    """Return the share of the letter e in a response."""
     return response.count("e") / max(1, len(response))
 
 
 def raises(prompt: str, response: str) -> float:
-    """Fail on every reply."""
+    """Fail on every response."""
     raise KeyError("no such order")

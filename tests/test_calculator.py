@@ -19,7 +19,7 @@ from generation.calculator_hooks import (
     check_tokenizer,
     forced_ids,
     ids_that_add,
-    reply_with_calculator,
+    response_with_calculator,
 )
 from generation.hf import sample
 from settings.schema import settings_from
@@ -31,12 +31,31 @@ GSM8K = next((f for p in ROOT.parents if (f := p / "shared/data/gsm8k").is_dir()
 @pytest.mark.parametrize(
     ("expression", "value"),
     [
-        ("48/2", "24"), ("12/60", "0.2"), ("100-50-30-15", "5"), ("2-.5", "1.5"), ("60/(2/3)", "90"), ("-3+5", "2"),
-        ("2*-3", "-6"), ("--4", "4"), ("2+3*4", "14"), ("(2+3)*4", "20"), ("8/4/2", "1"), ("1,080+20", "1100"),
-        ("10%*50", "5"), ("50%", "0.5"), ("1/3", "0.3333"), ("2/3", "0.6667"), ("-2/3", "-0.6667"), ("0.1+0.2", "0.3"),
-        (" 4 + 5 ", "9"), ("007", "7"), ("3.", "3"), ("0", "0"), ("5-5", "0"),
+        ("48/2", "24"),
+        ("12/60", "0.2"),
+        ("100-50-30-15", "5"),
+        ("2-.5", "1.5"),
+        ("60/(2/3)", "90"),
+        ("-3+5", "2"),
+        ("2*-3", "-6"),
+        ("--4", "4"),
+        ("2+3*4", "14"),
+        ("(2+3)*4", "20"),
+        ("8/4/2", "1"),
+        ("1,080+20", "1100"),
+        ("10%*50", "5"),
+        ("50%", "0.5"),
+        ("1/3", "0.3333"),
+        ("2/3", "0.6667"),
+        ("-2/3", "-0.6667"),
+        ("0.1+0.2", "0.3"),
+        (" 4 + 5 ", "9"),
+        ("007", "7"),
+        ("3.", "3"),
+        ("0", "0"),
+        ("5-5", "0"),
     ],
-)  # fmt: skip
+)
 def test_an_expression_has_its_exact_value(expression: str, value: str) -> None:
     assert calculate(expression) == value
 
@@ -44,11 +63,34 @@ def test_an_expression_has_its_exact_value(expression: str, value: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", " ", "1/0", "1/(2-2)", "2**3", "560//10", "2x", "__import__('os')", "1e9", "3 4", "1.2.3", "(1", "1)", "()", "1+", "*2",
-        "1,08", "12,3456", "%", "²", "٣+1", "9" * 15 + "*10", "1/99999", "1" * (MAX_LENGTH + 1), "(" * 50 + "1" + ")" * 50,
+        "",
+        " ",
+        "1/0",
+        "1/(2-2)",
+        "2**3",
+        "560//10",
+        "2x",
+        "__import__('os')",
+        "1e9",
+        "3 4",
+        "1.2.3",
+        "(1",
+        "1)",
+        "()",
+        "1+",
+        "*2",
+        "1,08",
+        "12,3456",
+        "%",
+        "²",
+        "٣+1",
+        "9" * 15 + "*10",
+        "1/99999",
+        "1" * (MAX_LENGTH + 1),
+        "(" * 50 + "1" + ")" * 50,
         "-" * (MAX_DEPTH + 1) + "1",
     ],
-)  # fmt: skip
+)
 def test_nonsense_has_no_value(text: str) -> None:
     assert calculate(text) is None
 
@@ -61,10 +103,19 @@ def test_the_longest_expressions_are_cheap_and_deep_ones_end() -> None:
 @pytest.mark.parametrize(
     ("text", "rest"),
     [
-        ("so <<48/2=", "24>>"), ("<<48/2=2", "4>>"), ("<<48/2=24", ">>"), ("<<48/2=24>", ">"), ("<<48/2=24>>", None),
-        ("<<48/2=3", None), ("48/2=", None), ("<<48/2", None), ("<<what=", None), ("<<1+1=2>>2 <<3*3=", "9>>"), ("<<<<2+2=", "4>>"),
+        ("so <<48/2=", "24>>"),
+        ("<<48/2=2", "4>>"),
+        ("<<48/2=24", ">>"),
+        ("<<48/2=24>", ">"),
+        ("<<48/2=24>>", None),
+        ("<<48/2=3", None),
+        ("48/2=", None),
+        ("<<48/2", None),
+        ("<<what=", None),
+        ("<<1+1=2>>2 <<3*3=", "9>>"),
+        ("<<<<2+2=", "4>>"),
     ],
-)  # fmt: skip
+)
 def test_a_mark_is_completed_from_the_text_alone(text: str, rest: str | None) -> None:
     assert completion(text) == rest
 
@@ -76,7 +127,7 @@ def test_the_calculator_agrees_with_gsm8k() -> None:
     marks = MARK.findall("\n".join(json.loads(line)["answer"] for line in text.splitlines()))
     assert len(marks) == 7286
     assert [expression for expression, value in marks if value_of(expression) != Fraction(value)] == ["560//10"]
-    # The rest is spelt otherwise by the data set's authors: 144.00 for 144, .4 for 0.4.
+    # The rest is spelled otherwise by the data set's authors: 144.00 for 144, .4 for 0.4.
     otherwise = [(calculate(e), v) for e, v in marks if value_of(e) is not None and calculate(e) != v]
     assert len(otherwise) == 193
     assert all(v.startswith(".") or v.endswith("0") for _, v in otherwise)
@@ -91,7 +142,12 @@ def small(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
     settings = settings_from(composed("task=generate", f"model={request.param}", "generation.calculator=true"), None)
     tokenizer = models.load_tokenizer(settings.model)
     model: Any = models.load_model(settings.model, trainable=True)
-    rows = [encode_prompt(tokenizer, turn(p)) + tokenizer(r, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for p, r in TAUGHT]
+    rows = [
+        encode_prompt(tokenizer, turn(p))
+        + tokenizer(r, add_special_tokens=False)["input_ids"]
+        + [tokenizer.eos_token_id]
+        for p, r in TAUGHT
+    ]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
     # Padding is on the right and comes after the end: nothing before it sees it.
@@ -115,20 +171,22 @@ TAUGHT = [
 ]
 
 
-def replies(small: tuple[Any, Any, Any], calculator: bool) -> list[tuple[str, str]]:
+def responses(small: tuple[Any, Any, Any], calculator: bool) -> list[tuple[str, str]]:
     settings, model, tokenizer = small
-    generation = settings.generation.__class__(**{**vars(settings.generation), "temperature": 0.0, "max_new_tokens": 60, "calculator": calculator})
+    generation = settings.generation.__class__(
+        **{**vars(settings.generation), "temperature": 0.0, "max_new_tokens": 60, "calculator": calculator}
+    )
     prompts = [encode_prompt(tokenizer, turn(prompt)) for prompt, _ in TAUGHT]
     got = sample(model, tokenizer, prompts, generation, [tokenizer.eos_token_id], len(tokenizer), seed=0)
     return [(tokenizer.decode(ids, skip_special_tokens=True), reason) for ids, reason in got]
 
 
 def test_the_calculator_writes_over_what_the_model_would_say(small: tuple[Any, Any, Any]) -> None:
-    assert [text for text, _ in replies(small, False)] == [answer for _, answer in TAUGHT]
-    first, second, third = (text for text, _ in replies(small, True))
+    assert [text for text, _ in responses(small, False)] == [answer for _, answer in TAUGHT]
+    first, second, third = (text for text, _ in responses(small, True))
     assert "<<2*3=6>>" in first
     assert "<<48/2=24>>" in second
-    for text in (first, second):  # whatever a reply goes on with, every mark in it that has a value is right
+    for text in (first, second):  # whatever a response goes on with, every mark in it that has a value is right
         assert all(calculate(e) in (v, None) for e, v in MARK.findall(text))
     assert third == TAUGHT[2][1]  # nonsense is left to the model
 
@@ -143,24 +201,34 @@ class PauseAfter(StoppingCriteria):
         return torch.tensor([PAUSE in self.tokenizer.decode([token]) for token in input_ids[:, -1].tolist()])
 
 
-def test_a_backend_that_stops_at_equals_signs_replies_the_same(small: tuple[Any, Any, Any]) -> None:
+def test_a_backend_that_stops_at_equals_signs_responses_the_same(small: tuple[Any, Any, Any]) -> None:
     settings, model, tokenizer = small
 
     def speak(prompts: list[list[int]], rooms: list[int], seed: int) -> list[Piece]:
         pieces = []
         for ids, room in zip(prompts, rooms, strict=True):
             out = model.generate(
-                torch.tensor([ids]), max_new_tokens=room, do_sample=False, stopping_criteria=[PauseAfter(tokenizer)],
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )[0, len(ids) :].tolist()  # fmt: skip
-            reason = "stop" if out[-1] == tokenizer.eos_token_id else "pause" if PAUSE in tokenizer.decode(out[-1:]) else "length"
+                torch.tensor([ids]),
+                max_new_tokens=room,
+                do_sample=False,
+                stopping_criteria=[PauseAfter(tokenizer)],
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )[0, len(ids) :].tolist()
+            reason = (
+                "stop"
+                if out[-1] == tokenizer.eos_token_id
+                else "pause"
+                if PAUSE in tokenizer.decode(out[-1:])
+                else "length"
+            )
             pieces.append(Piece(out, reason))
         return pieces
 
     prompts = [encode_prompt(tokenizer, turn(prompt)) for prompt, _ in TAUGHT]
-    got = reply_with_calculator(speak, tokenizer, prompts, 60, seed=0)
-    assert [(tokenizer.decode(ids, skip_special_tokens=True), reason) for ids, reason in got] == replies(small, True)
-    short = reply_with_calculator(speak, tokenizer, prompts, 12, seed=0)
+    got = response_with_calculator(speak, tokenizer, prompts, 60, seed=0)
+    assert [(tokenizer.decode(ids, skip_special_tokens=True), reason) for ids, reason in got] == responses(small, True)
+    short = response_with_calculator(speak, tokenizer, prompts, 12, seed=0)
     assert [ids for ids, _ in short] == [ids[:12] for ids, _ in got]
     assert {reason for _, reason in short} == {"length"}
 
@@ -187,7 +255,9 @@ def test_rows_of_a_batch_have_queues_of_their_own() -> None:
 
 @pytest.mark.parametrize("folder", ["byte_tokenizer", "arithmetic_tokenizer"])
 def test_forced_ids_decode_to_the_value(folder: str) -> None:
-    tokenizer = models.load_tokenizer(settings_from(composed(f"model.tokenizer_name_or_path=assets/{folder}"), None).model)
+    tokenizer = models.load_tokenizer(
+        settings_from(composed(f"model.tokenizer_name_or_path=assets/{folder}"), None).model
+    )
     check_tokenizer(tokenizer)
     said = tokenizer("That is 9/4=<<9/4=", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(said + forced_ids(tokenizer, said)) == "That is 9/4=<<9/4=2.25>>"

@@ -27,7 +27,16 @@ ATOL = 2e-5
 )
 def test_a_compiled_run_is_the_eager_run(tmp_path: Path, extra: list[str]):
     data = write_pairs(tmp_path / "pairs.jsonl", 16)
-    common = [*extra, "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "lr=1e-3", "n_steps=2", "model.batch_size=8"]
+    common = [
+        *extra,
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"cache_dir={tmp_path}",
+        "lr=1e-3",
+        "n_steps=2",
+        "model.batch_size=8",
+    ]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     launch.run_task(composed(*common, "exp_name=eager"))

@@ -59,9 +59,11 @@ def test_the_end_of_turn_is_supervised_exactly_once(tokenizer, config):
 
 def test_supervise_all_masks_every_assistant_turn_and_no_user_turn(tokenizer, config):
     messages = [
-        {"role": "user", "content": "one"}, {"role": "assistant", "content": "1"},
-        {"role": "user", "content": "two"}, {"role": "assistant", "content": "2"},
-    ]  # fmt: skip
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "2"},
+    ]
     every = encoded({"messages": messages}, tokenizer, config, "all").response
     last = encoded({"messages": messages}, tokenizer, config).response
     end = tokenizer.decode([turn_end(tokenizer).id])
@@ -90,9 +92,11 @@ def test_long_prompts_lose_their_oldest_turns_first(tokenizer, config):
 
     short = replace(config, max_prompt_length=60, max_length=100)
     messages = [
-        {"role": "user", "content": "old " * 20}, {"role": "assistant", "content": "x"},
-        {"role": "user", "content": "new"}, {"role": "assistant", "content": "yes"},
-    ]  # fmt: skip
+        {"role": "user", "content": "old " * 20},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "new"},
+        {"role": "assistant", "content": "yes"},
+    ]
     example = encoded({"messages": messages}, tokenizer, short)
     assert len(example.prompt) <= 60
     assert "new" in tokenizer.decode(example.prompt) and "old" not in tokenizer.decode(example.prompt)

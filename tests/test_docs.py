@@ -19,9 +19,13 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 
 
 def commands() -> list[list[str]]:
-    """Return the words of every launch.py command of the bash and indented blocks, with the shell's variables filled in."""
+    """Return the words of every launch.py command of the bash and indented blocks, with the shell's variables filled
+    in.
+    """
     text = "\n".join(body for language, body in BLOCKS if language == "bash").replace("\\\n", " ")
-    text += "\n" + "\n".join(line.strip() for line in README.splitlines() if line.startswith("    ") and "launch.py " in line and "=" in line)
+    text += "\n" + "\n".join(
+        line.strip() for line in README.splitlines() if line.startswith("    ") and "launch.py " in line and "=" in line
+    )
     variables = dict(re.findall(r'^(\w+)="(.*)"$', text, re.M))
     lines = [line for line in text.splitlines() if "launch.py" in line and not re.match(r"\w+=", line)]
     return [shlex.split(re.sub(r"\$(\w+)", lambda m: variables[m[1]], line.split("&&")[-1])) for line in lines]
@@ -53,7 +57,17 @@ def test_every_command_of_the_readme_composes(command: list[str]) -> None:
 
 def test_the_readme_shows_the_nine_stages_and_the_pipelines() -> None:
     names = [w.partition("=")[2] for c in SINGLE for w in c if w.startswith("exp_name=")]
-    stages = ["teacher_sft", "teacher_dpo", "student_sft", "cache_logprobs", "dckd", "generate", "cache_advantages", "adpa_plus", "evaluate"]
+    stages = [
+        "teacher_sft",
+        "teacher_dpo",
+        "student_sft",
+        "cache_logprobs",
+        "dckd",
+        "generate",
+        "cache_advantages",
+        "adpa_plus",
+        "evaluate",
+    ]
     assert [name for name in names if name in stages] == stages
     assert len(PIPELINES) >= 2
 
@@ -70,16 +84,28 @@ def test_the_pipelines_of_the_readme_have_a_plan(command: list[str], tmp_path: P
 def test_the_loss_dataset_and_model_that_the_readme_adds_work(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "outputs*", "tests", "__pycache__", "*.log"))
-    for path in ("trainers/my_exponential.py", "config/loss/my_exponential.yaml", "config/datasets/mine.yaml", "config/model/mine.yaml"):
+    for path in (
+        "trainers/my_exponential.py",
+        "config/loss/my_exponential.yaml",
+        "config/datasets/mine.yaml",
+        "config/model/mine.yaml",
+    ):
         (copy / path).write_text(block(path), encoding="utf-8")
-    (copy / "config/model/mine.yaml").write_text(block("config/model/mine.yaml").replace("some/hub-name", "null"), encoding="utf-8")
+    (copy / "config/model/mine.yaml").write_text(
+        block("config/model/mine.yaml").replace("some/hub-name", "null"), encoding="utf-8"
+    )
     (copy / "data").mkdir()
     write_pairs(copy / "data/mine_train.jsonl", 16)
     asked = ["loss=my_exponential", "datasets=[mine]", f"cache_dir={tmp_path}", "n_steps=2", "log_every=1", "lr=1e-3"]
     # The README's model is a hub name; the same file with the tiny architecture in its place needs no network.
     tiny = yaml.safe_load((copy / "config/model/tiny.yaml").read_text(encoding="utf-8"))
     build = "{" + ", ".join(f"{k}: {v}" for k, v in tiny["build"].items()).replace("True", "true") + "}"
-    model = ["model=mine", f"++model.build={build}", f"++model.tokenizer_name_or_path={tiny['tokenizer_name_or_path']}", "model.batch_size=8"]
+    model = [
+        "model=mine",
+        f"++model.build={build}",
+        f"++model.tokenizer_name_or_path={tiny['tokenizer_name_or_path']}",
+        "model.batch_size=8",
+    ]
     command = [sys.executable, "launch.py", *asked, *model, "exp_name=added"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""The estimator: its arithmetic against autograd, a FLOP counter and real files, its peaks against real training steps."""
+"""The estimator: its arithmetic against autograd, a FLOP counter and real files, its peaks against real training
+steps.
+"""
 
 import json
 import os
@@ -35,7 +37,13 @@ from tests.test_pipeline import planned
 from trainers.basic import BasicTrainer
 
 PLAIN = Setup("none", 1, 1, master=4, compute=4, reference=0, live=False, states=2, checkpointing=False, gpu=False)
-SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4, "tie_word_embeddings": True}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": True,
+}
 
 
 def settings(*overrides: str) -> Settings:
@@ -51,7 +59,9 @@ def inline(build: dict[str, Any]) -> str:
 # ---- counts
 
 
-@pytest.mark.parametrize("options", [[], ["model.use_peft=true"], ["model.num_layers=1"], ["++model.build.tie_word_embeddings=false"]])
+@pytest.mark.parametrize(
+    "options", [[], ["model.use_peft=true"], ["model.num_layers=1"], ["++model.build.tie_word_embeddings=false"]]
+)
 def test_parameters_counted_without_weights_are_those_of_the_model(options: list[str]) -> None:
     config = settings("model=tiny", *options).model
     model: Any = models.load_model(config, trainable=True)
@@ -66,7 +76,9 @@ def test_parameters_counted_without_weights_are_those_of_the_model(options: list
     assert found.layers * found.block + found.outside == found.parameters
 
 
-@pytest.mark.parametrize(("name", "published"), [("llama_8b_shape", 8_030_261_248), ("llama_70b_shape", 70_553_706_496)])
+@pytest.mark.parametrize(
+    ("name", "published"), [("llama_8b_shape", 8_030_261_248), ("llama_70b_shape", 70_553_706_496)]
+)
 def test_shapes_have_the_published_number_of_parameters(name: str, published: int) -> None:
     assert shape_of(settings(f"model={name}").model).parameters == published
 
@@ -105,10 +117,17 @@ def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, checkpoin
 
     attention = torch.ones(3, 64, dtype=torch.int64)
     attention[0, -9:] = 0  # padded, as batches are
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
         model.model(input_ids=torch.randint(0, 259, (3, 64)), attention_mask=attention, use_cache=False)
     weights = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
-    actual = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own and not (t.dim() == 2 and t.shape in weights))
+    actual = sum(
+        t.untyped_storage().nbytes()
+        for at, t in kept.items()
+        if at not in own and not (t.dim() == 2 and t.shape in weights)
+    )
     setup = PLAIN._replace(compute=dtype.itemsize, checkpointing=checkpointing)
     assert estimate.activations(shape, Batch(3, 64, 63, 100), setup)[0] == pytest.approx(actual, rel=0.05)
 
@@ -122,7 +141,9 @@ def test_cache_bytes_are_those_of_a_written_cache(vocab: int, advantages: bool, 
         ids = rng.integers(0, vocab, prompt + response).tolist()
         values = np.zeros((response, k), np.float32)
         entries = rng.integers(0, vocab, (response, k))
-        writer.add(ids, [False] * prompt + [True] * response, entries, values, values[:, 0], values if advantages else None)
+        writer.add(
+            ids, [False] * prompt + [True] * response, entries, values, values[:, 0], values if advantages else None
+        )
     writer.close()
     finish(tmp_path)
     actual = sum(f.stat().st_size for f in tmp_path.glob("shard-*/*"))
@@ -201,7 +222,9 @@ def test_lengths_are_those_of_the_batches_that_are_trained_on(tmp_path: Path) ->
     assert found is not None and found.measured and found.number == 22
     examples, _, _ = lengths.examples_of(config, "train")
     rows = [t for e in examples for t in (e.chosen, e.rejected) if t is not None]
-    assert found.work == Work(44, sum(len(t.ids) for t in rows), sum(len(t.ids) ** 2 for t in rows), sum(map(sum, (t.response for t in rows))))
+    assert found.work == Work(
+        44, sum(len(t.ids) for t in rows), sum(len(t.ids) ** 2 for t in rows), sum(map(sum, (t.response for t in rows)))
+    )
     batch, real = lengths.padded(found.items), collate(rows, 0)
     shape = shape_of(config.model)
     seen: list[torch.Size] = []
@@ -215,9 +238,11 @@ def test_lengths_are_those_of_the_batches_that_are_trained_on(tmp_path: Path) ->
 def test_a_sample_is_scaled_and_its_memory_is_an_upper_bound(tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl", 40)
     config = settings("model=tiny", "datasets=[local]", f"datasets.local.train={data}", "loss=dpo")
-    whole, sample = (estimated(replace(config, estimate=replace(config.estimate, rows=rows)), "train") for rows in (None, 10))
+    whole, sample = (
+        estimated(replace(config, estimate=replace(config.estimate, rows=rows)), "train") for rows in (None, 10)
+    )
     assert sample["tokens"] == pytest.approx(whole["tokens"], rel=0.1) and sample["sequences"] == whole["sequences"]
-    assert "lengths from 10 tokenised rows" in sample["lengths"]
+    assert "lengths from 10 tokenized rows" in sample["lengths"]
     assert sample["peak_bytes"] > 10 * whole["peak_bytes"]  # rows of max_length
 
 
@@ -230,7 +255,9 @@ def test_without_the_data_there_is_an_upper_bound_or_nothing() -> None:
 
 def test_hours_come_from_tokens_or_from_flops() -> None:
     common = ["model=llama_8b_shape", "datasets=[deita]", "estimate.tokens=36e6"]
-    assert estimated(settings(*common, "estimate.tokens_per_second=1e4"), "train")["hours"] == pytest.approx(1.0, rel=1e-3)
+    assert estimated(settings(*common, "estimate.tokens_per_second=1e4"), "train")["hours"] == pytest.approx(
+        1.0, rel=1e-3
+    )
     found = estimated(settings(*common, "estimate.flops_per_second_per_device=1e15", "estimate.devices=2"), "train")
     assert found["hours"] == pytest.approx(found["flops"]["total"] / (2 * 1e15 * 0.4) / 3600)
 
@@ -260,7 +287,9 @@ def test_a_finished_run_stands_beside_its_prediction(tmp_path: Path, capsys: pyt
     for _ in range(2):  # it is new at every call
         launch.run_task(composed(*common, "exp_name=said", "task=estimate", f"estimate.run={tmp_path}/run"))
     said = json.loads((tmp_path / "said/estimate.json").read_text(encoding="utf-8"))
-    assert said["actual"]["tokens"] == pytest.approx(said["predicted"]["tokens"], rel=0.01)  # 4 steps of 8, the third of 4
+    assert said["actual"]["tokens"] == pytest.approx(
+        said["predicted"]["tokens"], rel=0.01
+    )  # 4 steps of 8, the third of 4
     assert said["actual"]["peak_bytes"][0] > said["actual"]["baseline_bytes"][0] > 0
     printed = capsys.readouterr().out
     assert "peak memory, predicted" in printed and "peak memory, actual" in printed
@@ -274,12 +303,17 @@ def test_the_plan_of_a_pipeline_says_what_its_stages_take(tmp_path: Path, capsys
     rows = {line.split(" | ")[0].strip("| "): line for line in printed.splitlines() if line.startswith("| ")}
     assert set(rows) == {"stage", *(stage.name for stage in stages)}
     assert "650.11 k" in rows["teacher_sft"] and "1.00 M" in rows["cache_advantages"]
-    assert "not estimated: task=summarise" in rows["summarise"] and "of teacher caches" in printed
+    assert "not estimated: task=summarize" in rows["summarize"] and "of teacher caches" in printed
     assert not list(tmp_path.iterdir())
 
 
 def test_a_stage_has_the_layout_of_its_accelerate_configuration(tmp_path: Path) -> None:
-    line = ["pipeline=adpa_plus", "pipeline.teacher=llama_8b_shape", "pipeline.student=llama_8b_shape", "datasets=[dpo_mix]"]
+    line = [
+        "pipeline=adpa_plus",
+        "pipeline.teacher=llama_8b_shape",
+        "pipeline.student=llama_8b_shape",
+        "datasets=[dpo_mix]",
+    ]
     stages = planned(tmp_path, *line, "pipeline.accelerate_config=accelerate_config/fsdp_2x8gpu.yaml")
     found = of_stage(stages["teacher_dpo"], composed()["estimate"])
     assert isinstance(found, dict) and (found["strategy"], found["devices"]) == ("fsdp", 16)
@@ -315,23 +349,40 @@ def even_pairs(path: Path, count: int, length: int) -> Path:
     with path.open("w", encoding="utf-8") as out:
         for i in range(count):
             prompt = {"role": "user", "content": f"{i:0{length}d}"}
-            sides = {side: [prompt, {"role": "assistant", "content": letter * length}] for side, letter in (("chosen", "a"), ("rejected", "b"))}
+            sides = {
+                side: [prompt, {"role": "assistant", "content": letter * length}]
+                for side, letter in (("chosen", "a"), ("rejected", "b"))
+            }
             out.write(json.dumps(sides) + "\n")
     return path
 
 
 @pytest.mark.parametrize(
     "options",
-    [["loss=sft"], ["loss=dpo"], ["loss=sft", "model.activation_checkpointing=true"], ["loss=dpo", "model.gradient_accumulation_steps=4"],
-     ["loss=sft", "model.policy_dtype=bfloat16"], ["loss=sft", "optimizer=SGD"]],
+    [
+        ["loss=sft"],
+        ["loss=dpo"],
+        ["loss=sft", "model.activation_checkpointing=true"],
+        ["loss=dpo", "model.gradient_accumulation_steps=4"],
+        ["loss=sft", "model.policy_dtype=bfloat16"],
+        ["loss=sft", "optimizer=SGD"],
+    ],
     ids=" ".join,
-)  # fmt: skip
-def test_the_peak_is_what_torch_allocates_in_a_step(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+)
+def test_the_peak_is_what_torch_allocates_in_a_step(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, data = large_vocabulary(tmp_path / "words", 2000), even_pairs(tmp_path / "pairs.jsonl", 8, 60)
     raw = composed(
-        "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "n_steps=2", inline(SHAPE),
-        f"model.tokenizer_name_or_path={tokenizer}", *options,
-    )  # fmt: skip
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"cache_dir={tmp_path}",
+        "n_steps=2",
+        inline(SHAPE),
+        f"model.tokenizer_name_or_path={tokenizer}",
+        *options,
+    )
     allocated: list[int] = []
     plain_step = BasicTrainer._step
 
@@ -359,11 +410,20 @@ def test_the_peak_is_what_a_real_process_takes(loss: str, tmp_path: Path) -> Non
     tokenizer, data = large_vocabulary(tmp_path / "words", 8000), even_pairs(tmp_path / "pairs.jsonl", 16, 120)
     build = {**SHAPE, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6}
     done = command(
-        f"loss={loss}", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "exp_name=run",
-        "n_steps=3", inline(build), f"model.tokenizer_name_or_path={tokenizer}",
-        # Freed memory goes back to the system at once: by default the C library keeps some (SFT: 943 MB instead of 651).
-        env={"MALLOC_MMAP_THRESHOLD_": "65536", **os.environ}, timeout=600,
-    )  # fmt: skip
+        f"loss={loss}",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"cache_dir={tmp_path}",
+        "exp_name=run",
+        "n_steps=3",
+        inline(build),
+        f"model.tokenizer_name_or_path={tokenizer}",
+        # Freed memory goes back to the system at once: by default the C library keeps some (SFT: 943 MB instead of
+        # 651).
+        env={"MALLOC_MMAP_THRESHOLD_": "65536", **os.environ},
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     found = compared(settings("task=estimate", "model=tiny", f"estimate.run={tmp_path}/run"))
     actual = found["actual"]["peak_bytes"][0] - found["actual"]["baseline_bytes"][0]

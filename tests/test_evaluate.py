@@ -12,7 +12,7 @@ import torch
 import models
 from engine import export as saving
 from evaluation.win_rate import against
-from rewards.checkers import resolve_checker
+from rewards.verifiers import resolve_verifier
 from settings.schema import Settings, settings_from
 from tasks import evaluate
 from tests.helpers import composed
@@ -22,9 +22,15 @@ from worlds import shop
 def settings_for(folder: Path, *overrides: str, **evaluation: Any) -> Settings:
     """Return the settings of an evaluation of the shop's held-out rows."""
     raw = composed(
-        "task=evaluate", "model=quickstart_student", "datasets=[local]", f"cache_dir={folder}", "exp_name=e",
-        f"datasets.local.test={folder / 'test.jsonl'}", "model.eval_batch_size=3", *overrides,
-    )  # fmt: skip
+        "task=evaluate",
+        "model=quickstart_student",
+        "datasets=[local]",
+        f"cache_dir={folder}",
+        "exp_name=e",
+        f"datasets.local.test={folder / 'test.jsonl'}",
+        "model.eval_batch_size=3",
+        *overrides,
+    )
     raw["evaluation"] |= {"max_new_tokens": 24, "batch_size": 8, **evaluation}
     return settings_from(raw, None)
 
@@ -42,21 +48,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_missing_checker_says_which_half_is_missing() -> None:
-    assert resolve_checker("worlds.shop:check") is shop.check
+def test_a_missing_verifier_says_which_half_is_missing() -> None:
+    assert resolve_verifier("worlds.shop:check") is shop.check
     with pytest.raises(ValueError, match="must be written module:function"):
-        resolve_checker("worlds.shop")
+        resolve_verifier("worlds.shop")
     with pytest.raises(ValueError, match=r"cannot import 'worlds\.shoe'"):
-        resolve_checker("worlds.shoe:check")
+        resolve_verifier("worlds.shoe:check")
     with pytest.raises(ValueError, match=r"has no function 'chek'.*check, "):
-        resolve_checker("worlds.shop:chek")
+        resolve_verifier("worlds.shop:chek")
 
 
 def test_a_tie_is_half_a_win() -> None:
-    figures = against([1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0], [3, 3, 3, 3], [3, 3, 3, 3], "other")
-    assert (figures["wins"], figures["ties"], figures["losses"]) == (1, 2, 1)
-    assert figures["score_difference"] == 0.0
-    low, high = figures["win_rate_ci95"]
+    metrics = against([1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0], [3, 3, 3, 3], [3, 3, 3, 3], "other")
+    assert (metrics["wins"], metrics["ties"], metrics["losses"]) == (1, 2, 1)
+    assert metrics["score_difference"] == 0.0
+    low, high = metrics["win_rate_ci95"]
     assert low <= 0.5 <= high
 
 
@@ -75,7 +81,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_loads(folder: Path) 
     for change, message in [
         ({}, "evaluation.models is empty"),
         ({"models": {"a": "a"}, "temperatures": []}, "nothing to evaluate"),
-        ({"models": {"a": "a"}, "temperatures": [], "checker": "worlds.shop:check"}, "temperatures is empty"),
+        ({"models": {"a": "a"}, "temperatures": [], "verifier": "worlds.shop:check"}, "temperatures is empty"),
         ({"models": {"a": "a"}, "opponent": "a"}, "needs somebody who decides who wins"),
         ({"models": {"a": "a"}, "temperatures": [-1.0]}, "none may be negative"),
     ]:
@@ -86,9 +92,14 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_loads(folder: Path) 
 def test_a_run_writes_scores_intervals_samples_and_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = {"a": str(folder / "a"), "b": str(folder / "b"), "same": str(folder / "a")}
     settings = settings_for(
-        folder, models=named, checker="worlds.shop:check", opponent="a", reward_accuracy=True,
-        reference={"b": named["a"], "same": named["a"]}, temperatures=[1.0, 0.5, 0.0],
-    )  # fmt: skip
+        folder,
+        models=named,
+        verifier="worlds.shop:check",
+        opponent="a",
+        reward_accuracy=True,
+        reference={"b": named["a"], "same": named["a"]},
+        temperatures=[1.0, 0.5, 0.0],
+    )
     evaluate.run(settings)
     run_dir = settings.run.run_dir
     results = json.loads((run_dir / "results.json").read_text())

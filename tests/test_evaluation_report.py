@@ -15,10 +15,10 @@ import torch
 import models
 from engine import export as saving
 from evaluation.harness import metrics_of
-from evaluation.latency import WARMUP, Timing, batches_of, figures_of, hf_timed
+from evaluation.latency import WARMUP, Timing, batches_of, hf_timed, timing_metrics
 from report.evaluation_page import advantages_in
 from report.page import write_report
-from report.tables import benchmarks_section, latency_section, pairs_section, replies_section
+from report.tables import benchmarks_section, latency_section, pairs_section, text_section
 from settings.schema import Settings, settings_from
 from tasks import evaluate
 from teacher.cache import Meta, Writer, finish
@@ -29,20 +29,33 @@ from worlds import shop
 def settings_for(folder: Path, name: str, **evaluation: Any) -> Settings:
     """Return the settings of an evaluation of the shop's held-out pairs."""
     raw = composed(
-        "task=evaluate", "model=quickstart_student", "datasets=[local]", f"cache_dir={folder}", f"exp_name={name}",
-        f"datasets.local.test={folder / 'test.jsonl'}", "model.eval_batch_size=8",
-    )  # fmt: skip
+        "task=evaluate",
+        "model=quickstart_student",
+        "datasets=[local]",
+        f"cache_dir={folder}",
+        f"exp_name={name}",
+        f"datasets.local.test={folder / 'test.jsonl'}",
+        "model.eval_batch_size=8",
+    )
     raw["evaluation"] |= {"max_new_tokens": 12, "batch_size": 8, **evaluation}
     return settings_from(raw, None)
 
 
 def advantage_cache(folder: Path, tokenizer: Any, quantity: str = "advantage") -> Path:
-    """Write a cache of one sequence: three prompt tokens, two of a reply, two entries each."""
+    """Write a cache of one sequence: three prompt tokens, two of a response, two entries each."""
     advantage = quantity == "advantage"
     meta = Meta(
-        quantity=quantity, k=2, vocab_size=len(tokenizer), teacher_digest="t", reference_digest="r" if advantage else None,
-        tokenizer_digest="", template_digest="", data_digest="", command="", backend="hf",
-    )  # fmt: skip
+        quantity=quantity,
+        k=2,
+        vocab_size=len(tokenizer),
+        teacher_digest="t",
+        reference_digest="r" if advantage else None,
+        tokenizer_digest="",
+        template_digest="",
+        data_digest="",
+        command="",
+        backend="hf",
+    )
     said = tokenizer("order kiwis").input_ids[:2]
     entries = torch.tensor([[said[0], 5], [6, 7]]).numpy(), torch.tensor([[1.25, -0.5], [0.25, 0.5]]).numpy()
     writer = Writer(folder, meta)
@@ -62,12 +75,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = settings_for(folder, "x").model
     tokenizer = models.load_tokenizer(config)
     for seed, name in enumerate(("a", "b")):
-        saving.save_model(models.load_model(replace(config, build_seed=seed), trainable=False), tokenizer, folder / name)
+        saving.save_model(
+            models.load_model(replace(config, build_seed=seed), trainable=False), tokenizer, folder / name
+        )
     cache = advantage_cache(folder / "CACHE", tokenizer)
-    evaluate.run(settings_for(
-        folder, "e", models={"a": str(folder / "a"), "b": str(folder / "b")}, checker="worlds.shop:check", reward_accuracy=True,
-        latency=True, latency_batch_sizes=[1, 4], latency_new_tokens=5, latency_repetitions=3, advantages=str(cache),
-    ))  # fmt: skip
+    evaluate.run(
+        settings_for(
+            folder,
+            "e",
+            models={"a": str(folder / "a"), "b": str(folder / "b")},
+            verifier="worlds.shop:check",
+            reward_accuracy=True,
+            latency=True,
+            latency_batch_sizes=[1, 4],
+            latency_new_tokens=5,
+            latency_repetitions=3,
+            advantages=str(cache),
+        )
+    )
     return folder
 
 
@@ -92,7 +117,13 @@ def test_latency_says_what_was_timed(folder: Path) -> None:
     settings = settings_for(folder, "x")
     lengths = [len(row.prompt) for row in evaluate.held_out(settings, models.load_tokenizer(settings.model)).prompts]
     for row in timed["a"]:
-        assert (row["backend"], row["dtype"], row["new_tokens"], row["repetitions"], row["warmup"]) == ("hf", "float32", 5, 3, WARMUP)
+        assert (row["backend"], row["dtype"], row["new_tokens"], row["repetitions"], row["warmup"]) == (
+            "hf",
+            "float32",
+            5,
+            3,
+            WARMUP,
+        )
         assert row["device"] and row["peak_memory_bytes"] > 1e5
         assert min(lengths) <= row["prompt_tokens"]["min"] <= row["prompt_tokens"]["max"] <= max(lengths)
         assert 0 < row["first_token_ms"]["p50"] <= row["first_token_ms"]["p95"]
@@ -107,7 +138,9 @@ def test_a_timed_batch_reads_real_prompts_once_and_then_a_token_a_step(folder: P
     model: Any = models.load_model(settings.model, trainable=False)
     prompts = [example.prompt for example in evaluate.held_out(settings, tokenizer).prompts[:3]]
     seen: list[list[list[int]]] = []
-    model.register_forward_pre_hook(lambda module, args, given: seen.append(given["input_ids"].tolist()), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].tolist()), with_kwargs=True
+    )
     timing = hf_timed(model, tokenizer, 4)(prompts)
     assert [row[-len(ids) :] for row, ids in zip(seen[0], prompts, strict=True)] == prompts
     assert [len(step[0]) for step in seen[1:]] == [1, 1, 1]  # the cache holds the rest
@@ -115,7 +148,7 @@ def test_a_timed_batch_reads_real_prompts_once_and_then_a_token_a_step(folder: P
 
 
 def test_timings_are_summed_up_by_hand() -> None:
-    found = figures_of([Timing(0.1, [0.01, 0.03], 8), Timing(0.3, [0.02, 0.02], 8)])
+    found = timing_metrics([Timing(0.1, [0.01, 0.03], 8), Timing(0.3, [0.02, 0.02], 8)])
     assert found["first_token_ms"]["p50"] == pytest.approx(200.0) and found["token_ms"]["p50"] == pytest.approx(20.0)
     assert found["decode_tokens_per_second"]["mean"] == pytest.approx(200.0)
     assert batches_of([[1], [2], [3]], 2, 2) == [[[1], [2]], [[3], [1]]]
@@ -148,9 +181,19 @@ def test_settings_that_say_nothing_are_refused(folder: Path, change: dict[str, A
         settings_for(folder, "x", **change)
 
 
-def test_the_library_s_figures_are_read_with_their_standard_errors() -> None:
-    row = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact_match,strict": 0.25, "exact_match_stderr,strict": "N/A", "samples": 4}
-    assert metrics_of(row) == {"acc": {"value": 0.5, "stderr": 0.1}, "exact_match,strict": {"value": 0.25, "stderr": None}}
+def test_the_library_s_metrics_are_read_with_their_standard_errors() -> None:
+    row = {
+        "alias": "x",
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.1,
+        "exact_match,strict": 0.25,
+        "exact_match_stderr,strict": "N/A",
+        "samples": 4,
+    }
+    assert metrics_of(row) == {
+        "acc": {"value": 0.5, "stderr": 0.1},
+        "exact_match,strict": {"value": 0.25, "stderr": None},
+    }
 
 
 def rendered(page: Path, profile: Path) -> tuple[str, str]:
@@ -158,9 +201,25 @@ def rendered(page: Path, profile: Path) -> tuple[str, str]:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    command = [chromium, *flags, "--enable-logging=stderr", "--log-level=0", f"--user-data-dir={profile}", "--virtual-time-budget=2000"]
-    done = subprocess.run([*command, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120, check=True)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    command = [
+        chromium,
+        *flags,
+        "--enable-logging=stderr",
+        "--log-level=0",
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=2000",
+    ]
+    done = subprocess.run(
+        [*command, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120, check=True
+    )
     return done.stdout, done.stderr
 
 
@@ -174,10 +233,10 @@ def cells_of(dom: str, section: str) -> list[str]:
 def test_a_browser_renders_tables_samples_and_advantages_without_an_error(folder: Path, tmp_path: Path) -> None:
     dom, log = rendered(folder / "e/report.html", tmp_path / "profile")
     results = json.loads((folder / "e/results.json").read_text())
-    scores, replies = cells_of(dom, "results"), cells_of(dom, "replies")
+    scores, responses = cells_of(dom, "results"), cells_of(dom, "responses")
     for name, row in results["models"].items():
         assert name in scores and f"[{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]" in scores
-        assert f"{row['p95_response_tokens']:.1f}" in replies
+        assert f"{row['p95_response_tokens']:.1f}" in responses
         assert any(cell.startswith(f"{row['logprob_accuracy']:.3f} [") for cell in cells_of(dom, "pairs"))
     assert f"{results['comparisons'][0]['p_holm']:.4f}" in scores and "not separate" in scores
     assert "hf" in cells_of(dom, "latency")
@@ -201,16 +260,36 @@ def test_the_browser_s_log_would_show_a_script_error(tmp_path: Path) -> None:
 def test_what_names_say_is_escaped_in_every_further_table(tmp_path: Path) -> None:
     nasty = "<img src=x onerror=alert(1)>"
     entry: dict[str, Any] = {
-        "temperature": 1.0, "mean_response_tokens": 1.0, "p50_response_tokens": 1.0, "p95_response_tokens": 1.0, "refusal_rate": 0.0,
-        "reward_accuracy": 0.5, "reward_margin": 0.1, "num_pairs": 2, "lm_eval": {nasty: {"n": 3, "metrics": {nasty: {"value": 0.5, "stderr": None}}}},
-    }  # fmt: skip
+        "temperature": 1.0,
+        "mean_response_tokens": 1.0,
+        "p50_response_tokens": 1.0,
+        "p95_response_tokens": 1.0,
+        "refusal_rate": 0.0,
+        "reward_accuracy": 0.5,
+        "reward_margin": 0.1,
+        "num_pairs": 2,
+        "lm_eval": {nasty: {"n": 3, "metrics": {nasty: {"value": 0.5, "stderr": None}}}},
+    }
     spread = {"p50": 1.0, "p95": 2.0}
-    timed: dict[str, Sequence[dict[str, Any]]] = {nasty: [{
-        "backend": nasty, "batch_size": 1, "first_token_ms": spread, "token_ms": spread, "decode_tokens_per_second": spread,
-        "peak_memory_bytes": None, "device": nasty, "dtype": nasty, "new_tokens": 2, "repetitions": 2, "warmup": 1,
-    }]}  # fmt: skip
+    timed: dict[str, Sequence[dict[str, Any]]] = {
+        nasty: [
+            {
+                "backend": nasty,
+                "batch_size": 1,
+                "first_token_ms": spread,
+                "token_ms": spread,
+                "decode_tokens_per_second": spread,
+                "peak_memory_bytes": None,
+                "device": nasty,
+                "dtype": nasty,
+                "new_tokens": 2,
+                "repetitions": 2,
+                "warmup": 1,
+            }
+        ]
+    }
     models_ = {nasty: entry}
-    more = pairs_section(models_) + replies_section(models_) + benchmarks_section(models_) + latency_section(timed)
+    more = pairs_section(models_) + text_section(models_) + benchmarks_section(models_) + latency_section(timed)
     page = write_report(tmp_path, "x", {}, {"models": models_}, [], [], more).read_text(encoding="utf-8")
     assert "<img" not in page and page.count("&lt;img") >= 8
-    assert {"pairs", "replies", "benchmarks", "latency"} <= set(re.findall(r'href="#(\w+)"', page))
+    assert {"pairs", "responses", "benchmarks", "latency"} <= set(re.findall(r'href="#(\w+)"', page))

@@ -62,7 +62,9 @@ def test_expected_advantage_equals_its_twin(logits, teacher):
     ours = expected_advantage(logits, ids, values, chunk=2)
     for n in range(N):
         p = twin_probabilities(logits[n])
-        assert float(ours[n]) == pytest.approx(sum(p[int(i)] * float(v) for i, v in zip(ids[n], values[n], strict=True)), abs=1e-12)
+        assert float(ours[n]) == pytest.approx(
+            sum(p[int(i)] * float(v) for i, v in zip(ids[n], values[n], strict=True)), abs=1e-12
+        )
     assert torch.autograd.gradcheck(lambda x: expected_advantage(x, ids, values, chunk=2), logits.requires_grad_())
 
 

@@ -74,11 +74,11 @@ def test_greedy_in_padded_batches_is_a_plain_loop_over_each_prompt(model, tokeni
     assert [ids for ids, _ in run_sample(model, tokenizer, prompts, temperature=0.0)] == expected
 
 
-def test_a_reply_ends_with_its_stop_token_or_at_the_limit(model, tokenizer, prompts):
-    stop = [tokenizer.eos_token_id, *range(100)]  # so many that some replies end early
-    replies = run_sample(model, tokenizer, prompts * 8, stop=stop)
-    assert {reason for _, reason in replies} == {"stop", "length"} or all(r == "stop" for _, r in replies)
-    for ids, reason in replies:
+def test_a_response_ends_with_its_stop_token_or_at_the_limit(model, tokenizer, prompts):
+    stop = [tokenizer.eos_token_id, *range(100)]  # so many that some responses end early
+    responses = run_sample(model, tokenizer, prompts * 8, stop=stop)
+    assert {reason for _, reason in responses} == {"stop", "length"} or all(r == "stop" for _, r in responses)
+    for ids, reason in responses:
         assert not set(ids[:-1]) & set(stop)
         assert (ids[-1] in stop) if reason == "stop" else (len(ids) == 12 and ids[-1] not in stop)
     assert cut([5, 2, 9, 2], [2, 3]) == ([5, 2], "stop") and cut([5, 9], [2]) == ([5, 9], "length")
@@ -91,7 +91,7 @@ def test_padding_surplus_vocabulary_and_foreign_specials_are_never_sampled(confi
     head.weight.data, head.bias.data = biased.lm_head.weight.data, torch.zeros(300)
     head.bias.data[forbidden(tokenizer, stop)] = 50.0  # without the ban nothing else would be sampled
     biased.lm_head = head
-    ids = {token for reply, _ in run_sample(biased, tokenizer, prompts * 4) for token in reply}
+    ids = {token for response, _ in run_sample(biased, tokenizer, prompts * 4) for token in response}
     assert ids and not ids & set(forbidden(tokenizer, stop))
 
 
@@ -100,8 +100,8 @@ def test_the_sampled_distribution_is_the_models(config, tokenizer, prompts):
     sharp.generation_config.repetition_penalty = 5.0  # a folder's own habits must not shape the sample
     sharp.generation_config.top_k = 1
     own = sharp.generation_config
-    replies = run_sample(sharp, tokenizer, [prompts[0]] * 2000, max_new_tokens=1, batch_size=1000)
-    counts = torch.bincount(torch.tensor([ids[0] for ids, _ in replies]), minlength=300) / 2000
+    responses = run_sample(sharp, tokenizer, [prompts[0]] * 2000, max_new_tokens=1, batch_size=1000)
+    counts = torch.bincount(torch.tensor([ids[0] for ids, _ in responses]), minlength=300) / 2000
     logits = sharp(input_ids=torch.tensor([prompts[0]])).logits[0, -1].detach()
     logits[forbidden(tokenizer, models.stop_ids(tokenizer, sharp))] = -torch.inf
     expected = logits.softmax(-1)
@@ -114,13 +114,13 @@ def test_a_nucleus_and_a_top_k_cut_the_tail(model, tokenizer, prompts):
     logits = model(input_ids=torch.tensor([prompts[0]])).logits[0, -1].detach()
     logits[forbidden(tokenizer, models.stop_ids(tokenizer, model))] = -torch.inf
     top = set(logits.topk(3).indices.tolist())
-    cut_replies = run_sample(model, tokenizer, [prompts[0]] * 300, max_new_tokens=1, batch_size=300, top_k=3)
-    assert {ids[0] for ids, _ in cut_replies} == top
+    cut_responses = run_sample(model, tokenizer, [prompts[0]] * 300, max_new_tokens=1, batch_size=300, top_k=3)
+    assert {ids[0] for ids, _ in cut_responses} == top
     one = run_sample(model, tokenizer, [prompts[0]] * 50, max_new_tokens=1, top_p=1e-6)
     assert {ids[0] for ids, _ in one} == {int(logits.argmax())}
 
 
-def test_a_seed_repeats_the_replies_and_leaves_the_global_state_alone(model, tokenizer, prompts):
+def test_a_seed_repeats_the_responses_and_leaves_the_global_state_alone(model, tokenizer, prompts):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     one = run_sample(model, tokenizer, prompts, seed=1)
@@ -144,14 +144,22 @@ def test_an_unknown_backend_is_refused_by_name():
 
 def overrides(base: Path, name: str, *extra: str) -> list[str]:
     return [
-        "task=generate", "model=tiny", f"cache_dir={base}", f"exp_name={name}", "datasets=[local]",
-        f"datasets.local.train={base / 'pairs.jsonl'}", "generation.max_new_tokens=6", "generation.batch_size=4", "generation.n=2", *extra,
-    ]  # fmt: skip
+        "task=generate",
+        "model=tiny",
+        f"cache_dir={base}",
+        f"exp_name={name}",
+        "datasets=[local]",
+        f"datasets.local.train={base / 'pairs.jsonl'}",
+        "generation.max_new_tokens=6",
+        "generation.batch_size=4",
+        "generation.n=2",
+        *extra,
+    ]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A folder with 9 prompts and a finished run `whole`: 18 replies in 5 batches."""
+    """A folder with 9 prompts and a finished run `whole`: 18 responses in 5 batches."""
     base = tmp_path_factory.mktemp("generate")
     write_pairs(base / "pairs.jsonl", 9)
     rows = [{**row, "score": i} for i, row in enumerate(rows_of(base / "pairs.jsonl"))]

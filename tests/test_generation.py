@@ -51,14 +51,17 @@ def test_a_model_that_is_built_in_memory_goes_to_hugging_face_and_it_says_so(cap
         ({"backend": "openai", "base_url": "localhost:8000"}, "needs generation.base_url"),
         ({"backend": "openai", "base_url": "http://me:secret@host/v1"}, "without a key or password in it"),
         (
-            {"backend": "openai", "base_url": "http://h/v1", "text_replies": "tokenise", "top_k": 5},
+            {"backend": "openai", "base_url": "http://h/v1", "text_responses": "tokenize", "top_k": 5},
             "generation.top_k=5",
         ),
         ({"backend": "tgi"}, "generation.backend='tgi' is not known"),
         ({"tensor_parallel": 0}, "generation.tensor_parallel=0"),
         ({"tensor_parallel": 2, "backend": "hf"}, "is for generation.backend=vllm, not hf"),
         ({"base_url": "http://h/v1"}, "are for generation.backend=openai, not auto"),
-        ({"backend": "openai", "base_url": "http://h/v1", "text_replies": "tokenise", "calculator": True}, "works on token ids"),
+        (
+            {"backend": "openai", "base_url": "http://h/v1", "text_responses": "tokenize", "calculator": True},
+            "works on token ids",
+        ),
         ({"max_logp_gap": 0.0}, "generation.max_logp_gap=0"),
     ],
 )
@@ -75,12 +78,17 @@ def test_vllm_caches_hold_log_probabilities_only():
 def test_the_configuration_generation_is_a_step_of_its_own(tmp_path):
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "hello"}) + "\n")
     done = run_launch(
-        "--config-name=generation", "model=tiny", "datasets=[local]", f"datasets.local.train={tmp_path / 'prompts.jsonl'}",
-        f"cache_dir={tmp_path}", "generation.max_new_tokens=4", "generation.n=3",
-    )  # fmt: skip
+        "--config-name=generation",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={tmp_path / 'prompts.jsonl'}",
+        f"cache_dir={tmp_path}",
+        "generation.max_new_tokens=4",
+        "generation.n=3",
+    )
     assert done.returncode == 0, done.stderr
     assert len(rows_of(tmp_path / "generations/generations.jsonl")) == 3
-    assert json.loads((tmp_path / "generations/summary.json").read_text())["replies"] == 3
+    assert json.loads((tmp_path / "generations/summary.json").read_text())["responses"] == 3
 
 
 # ---- what ends a turn
@@ -136,8 +144,8 @@ def test_the_gap_is_measured_per_token_and_bounded(config, tokenizer):
 class StandIn(ThreadingHTTPServer):
     """An HTTP server that answers /completions by a function of (request body, number of the request)."""
 
-    def __init__(self, reply: Callable[[dict, int], tuple[int, dict, dict]]) -> None:
-        self.reply, self.bodies, self.headers, self.lock = reply, [], [], threading.Lock()
+    def __init__(self, response: Callable[[dict, int], tuple[int, dict, dict]]) -> None:
+        self.response, self.bodies, self.headers, self.lock = response, [], [], threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -161,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
             self.server.headers.append(dict(self.headers))
             number = len(self.server.bodies)
-        self.send(*self.server.reply(body, number))
+        self.send(*self.server.response(body, number))
 
     def send(self, status: int, headers: dict, body: dict) -> None:
         text = json.dumps(body).encode()
@@ -175,9 +183,13 @@ class _Handler(BaseHTTPRequestHandler):
 def good(body: dict, number: int = 0, **changes) -> tuple[int, dict, dict]:
     """Answer as vLLM's server does: 'ab' and a stop id."""
     choice = {
-        "text": "ab", "finish_reason": "stop", "prompt_token_ids": body["prompt"], "token_ids": [97, 98, *body.get("stop_token_ids", [0])[:1]],
-        "logprobs": {"token_logprobs": [-1.0, -1.0, -1.0]}, **changes,
-    }  # fmt: skip
+        "text": "ab",
+        "finish_reason": "stop",
+        "prompt_token_ids": body["prompt"],
+        "token_ids": [97, 98, *body.get("stop_token_ids", [0])[:1]],
+        "logprobs": {"token_logprobs": [-1.0, -1.0, -1.0]},
+        **changes,
+    }
     return 200, {}, {"choices": [choice]}
 
 
@@ -185,8 +197,8 @@ def good(body: dict, number: int = 0, **changes) -> tuple[int, dict, dict]:
 def serve() -> Iterator[Callable[..., StandIn]]:
     started: list[StandIn] = []
 
-    def start(reply: Callable[[dict, int], tuple[int, dict, dict]]) -> StandIn:
-        started.append(StandIn(reply))
+    def start(response: Callable[[dict, int], tuple[int, dict, dict]]) -> StandIn:
+        started.append(StandIn(response))
         return started[-1]
 
     yield start
@@ -197,13 +209,22 @@ def serve() -> Iterator[Callable[..., StandIn]]:
 def asking(base: Path, url: str, *extra: str) -> list[str]:
     (base / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "x" * (i + 1)}) + "\n" for i in range(9)))
     return [
-        "task=generate", "model=tiny", f"cache_dir={base}", "exp_name=asked", "datasets=[local]", f"datasets.local.train={base / 'prompts.jsonl'}",
-        "generation.backend=openai", f"generation.base_url={url}", "generation.check_rows=0", "generation.retries=2", *extra,
-    ]  # fmt: skip
+        "task=generate",
+        "model=tiny",
+        f"cache_dir={base}",
+        "exp_name=asked",
+        "datasets=[local]",
+        f"datasets.local.train={base / 'prompts.jsonl'}",
+        "generation.backend=openai",
+        f"generation.base_url={url}",
+        "generation.check_rows=0",
+        "generation.retries=2",
+        *extra,
+    ]
 
 
 def test_failures_that_pass_are_tried_again_and_rows_stand_in_order(tmp_path, serve, tokenizer):
-    """Each prompt's first request fails, in turn with 500, 429, 503, and with a reply that the server broke off."""
+    """Each prompt's first request fails, in turn with 500, 429, 503, and with a response that the server broke off."""
     seen: set[str] = set()
 
     def flaky(body: dict, number: int):
@@ -227,7 +248,7 @@ def test_failures_that_pass_are_tried_again_and_rows_stand_in_order(tmp_path, se
 
 
 def test_the_calculator_writes_between_two_requests(tmp_path, serve, tokenizer):
-    """The server says `<<6*7=`, is asked again with the value behind it, and ends the reply."""
+    """The server says `<<6*7=`, is asked again with the value behind it, and ends the response."""
     first, rest = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("<<6*7=", "."))
 
     def half(body: dict, number: int):
@@ -236,7 +257,9 @@ def test_the_calculator_writes_between_two_requests(tmp_path, serve, tokenizer):
         return good(body, token_ids=[*rest, *end] if went_on else first, logprobs=None)
 
     server = serve(half)
-    launch.run_task(composed(*asking(tmp_path, server.url, "generation.calculator=true", "generation.max_new_tokens=20")))
+    launch.run_task(
+        composed(*asking(tmp_path, server.url, "generation.calculator=true", "generation.max_new_tokens=20"))
+    )
     rows = rows_of(tmp_path / "asked/generations.jsonl")
     assert {(row["response"], row["finish_reason"]) for row in rows} == {("<<6*7=42>>.", "stop")}
     assert len(server.bodies) == 18 and {body["max_tokens"] for body in server.bodies} == {20, 10}
@@ -261,9 +284,9 @@ def test_finished_rows_stay_when_a_request_fails_for_good(tmp_path, serve):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"token_ids": None}, "gives no token ids back .* generation.text_replies=tokenise"),
+        ({"token_ids": None}, "gives no token ids back .* generation.text_responses=tokenize"),
         ({"prompt_token_ids": [1, 1, 2]}, "the server changed the prompt's ids"),
-        ({"token_ids": [97, 98]}, r"ended a reply at \[98\], which is none of the stop ids"),
+        ({"token_ids": [97, 98]}, r"ended a response at \[98\], which is none of the stop ids"),
     ],
 )
 def test_ids_that_are_not_what_was_asked_for_are_refused(tmp_path, serve, change, message):
@@ -298,10 +321,10 @@ def test_the_key_comes_from_the_environment_and_follows_no_redirect(serve, monke
     assert "the-secret" not in str(caught.value)
 
 
-def test_text_is_tokenised_on_demand_and_marked(tmp_path, serve, tokenizer, capsys):
+def test_text_is_tokenized_on_demand_and_marked(tmp_path, serve, tokenizer, capsys):
     server = serve(lambda body, _: good(body, token_ids=None))
-    launch.run_task(composed(*asking(tmp_path, server.url, "generation.text_replies=tokenise")))
-    assert "warning: 9 replies have ids made from the server's text" in capsys.readouterr().out
+    launch.run_task(composed(*asking(tmp_path, server.url, "generation.text_responses=tokenize")))
+    assert "warning: 9 responses have ids made from the server's text" in capsys.readouterr().out
     rows = rows_of(tmp_path / "asked/generations.jsonl")
     assert all(row["ids_from_text"] and row["response_ids"][-1] in row["sampling"]["stop_ids"] for row in rows)
     assert {row["response"] for row in rows} == {"ab"}

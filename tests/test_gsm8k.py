@@ -1,4 +1,4 @@
-"""GSM8K's format, its checker and votes, the arithmetic world, and a whole round of DPO-ST from the command line."""
+"""GSM8K's format, its verifier and votes, the arithmetic world, and a whole round of DPO-ST from the command line."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from conversations import Conversation, find_format, to_conversation
 from evaluation.majority import majority_scores
 from generation.calculator import MARK, calculate
 from models import load_tokenizer
-from rewards.checkers import majority_reply, scored, takes_meta, vote_of
+from rewards.verifiers import majority_response, scored, takes_meta, vote_of
 from settings.schema import settings_from
 from tests.helpers import ROOT, composed, rows_of
 from tests.helpers import launch as command
@@ -33,11 +33,23 @@ def test_question_and_answer_become_prompt_response_and_reference() -> None:
 @pytest.mark.parametrize(
     ("response", "right"),
     [
-        ("#### 1080", True), ("so\n#### 1,080", True), ("####1080", True), ("#### $1,080.00", True), ("#### 1080.", True), ("#### 1080 clips", True),
-        ("#### 108", False), ("#### -1080", False), ("#### 10800", False), ("1080", False), ("#### many", False), ("", False),
-        ("#### 1 #### 1080", False), ("#### 1080 #### 1", True), ("#### " + "1" * 5000, False),
+        ("#### 1080", True),
+        ("so\n#### 1,080", True),
+        ("####1080", True),
+        ("#### $1,080.00", True),
+        ("#### 1080.", True),
+        ("#### 1080 clips", True),
+        ("#### 108", False),
+        ("#### -1080", False),
+        ("#### 10800", False),
+        ("1080", False),
+        ("#### many", False),
+        ("", False),
+        ("#### 1 #### 1080", False),
+        ("#### 1080 #### 1", True),
+        ("#### " + "1" * 5000, False),
     ],
-)  # fmt: skip
+)
 def test_the_number_after_the_hashes_decides(response: str, right: bool) -> None:
     assert gsm8k.check("How many?", response, {"answer": "1,080"}) == float(right)
 
@@ -49,7 +61,7 @@ def test_signs_and_decimals_are_compared_as_numbers() -> None:
         gsm8k.check("How many?", "#### 1", {})
 
 
-def test_a_checker_gets_the_meta_data_if_it_takes_it() -> None:
+def test_a_verifier_gets_the_meta_data_if_it_takes_it() -> None:
     assert takes_meta(gsm8k.check) and not takes_meta(shop.check)
     conversation = Conversation([{"role": "user", "content": "q"}], None, None, None, {"answer": "2"})
     assert scored(gsm8k.check, conversation, "#### 2") == 1.0
@@ -61,8 +73,8 @@ def test_a_checker_gets_the_meta_data_if_it_takes_it() -> None:
     [("5 6 6", 1), ("5 6 5 6", 0), ("6 5 5 6 5", 1), ("? ? 4", 2), ("? ?", 0), ("7.0 8 7", 0)],
 )
 def test_the_majority_is_the_most_frequent_answer(numbers: str, winner: int) -> None:
-    replies = [f"{i} #### {number}" for i, number in enumerate(numbers.split())]
-    assert majority_reply(replies, gsm8k.vote) == replies[winner]
+    responses = [f"{i} #### {number}" for i, number in enumerate(numbers.split())]
+    assert majority_response(responses, gsm8k.vote) == responses[winner]
 
 
 def test_majority_scores_go_prompt_by_prompt() -> None:
@@ -116,14 +128,27 @@ def test_the_tokenizer_of_the_world_is_the_one_shipped_and_loses_nothing(tmp_pat
 def test_evaluation_with_calculator_and_majority(tmp_path: Path) -> None:
     rows = arithmetic.generate(1)["test.jsonl"][:6]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = ["datasets=[gsm8k]", f"datasets.gsm8k.train={tmp_path}/test.jsonl", f"datasets.gsm8k.test={tmp_path}/test.jsonl"]
-    # Learnt by heart: then the six answers are right, one by one and by majority.
+    data = [
+        "datasets=[gsm8k]",
+        f"datasets.gsm8k.train={tmp_path}/test.jsonl",
+        f"datasets.gsm8k.test={tmp_path}/test.jsonl",
+    ]
+    # Learned by heart: then the six answers are right, one by one and by majority.
     steps = ["lr=5e-3", "n_epochs=100", "n_steps=60", "model.batch_size=6", "warmup=0.1"]
     launch.run_task(composed("model=arithmetic", *data, f"cache_dir={tmp_path}", "exp_name=m", *steps))
-    launch.run_task(composed(
-        "task=evaluate", "model=arithmetic", *data, f"cache_dir={tmp_path}", "exp_name=e", "evaluation.checker=worlds.gsm8k:check",
-        "evaluation.majority=3", "evaluation.calculator=true", f"++evaluation.models.m={tmp_path}/m/FINAL",
-    ))  # fmt: skip
+    launch.run_task(
+        composed(
+            "task=evaluate",
+            "model=arithmetic",
+            *data,
+            f"cache_dir={tmp_path}",
+            "exp_name=e",
+            "evaluation.verifier=worlds.gsm8k:check",
+            "evaluation.majority=3",
+            "evaluation.calculator=true",
+            f"++evaluation.models.m={tmp_path}/m/FINAL",
+        )
+    )
     row = json.loads((tmp_path / "e" / "results.json").read_text())["models"]["m"]
     assert row["majority"]["votes"] == 3 and row["majority"]["n"] == 6 and row["majority"]["temperature"] == 1.0
     assert row["greedy"]["score"] >= 5 / 6 and row["majority"]["score"] >= 4 / 6
@@ -131,13 +156,24 @@ def test_evaluation_with_calculator_and_majority(tmp_path: Path) -> None:
     assert low < row["majority"]["score"] <= high
     assert "majority of 3 [95 %]" in (tmp_path / "e" / "results.md").read_text()
     with pytest.raises(ValueError, match="needs a temperature above 0"):
-        launch.run_task(composed(
-            "task=evaluate", "model=arithmetic", *data, f"cache_dir={tmp_path}", "exp_name=f", "evaluation.checker=worlds.gsm8k:check",
-            "evaluation.majority=3", "evaluation.temperatures=[0.0]", f"++evaluation.models.m={tmp_path}/m/FINAL",
-        ))  # fmt: skip
+        launch.run_task(
+            composed(
+                "task=evaluate",
+                "model=arithmetic",
+                *data,
+                f"cache_dir={tmp_path}",
+                "exp_name=f",
+                "evaluation.verifier=worlds.gsm8k:check",
+                "evaluation.majority=3",
+                "evaluation.temperatures=[0.0]",
+                f"++evaluation.models.m={tmp_path}/m/FINAL",
+            )
+        )
 
 
-@pytest.mark.parametrize(("pipeline", "stages"), [("dpo_st", 17), pytest.param("dpo_st_arithmetic", 18, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("pipeline", "stages"), [("dpo_st", 17), pytest.param("dpo_st_arithmetic", 18, marks=pytest.mark.slow)]
+)
 def test_the_pipelines_have_a_plan(pipeline: str, stages: int, tmp_path: Path) -> None:
     done = command(f"pipeline={pipeline}", "dry_run=true", f"cache_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -148,14 +184,23 @@ def test_the_pipelines_have_a_plan(pipeline: str, stages: int, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_short_run_goes_through_every_stage(tmp_path: Path) -> None:
     done = command(
-        "pipeline=dpo_st_arithmetic", f"cache_dir={tmp_path}", "n_eval_examples=40", "pipeline.stages.evaluate.set.evaluation.majority=2",
+        "pipeline=dpo_st_arithmetic",
+        f"cache_dir={tmp_path}",
+        "n_eval_examples=40",
+        "pipeline.stages.evaluate.set.evaluation.majority=2",
         "++pipeline.data.questions.set.datasets.local.weight=0.1",
-        # From about 400 steps on some replies are right; the other stages only have to run.
-        *(f"pipeline.stages.{name}.set.n_steps={steps}" for name, steps in (("sft", 450), ("sft_1", 450), ("dpo_st", 3), ("self_training", 3))),
-        *(f"++pipeline.stages.{name}.set.n_steps=3" for name in ("dpo_1", "dpo_2")), timeout=1500,
-    )  # fmt: skip
+        # From about 400 steps on some responses are right; the other stages only have to run.
+        *(
+            f"pipeline.stages.{name}.set.n_steps={steps}"
+            for name, steps in (("sft", 450), ("sft_1", 450), ("dpo_st", 3), ("self_training", 3))
+        ),
+        *(f"++pipeline.stages.{name}.set.n_steps=3" for name in ("dpo_1", "dpo_2")),
+        timeout=1500,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "dpo_st_arithmetic" / "results.json").read_text())
     assert {"sft", "dpo_st", "self_training"} <= results["models"].keys() and results["majority_comparisons"]
-    first, second = (rows_of(tmp_path / "dpo_st_arithmetic" / f"select_distinct_{i}" / "SELECT" / "distinct.jsonl") for i in (1, 2))
+    first, second = (
+        rows_of(tmp_path / "dpo_st_arithmetic" / f"select_distinct_{i}" / "SELECT" / "distinct.jsonl") for i in (1, 2)
+    )
     assert second[: len(first)] == first and len(second) > len(first)

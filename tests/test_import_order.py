@@ -22,7 +22,9 @@ ORDER = (
     ("tasks",),
     ("launch",),
 )
-ROOMS = tuple(sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks")))
+ROOMS = tuple(
+    sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks"))
+)
 WITHOUT_TORCH = {"torch", "transformers", "accelerate", "peft", "datasets", "vllm", "wandb"}
 NOT_IN_A_METHOD = {"hydra", "omegaconf", "accelerate", "wandb", "launch", "pipeline", "tasks"}
 
@@ -51,7 +53,9 @@ FILES = module_files()
 IMPORTS = {name: imports_of(path) for name, path in FILES.items()}
 OURS = {name: {other for other in found if other in FILES} for name, found in IMPORTS.items()}
 LOSSES = sorted((ROOT / "config" / "loss").glob("*.yaml"))
-METHODS = sorted({yaml.safe_load(path.read_text(encoding="utf-8")).get("trainer", "").rpartition(".")[0] for path in LOSSES} - {""})
+METHODS = sorted(
+    {yaml.safe_load(path.read_text(encoding="utf-8")).get("trainer", "").rpartition(".")[0] for path in LOSSES} - {""}
+)
 
 
 def room_of(name: str) -> str:
@@ -82,7 +86,9 @@ def test_there_is_no_circle() -> None:
     tuple(graphlib.TopologicalSorter(OURS).static_order())
 
 
-@pytest.mark.parametrize("name", ["functional", "conversations", *sorted(n for n in FILES if room_of(n) in ("settings", "worlds"))])
+@pytest.mark.parametrize(
+    "name", ["functional", "conversations", *sorted(n for n in FILES if room_of(n) in ("settings", "worlds"))]
+)
 def test_the_foundations_import_nothing_of_ours(name: str) -> None:
     assert {room_of(other) for other in OURS[name]} <= {room_of(name)}
 

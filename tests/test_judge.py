@@ -1,4 +1,4 @@
-"""The judge: how its replies are read, what it is not asked twice, win rates in both orders, and a server that fails.
+"""The judge: how its responses are read, what it is not asked twice, win rates in both orders, and a server that fails.
 
 The server here is a stand-in that answers by a rule; tests/test_judge_vllm.py asks a real one.
 """
@@ -19,14 +19,14 @@ from rewards.judge import Judge, Unparsed, filled, parsed
 from settings.schema import JudgeConfig, typed
 from tests.helpers import composed, rows_of
 
-Reply = Callable[[str], tuple[int, str]]  # question -> HTTP status and what the judge says
+Response = Callable[[str], tuple[int, str]]  # question -> HTTP status and what the judge says
 
 
 class Server:
-    """A chat server that answers by `reply` and counts the questions."""
+    """A chat server that answers by `response` and counts the questions."""
 
-    def __init__(self, reply: Reply) -> None:
-        self.reply, self.asked = reply, []
+    def __init__(self, response: Response) -> None:
+        self.response, self.asked = response, []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,7 +42,7 @@ class Server:
             def do_POST(self) -> None:
                 question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
                 outer.asked.append(question)
-                status, text = outer.reply(question)
+                status, text = outer.response(question)
                 self.send(status, {"choices": [{"message": {"content": text}}]} if status == 200 else {"error": text})
 
             def log_message(self, *_: Any) -> None:
@@ -54,11 +54,11 @@ class Server:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Reply], Server]]:
+def serve() -> Iterator[Callable[[Response], Server]]:
     servers: list[Server] = []
 
-    def make(reply: Reply) -> Server:
-        servers.append(Server(reply))
+    def make(response: Response) -> Server:
+        servers.append(Server(response))
         return servers[-1]
 
     yield make
@@ -76,7 +76,9 @@ def longer_wins(question: str) -> tuple[int, str]:
     if "[Answer A]" not in question:
         return 200, f"Fine.\nScore: {min(10, len(question.split('[Assistant]')[1].split()[0]))}"
     first, second = question.split("[Answer A]\n")[1].split("\n\nSay in")[0].split("\n\n[Answer B]\n")
-    return 200, "Because.\n" + ("Verdict: tie" if len(first) == len(second) else f"**Verdict: {'A' if len(first) > len(second) else 'B'}**")
+    return 200, "Because.\n" + (
+        "Verdict: tie" if len(first) == len(second) else f"**Verdict: {'A' if len(first) > len(second) else 'B'}**"
+    )
 
 
 # ---- reading
@@ -85,32 +87,44 @@ def longer_wins(question: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("kind", "text", "value"),
     [
-        ("score", "good\nScore: 7", 7.0), ("score", "**Score: 10/10**\n\n", 10.0), ("verdict", "x\nVerdict: A", 1.0),
-        ("verdict", "Verdict: **b**", 0.0), ("verdict", "verdict: TIE.", 0.5),
+        ("score", "good\nScore: 7", 7.0),
+        ("score", "**Score: 10/10**\n\n", 10.0),
+        ("verdict", "x\nVerdict: A", 1.0),
+        ("verdict", "Verdict: **b**", 0.0),
+        ("verdict", "verdict: TIE.", 0.5),
     ],
-)  # fmt: skip
+)
 def test_the_last_line_is_read(kind: str, text: str, value: float) -> None:
     assert parsed(kind, text) == value
 
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [("score", ""), ("score", "Score: 11"), ("score", "Score: 0"), ("score", "Score: 7\nthank you"), ("verdict", "Verdict: A or B"), ("verdict", "Score: 3"),
-     ("verdict", "I say A")],
-)  # fmt: skip
+    [
+        ("score", ""),
+        ("score", "Score: 11"),
+        ("score", "Score: 0"),
+        ("score", "Score: 7\nthank you"),
+        ("verdict", "Verdict: A or B"),
+        ("verdict", "Score: 3"),
+        ("verdict", "I say A"),
+    ],
+)
 def test_nonsense_is_no_verdict(kind: str, text: str) -> None:
     with pytest.raises(Unparsed):
         parsed(kind, text)
 
 
-def test_a_place_in_a_reply_is_text() -> None:
+def test_a_place_in_a_response_is_text() -> None:
     assert filled("{prompt} | {response}", prompt="say {response}", response="{prompt}") == "say {response} | {prompt}"
 
 
 # ---- asking
 
 
-def test_nothing_is_asked_twice_and_a_torn_row_is_asked_again(tmp_path: Path, serve: Callable[[Reply], Server]) -> None:
+def test_nothing_is_asked_twice_and_a_torn_row_is_asked_again(
+    tmp_path: Path, serve: Callable[[Response], Server]
+) -> None:
     server = serve(longer_wins)
     first = judge_of(server, tmp_path)
     questions = [first.score_question("hello", text) for text in ("aaa", "aaaa", "aaa")]
@@ -118,10 +132,14 @@ def test_nothing_is_asked_twice_and_a_torn_row_is_asked_again(tmp_path: Path, se
     store = tmp_path / "judged.jsonl"
     store.write_bytes(store.read_bytes()[:-9])
     assert judge_of(server, tmp_path).asked(questions) == [3.0, 4.0, 3.0] and len(server.asked) == 3
-    assert judge_of(server, tmp_path, temperature=0.5).asked(questions[:1]) == [3.0] and len(server.asked) == 4  # another judge
+    assert (
+        judge_of(server, tmp_path, temperature=0.5).asked(questions[:1]) == [3.0] and len(server.asked) == 4
+    )  # another judge
 
 
-def test_nonsense_is_an_error_or_counted_and_what_is_judged_stays(tmp_path: Path, serve: Callable[[Reply], Server]) -> None:
+def test_nonsense_is_an_error_or_counted_and_what_is_judged_stays(
+    tmp_path: Path, serve: Callable[[Response], Server]
+) -> None:
     server = serve(lambda question: (200, "no idea") if "qqq" in question else longer_wins(question))
     judge = judge_of(server, tmp_path, concurrency=1)
     questions = [judge.score_question("hello", text) for text in ("aaa", "qqq", "aaaa")]
@@ -132,7 +150,7 @@ def test_nonsense_is_an_error_or_counted_and_what_is_judged_stays(tmp_path: Path
     assert lenient.asked(questions) == [3.0, None, 4.0] and sum(lenient.skipped.values()) == 1
 
 
-def test_an_unreachable_judge_is_one_error(tmp_path: Path, serve: Callable[[Reply], Server]) -> None:
+def test_an_unreachable_judge_is_one_error(tmp_path: Path, serve: Callable[[Response], Server]) -> None:
     server = serve(lambda question: (400, "no such thing"))
     judge = judge_of(server, tmp_path)
     with pytest.raises(ValueError, match="refuses the request, HTTP 400: .*no such thing"):
@@ -146,12 +164,14 @@ def test_an_unreachable_judge_is_one_error(tmp_path: Path, serve: Callable[[Repl
 # ---- win rates
 
 
-def test_both_orders_are_asked_and_a_disagreement_is_a_tie(tmp_path: Path, serve: Callable[[Reply], Server]) -> None:
+def test_both_orders_are_asked_and_a_disagreement_is_a_tie(tmp_path: Path, serve: Callable[[Response], Server]) -> None:
     biased = serve(lambda question: (200, "Verdict: A"))  # always the first
     points, disagreed = judged_points(judge_of(biased, tmp_path), ["p"] * 3, ["x", "y", "same"], ["u", "v", "same"])
     assert points == [0.5, 0.5, 0.5] and disagreed == 2 and len(biased.asked) == 4
     fair = serve(longer_wins)
-    points, disagreed = judged_points(judge_of(fair, tmp_path, temperature=0.1), ["p"] * 3, ["xxx", "y", "zz"], ["u", "vvv", "ww"])
+    points, disagreed = judged_points(
+        judge_of(fair, tmp_path, temperature=0.1), ["p"] * 3, ["xxx", "y", "zz"], ["u", "vvv", "ww"]
+    )
     assert points == [1.0, 0.0, 0.5] and disagreed == 0
 
 
@@ -180,22 +200,49 @@ def test_alpaca_eval_reads_the_rows() -> None:
     assert row == {"instruction": "p", "output": "r", "generator": "mine", "dataset": "held_out"}
 
 
-def test_an_evaluation_is_judged(tmp_path: Path, serve: Callable[[Reply], Server]) -> None:
-    """Two tiny models, the judge's verdicts in results.json and the table, AlpacaEval's files; a second run asks nothing."""
+def test_an_evaluation_is_judged(tmp_path: Path, serve: Callable[[Response], Server]) -> None:
+    """Two tiny models, the judge's verdicts in results.json and the table, AlpacaEval's files; a second run asks
+    nothing.
+    """
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(4)))
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}", "response": "ha " * i}) + "\n" for i in range(1, 5)))
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {i}", "response": "ha " * i}) + "\n" for i in range(1, 5))
+    )
     for name, steps in (("a", 1), ("b", 30)):
-        launch.run_task(composed("model=tiny", "datasets=[local]", f"datasets.local.train={tmp_path}/train.jsonl", f"cache_dir={tmp_path}",
-                                 f"exp_name={name}", f"n_steps={steps}", "lr=3e-3"))  # fmt: skip
+        launch.run_task(
+            composed(
+                "model=tiny",
+                "datasets=[local]",
+                f"datasets.local.train={tmp_path}/train.jsonl",
+                f"cache_dir={tmp_path}",
+                f"exp_name={name}",
+                f"n_steps={steps}",
+                "lr=3e-3",
+            )
+        )
     server = serve(longer_wins)
     models = [f"+evaluation.models.{name}={tmp_path}/{name}/FINAL" for name in "ab"]
-    run = ["task=evaluate", "model=tiny", "datasets=[local]", f"datasets.local.test={tmp_path}/test.jsonl", f"cache_dir={tmp_path}", *models,
-           "evaluation.temperatures=[1.0]", "evaluation.max_new_tokens=12", "evaluation.opponent=a", "evaluation.judge=true",
-           f"judge.base_url={server.url}"]  # fmt: skip
+    run = [
+        "task=evaluate",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.test={tmp_path}/test.jsonl",
+        f"cache_dir={tmp_path}",
+        *models,
+        "evaluation.temperatures=[1.0]",
+        "evaluation.max_new_tokens=12",
+        "evaluation.opponent=a",
+        "evaluation.judge=true",
+        f"judge.base_url={server.url}",
+    ]
     launch.run_task(composed(*run, "exp_name=eval"))
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     found = results["models"]["b"]["judged"]
-    assert found["by"] == "judge" and found["wins"] + found["ties"] + found["losses"] == 4 and "judged" not in results["models"]["a"]
+    assert (
+        found["by"] == "judge"
+        and found["wins"] + found["ties"] + found["losses"] == 4
+        and "judged" not in results["models"]["a"]
+    )
     assert "win rate by the judge" in (tmp_path / "eval" / "results.md").read_text()
     outputs = json.loads((tmp_path / "eval" / "alpaca_eval" / "b.json").read_text())
     assert [row["instruction"] for row in outputs] == [f"say {i}" for i in range(4)] and outputs[0]["generator"] == "b"

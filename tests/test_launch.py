@@ -140,7 +140,7 @@ def test_runs_share_the_reference_of_the_same_data_and_refuse_another(tmp_path, 
     folder, *others = shared.iterdir()
     assert not others and {p.name for p in folder.iterdir()} == {"DONE", "meta.json", "logps.safetensors"}
     launcher.run_task(composed(*base(tmp_path, data, "loss=kto", "exp_name=d", *cached)))
-    assert len(list(shared.iterdir())) == 2  # its mismatched sequences are others: another artefact
+    assert len(list(shared.iterdir())) == 2  # its mismatched sequences are others: another artifact
     load = [f"++load_reference_logprobs={folder}", "n_steps=1"]
     launcher.run_task(composed(*base(tmp_path, data, "loss=dpo", "exp_name=e", *load)))
     other_model = refused(composed(*base(tmp_path, data, "loss=dpo", "exp_name=f", "++model.build_seed=9", *load)))

@@ -37,10 +37,19 @@ def loss_overrides(method: str, world: dict[str, str]) -> list[str]:
 
 def run_overrides(method: str, world: dict[str, str], name: str, accumulation: int) -> list[str]:
     return [
-        f"cache_dir={world['base']}", "model=tiny", "datasets=[local]", f"datasets.local.train={world['data']}", world["start"],
-        f"exp_name={method}_{name}", "lr=1e-3", f"n_steps={STEPS}", "log_every=1", "model.batch_size=8",
-        f"model.gradient_accumulation_steps={accumulation}", *loss_overrides(method, world),
-    ]  # fmt: skip
+        f"cache_dir={world['base']}",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={world['data']}",
+        world["start"],
+        f"exp_name={method}_{name}",
+        "lr=1e-3",
+        f"n_steps={STEPS}",
+        "log_every=1",
+        "model.batch_size=8",
+        f"model.gradient_accumulation_steps={accumulation}",
+        *loss_overrides(method, world),
+    ]
 
 
 def result(world: dict[str, str], name: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -75,9 +84,22 @@ def test_two_processes_change_nothing(method, world):
     # 22 pairs: the third step has 6 rows, so one micro-batch of a rank is short.
     launch.run_task(composed(*run_overrides(method, world, "one", 1)))
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(),
-         str(ROOT / "launch.py"), *run_overrides(method, world, "two", 2)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            free_port(),
+            str(ROOT / "launch.py"),
+            *run_overrides(method, world, "two", 2),
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert_same(result(world, f"{method}_one"), result(world, f"{method}_two"))

@@ -28,7 +28,9 @@ from worlds import shop
 PYTHON = os.environ.get("LM_EVAL_PYTHON", sys.executable)
 SEARCH = "import importlib.util, sys; sys.exit(importlib.util.find_spec('lm_eval') is None)"
 HAS_LM_EVAL = subprocess.run([PYTHON, "-c", SEARCH], stderr=subprocess.DEVNULL, check=False).returncode == 0
-needs_lm_eval = pytest.mark.skipif(not HAS_LM_EVAL, reason=f"{PYTHON} has no lm_eval: ./install.sh --lm-eval, or set LM_EVAL_PYTHON")
+needs_lm_eval = pytest.mark.skipif(
+    not HAS_LM_EVAL, reason=f"{PYTHON} has no lm_eval: ./install.sh --lm-eval, or set LM_EVAL_PYTHON"
+)
 NUM_ROWS = 40
 
 
@@ -42,11 +44,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saving.save_model(models.load_model(config, trainable=False), models.load_tokenizer(config), folder / "model")
     (folder / "tasks").mkdir()
     task = {
-        "task": "shop_pairs", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "test.jsonl")}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{chosen[0].content}}",
-        "doc_to_choice": "{{[chosen[1].content, rejected[1].content]}}", "doc_to_target": 0, "target_delimiter": " ",
+        "task": "shop_pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "test.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{chosen[0].content}}",
+        "doc_to_choice": "{{[chosen[1].content, rejected[1].content]}}",
+        "doc_to_target": 0,
+        "target_delimiter": " ",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
+    }
     (folder / "tasks/shop_pairs.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     return folder
 
@@ -54,17 +62,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launched(folder: Path, task: str, name: str) -> subprocess.CompletedProcess[str]:
     """Run task=evaluate with nothing but one benchmark."""
     return launch(
-        "task=evaluate", "model=quickstart_student", "datasets=[local]", f"datasets.local.test={folder / 'test.jsonl'}",
-        f"++evaluation.models.small={folder / 'model'}", "evaluation.temperatures=[]", f"evaluation.lm_eval=[{task}]",
-        f"evaluation.lm_eval_path={folder / 'tasks'}", f"cache_dir={folder}", f"exp_name={name}",
-        python=PYTHON, env={"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")},
-    )  # fmt: skip
+        "task=evaluate",
+        "model=quickstart_student",
+        "datasets=[local]",
+        f"datasets.local.test={folder / 'test.jsonl'}",
+        f"++evaluation.models.small={folder / 'model'}",
+        "evaluation.temperatures=[]",
+        f"evaluation.lm_eval=[{task}]",
+        f"evaluation.lm_eval_path={folder / 'tasks'}",
+        f"cache_dir={folder}",
+        f"exp_name={name}",
+        python=PYTHON,
+        env={"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")},
+    )
 
 
 @torch.no_grad()
 def share_right(folder: Path) -> float:
     """Return the share of rows whose first choice has the higher log-probability after the prompt, one by one."""
-    config = typed(composed("model=quickstart_student", f"model.name_or_path={folder / 'model'}", "model.build=null")["model"], ModelConfig)
+    config = typed(
+        composed("model=quickstart_student", f"model.name_or_path={folder / 'model'}", "model.build=null")["model"],
+        ModelConfig,
+    )
     tokenizer, model = models.load_tokenizer(config), models.load_model(config, trainable=False)
     run: Any = model
     right = []
@@ -82,7 +101,7 @@ def share_right(folder: Path) -> float:
 
 @pytest.mark.slow
 @needs_lm_eval
-def test_a_local_task_runs_offline_and_its_figures_reach_every_artifact(folder: Path) -> None:
+def test_a_local_task_runs_offline_and_its_metrics_reach_every_artifact(folder: Path) -> None:
     done = launched(folder, "shop_pairs", "run")
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "run/results.json").read_text())["models"]["small"]["lm_eval"]["shop_pairs"]
@@ -104,4 +123,6 @@ def test_a_task_that_is_not_there_is_named_before_a_model_loads(folder: Path) ->
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed here")
 def test_without_the_library_the_error_says_how_to_install_it(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"not installed: \./install\.sh --lm-eval"):
-        evaluate.run(settings_for(folder, "x", models={"small": str(folder / "model")}, temperatures=[], lm_eval=["shop_pairs"]))
+        evaluate.run(
+            settings_for(folder, "x", models={"small": str(folder / "model")}, temperatures=[], lm_eval=["shop_pairs"])
+        )

@@ -16,31 +16,49 @@ LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Options that change the numbers, each against the same twin.
 OPTIONS = {
     "dpo": [
-        "loss.divergence=js", "loss.divergence=forward_kl", "loss.divergence=alpha loss.alpha=0.3", "loss.margin=0.4 loss.nll_weight=0.2",
+        "loss.divergence=js",
+        "loss.divergence=forward_kl",
+        "loss.divergence=alpha loss.alpha=0.3",
+        "loss.margin=0.4 loss.nll_weight=0.2",
         "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4",
     ],
     "aot": ["loss.variant=unpaired", "loss.label_smoothing=0.2"],
     "tdpo": ["loss.variant=1"],
     "ra-dpo": ["loss.variant=1", "loss.confidence_level=0.3", "loss.confidence_level=1.0", "loss.risk=reference"],
-    "kto": ["loss.desirable_weight=1.3 loss.undesirable_weight=0.7", "loss.frac_unique_desirable=0.5 loss.frac_unique_undesirable=0.5"],
+    "kto": [
+        "loss.desirable_weight=1.3 loss.undesirable_weight=0.7",
+        "loss.frac_unique_desirable=0.5 loss.frac_unique_undesirable=0.5",
+    ],
     "bradley-terry": ["loss.margin=0.5 loss.center_weight=0.1"],
     "simpo": ["loss.label_smoothing=0.1"],
-    "ppo": ["loss.value_clip=null loss.drift_weight=0.3", "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4"],
-    "grpo": ["loss.reduction=token_mean loss.clip=0.5", "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4"],
+    "ppo": [
+        "loss.value_clip=null loss.drift_weight=0.3",
+        "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4",
+    ],
+    "grpo": [
+        "loss.reduction=token_mean loss.clip=0.5",
+        "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4",
+    ],
     "gkd": ["loss.beta=0", "loss.beta=1", "loss.beta=0.3 loss.temperature=2.0"],
-    "reward-weighted-distill": [f"loss.teachers=[a,b] loss.kl_weight=0.7 loss.divergence={name}" for name in ("forward", "reverse", "jsd")],
-}  # fmt: skip
+    "reward-weighted-distill": [
+        f"loss.teachers=[a,b] loss.kl_weight=0.7 loss.divergence={name}" for name in ("forward", "reverse", "jsd")
+    ],
+}
 PLAIN = {"sppo-hard": "loss.beta=0.1"}  # its default asks for log-ratios of 500, where differences drown
-CASES = [(name, PLAIN.get(name, "")) for name in LOSSES] + [(name, option) for name, options in OPTIONS.items() for option in options]
+CASES = [(name, PLAIN.get(name, "")) for name in LOSSES] + [
+    (name, option) for name, options in OPTIONS.items() for option in options
+]
 # Where a gradient is stopped, the slope of the value is not the gradient: tests of their own hold these.
-STOPPED = [(n, o) for n, o in CASES if (n in ("tdpo", "ra-dpo") and "variant=1" not in o) or (n == "aot" and "unpaired" in o)]
+STOPPED = [
+    (n, o) for n, o in CASES if (n in ("tdpo", "ra-dpo") and "variant=1" not in o) or (n == "aot" and "unpaired" in o)
+]
 
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_a_loss_equals_its_twin(name, options):
     trainer = trainer_of(name, *options.split())
     items = items_of(trainer, name)
-    teachers = [model.table.tolist() for model in trainer.companions.values()]
+    teachers = [model.table.tolist() for model in trainer.frozen_models.values()]
     world = World(trainer.config, items, trainer.policy.table.tolist(), trainer.reference.table.tolist(), teachers)
     assert float(loss_of(trainer, items)) == pytest.approx(TWINS[name](world), rel=1e-9, abs=1e-12)
 
@@ -69,7 +87,9 @@ def test_the_gradient_is_the_slope(name, options):
                 table.view(-1)[index] = kept + sign * step
                 ends.append(loss())
             table.view(-1)[index] = kept
-            assert float(gradient.view(-1)[index]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-7)
+            assert float(gradient.view(-1)[index]) == pytest.approx(
+                (ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-7
+            )
 
 
 @pytest.mark.parametrize("name", ["tdpo", "ra-dpo"])
@@ -127,8 +147,8 @@ def test_kto_keeps_shares_from_opposite_ends():
     assert sorted(item.label for item in items) == [0, 0, 0, 1, 1, 1]
     assert len({tuple(item.sequences[0].ids[:2]) for item in items}) == 6  # no prompt with both of its responses
     for item in items:
-        reply = item.scored[0].ids[2:]
-        assert item.scored[0].ids[:2] == item.sequences[0].ids[:2] and reply != item.sequences[0].ids[2:]
+        response = item.scored[0].ids[2:]
+        assert item.scored[0].ids[:2] == item.sequences[0].ids[:2] and response != item.sequences[0].ids[2:]
 
 
 def test_the_running_mean_of_bco_goes_on_from_step_to_step():
@@ -145,8 +165,12 @@ def test_the_running_mean_of_bco_goes_on_from_step_to_step():
 def test_two_processes_give_the_loss_and_gradient_of_one():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     run = subprocess.run(
-        [*command, "-m", "tests.two_ranks"], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        [*command, "-m", "tests.two_ranks"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert sorted(line.split()[1] for line in run.stdout.splitlines() if line.startswith("equal")) == LOSSES

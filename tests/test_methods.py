@@ -36,10 +36,21 @@ def test_twenty_steps_lower_the_objective(name, chain):
         "gkd": [f"loss.teacher={chain['base']}/teacher/FINAL"],
     }
     run = [
-        f"cache_dir={chain['base']}", "model=tiny", "datasets=[local]", f"datasets.local.train={chain['data']}", chain["start"],
-        f"loss={name}", f"exp_name=falls_{name}", "lr=1e-3", "n_steps=20", "log_every=5", "scheduler=constant", "model.batch_size=22",
-        *paths.get(name, []), *SETTINGS.get(name, []),
-    ]  # fmt: skip
+        f"cache_dir={chain['base']}",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={chain['data']}",
+        chain["start"],
+        f"loss={name}",
+        f"exp_name=falls_{name}",
+        "lr=1e-3",
+        "n_steps=20",
+        "log_every=5",
+        "scheduler=constant",
+        "model.batch_size=22",
+        *paths.get(name, []),
+        *SETTINGS.get(name, []),
+    ]
     launch.run_task(composed(*run))
     rows = rows_of(Path(chain["base"]) / f"falls_{name}" / "metrics.jsonl")
     assert rows[-1]["loss/train"] < rows[0]["loss/train"] - 1e-4  # every step sees all 22 rows
@@ -53,14 +64,23 @@ def test_twenty_steps_lower_the_objective(name, chain):
 def test_a_reward_model_is_an_ordinary_folder(tmp_path, peft):
     data = write_pairs(tmp_path / "pairs.jsonl", 12)
     lora = ["++model.use_peft=true", "++model.peft.lora_r=4"] if peft else []
-    run = ["loss=bradley-terry", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "exp_name=rm"]
+    run = [
+        "loss=bradley-terry",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"cache_dir={tmp_path}",
+        "exp_name=rm",
+    ]
     launch.run_task(composed(*run, f"datasets.local.test={data}", "n_steps=8", "lr=3e-3", *lora))
     folder = tmp_path / "rm" / "FINAL"
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.num_labels == 1 and model.config.architectures == ["LlamaForSequenceClassification"]
     right = 0
     for row in rows_of(data):
-        texts = [tokenizer.apply_chat_template(row[side], tokenize=False).rstrip("\n") for side in ("chosen", "rejected")]
+        texts = [
+            tokenizer.apply_chat_template(row[side], tokenize=False).rstrip("\n") for side in ("chosen", "rejected")
+        ]
         batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         with torch.no_grad():
             together = model(**batch).logits[:, 0]
@@ -71,7 +91,17 @@ def test_a_reward_model_is_an_ordinary_folder(tmp_path, peft):
     assert right / 12 == pytest.approx(logged)  # an ordinary user's scores are the trainer's
     assert logged > 0.6
     # A reward model goes on from a reward model: its head is read, not drawn anew.
-    launch.run_task(composed(*run[:-1], "exp_name=more", f"++model.load_from={folder}", "n_steps=1", "lr=1e-9", "do_first_eval=true", f"datasets.local.test={data}"))
+    launch.run_task(
+        composed(
+            *run[:-1],
+            "exp_name=more",
+            f"++model.load_from={folder}",
+            "n_steps=1",
+            "lr=1e-9",
+            "do_first_eval=true",
+            f"datasets.local.test={data}",
+        )
+    )
     assert rows_of(tmp_path / "more" / "metrics.jsonl")[0]["rewards_eval/accuracies"] == pytest.approx(logged)
 
 
@@ -79,11 +109,21 @@ def test_a_reward_model_is_an_ordinary_folder(tmp_path, peft):
 def test_a_synced_reference_follows_and_resumes(tmp_path):
     """With sync_reference=1 every step starts at ln 2; after a kill the reference is that of the checkpoint."""
     data = write_pairs(tmp_path / "pairs.jsonl", 8)
-    run = ["loss=dpo", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "lr=1e-3", "n_steps=6"]
+    run = [
+        "loss=dpo",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"cache_dir={tmp_path}",
+        "lr=1e-3",
+        "n_steps=6",
+    ]
     run += ["log_every=1", "model.batch_size=8", "scheduler=constant", "warmup=0"]
     launch.run_task(composed(*run, "exp_name=synced", "sync_reference=1"))
     launch.run_task(composed(*run, "exp_name=still"))
-    losses = {name: [row["loss/train"] for row in rows_of(tmp_path / name / "metrics.jsonl")] for name in ("synced", "still")}
+    losses = {
+        name: [row["loss/train"] for row in rows_of(tmp_path / name / "metrics.jsonl")] for name in ("synced", "still")
+    }
     assert losses["synced"] == pytest.approx([0.693147] * 6, abs=1e-5) and losses["still"][-1] < 0.69
     launch.run_task(composed(*run, "exp_name=slow", "sync_reference=2", "sync_reference_rate=0.5"))
     interrupted = composed(*run, "exp_name=again", "sync_reference=2", "sync_reference_rate=0.5", "save_every=3")
@@ -91,7 +131,9 @@ def test_a_synced_reference_follows_and_resumes(tmp_path):
         from trainers.basic import BasicTrainer
 
         step = BasicTrainer._step
-        patch.setattr(BasicTrainer, "_step", lambda self, n: (_ for _ in ()).throw(KeyboardInterrupt) if n == 5 else step(self, n))
+        patch.setattr(
+            BasicTrainer, "_step", lambda self, n: (_ for _ in ()).throw(KeyboardInterrupt) if n == 5 else step(self, n)
+        )
         with pytest.raises(KeyboardInterrupt):
             launch.run_task(interrupted)
     launch.run_task(interrupted)
@@ -107,24 +149,70 @@ def free_port() -> int:
 
 @pytest.mark.distributed
 def test_the_command_lines_of_the_lineage_run_as_typed(tmp_path, chain):
-    """HALOs', Ra-DPO's and Archangel's spellings: hh texts, run_count, load_from, ++keys, a port; on two CPU processes."""
-    texts = [{"chosen": f"\n\nHuman: say {i}\n\nAssistant: yes {i}", "rejected": f"\n\nHuman: say {i}\n\nAssistant: no"} for i in range(8)]
+    """HALOs', Ra-DPO's and Archangel's spellings: hh texts, run_count, load_from, ++keys, a port; on two CPU
+    processes.
+    """
+    texts = [
+        {"chosen": f"\n\nHuman: say {i}\n\nAssistant: yes {i}", "rejected": f"\n\nHuman: say {i}\n\nAssistant: no"}
+        for i in range(8)
+    ]
     (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     final = chain["start"].split("=")[1]
-    two = ["accelerate", "launch", "--config_file", "accelerate_config/cpu_2.yaml", "--main_process_port", str(free_port()), "launch.py"]
+    two = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        "accelerate_config/cpu_2.yaml",
+        "--main_process_port",
+        str(free_port()),
+        "launch.py",
+    ]
     data = ["datasets=[hh]", f"datasets.hh.train={tmp_path}/hh.jsonl", "datasets.hh.test=null"]
-    small = [f"++cache_dir={tmp_path}", "++model.batch_size=4", "++model.max_length=128", "++model.max_prompt_length=64", "++model.policy_dtype=float32"]
+    small = [
+        f"++cache_dir={tmp_path}",
+        "++model.batch_size=4",
+        "++model.max_length=128",
+        "++model.max_prompt_length=64",
+        "++model.policy_dtype=float32",
+    ]
     start = [f"++model.name_or_path={final}", f"++model.load_from={final}"]
     commands = [
         [*two, "loss=dpo", "model=pythia", *data, "exp_name=HH_py14_sft_dpo", "run_count=run1", *start, *small],
-        [*two, "loss=ra-dpo", "model=pythia", *data, "exp_name=ra", "run_count=run1", *start, "++loss.confidence_level=0.99", *small],
-        ["launch.py", "loss=kto", "model=llama", "datasets=[ultrabin]", f"datasets.ultrabin.train={chain['data']}", "datasets.ultrabin.test=null",
-         "exp_name=kto", "++lr=5e-6", "++loss.beta=0.1", "++model.use_peft=true", "++model.peft.lora_r=128", "++cache_reference_logprobs=true",
-         "++save_every=2", "++intermediate_checkpoints=true", f"++model.name_or_path={final}", *small],
-    ]  # fmt: skip
+        [
+            *two,
+            "loss=ra-dpo",
+            "model=pythia",
+            *data,
+            "exp_name=ra",
+            "run_count=run1",
+            *start,
+            "++loss.confidence_level=0.99",
+            *small,
+        ],
+        [
+            "launch.py",
+            "loss=kto",
+            "model=llama",
+            "datasets=[ultrabin]",
+            f"datasets.ultrabin.train={chain['data']}",
+            "datasets.ultrabin.test=null",
+            "exp_name=kto",
+            "++lr=5e-6",
+            "++loss.beta=0.1",
+            "++model.use_peft=true",
+            "++model.peft.lora_r=128",
+            "++cache_reference_logprobs=true",
+            "++save_every=2",
+            "++intermediate_checkpoints=true",
+            f"++model.name_or_path={final}",
+            *small,
+        ],
+    ]
     bin_folder = Path(sys.executable).parent
     for command in commands:
-        program = [sys.executable, *command] if command[0] == "launch.py" else [str(bin_folder / command[0]), *command[1:]]
+        program = (
+            [sys.executable, *command] if command[0] == "launch.py" else [str(bin_folder / command[0]), *command[1:]]
+        )
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
         run = subprocess.run(program, capture_output=True, text=True, timeout=240, cwd=ROOT, env=env)
         assert run.returncode == 0, run.stderr[-3000:]

@@ -315,8 +315,11 @@ def test_a_torn_weights_file_is_refused(config, model, tokenizer, tmp_path):
 
 
 def test_a_folder_that_wants_to_run_code_is_refused_without_a_question(config, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {
-        "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}))  # fmt: skip
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+        )
+    )
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(ValueError, match="cannot load the model"):
         models.load_model(replace(config, load_from=str(tmp_path)), trainable=False)

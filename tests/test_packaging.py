@@ -1,4 +1,4 @@
-"""What a user finds in the repository: configuration groups with a comment on every key, locks, licence, installer."""
+"""What a user finds in the repository: configuration groups with a comment on every key, locks, license, installer."""
 
 import re
 import subprocess
@@ -14,24 +14,74 @@ from settings.schema import settings_from
 ROOT = Path(__file__).parents[1]
 GROUPS = {
     "loss": [
-        "sft", "dpo", "dckd", "adpa", "cdpo", "robust-dpo", "ipo", "hinge", "slic", "simpo", "orpo", "cpo", "exo", "nca", "sppo-hard",
-        "apo-zero", "apo-down", "aot", "discopop", "bco", "tdpo", "ra-dpo", "kto", "kto-zero", "csft", "bradley-terry",
+        "sft",
+        "dpo",
+        "dckd",
+        "adpa",
+        "cdpo",
+        "robust-dpo",
+        "ipo",
+        "hinge",
+        "slic",
+        "simpo",
+        "orpo",
+        "cpo",
+        "exo",
+        "nca",
+        "sppo-hard",
+        "apo-zero",
+        "apo-down",
+        "aot",
+        "discopop",
+        "bco",
+        "tdpo",
+        "ra-dpo",
+        "kto",
+        "kto-zero",
+        "csft",
+        "bradley-terry",
     ],
     "model": [
-        "base_model", "llama", "mistral", "qwen", "gemma", "pythia", "danube", "smollm2", "smollm2_pruned", "tiny",
-        "quickstart_teacher", "quickstart_student", "arithmetic",
+        "base_model",
+        "llama",
+        "mistral",
+        "qwen",
+        "gemma",
+        "pythia",
+        "danube",
+        "smollm2",
+        "smollm2_pruned",
+        "tiny",
+        "quickstart_teacher",
+        "quickstart_student",
+        "arithmetic",
     ],
     "datasets": ["deita", "dpo_mix", "ultrabin", "hh", "shp", "gsm8k", "local"],
     "pipeline": ["quickstart", "smollm2", "dckd", "adpa", "adpa_plus", "dpo_st", "dpo_st_arithmetic"],
-}  # fmt: skip
+}
 ACCELERATE = {
-    "cpu_2": 2, "gpu_1": 1, "fsdp_2gpu": 2, "fsdp_4gpu": 4, "fsdp_8gpu": 8, "fsdp_2x2gpu": 4, "fsdp_2x4gpu": 8, "fsdp_2x8gpu": 16, "fsdp1_hybrid_2x8gpu": 16,
+    "cpu_2": 2,
+    "gpu_1": 1,
+    "fsdp_2gpu": 2,
+    "fsdp_4gpu": 4,
+    "fsdp_8gpu": 8,
+    "fsdp_2x2gpu": 4,
+    "fsdp_2x4gpu": 8,
+    "fsdp_2x8gpu": 16,
+    "fsdp1_hybrid_2x8gpu": 16,
     "deepspeed_zero3": 4,
-}  # fmt: skip
+}
 # Pipelines say what a stage does in a line above it; their settings are keys explained elsewhere.
 COMMENTED = sorted(
     path
-    for folder in ("config", "config/loss", "config/model", "config/datasets", "config/hydra/launcher", "accelerate_config")
+    for folder in (
+        "config",
+        "config/loss",
+        "config/model",
+        "config/datasets",
+        "config/hydra/launcher",
+        "accelerate_config",
+    )
     for path in (ROOT / folder).glob("*.yaml")
 )
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
@@ -117,7 +167,7 @@ def test_locks_installed_over_one_another_agree() -> None:
     assert all(pinned(path).get("torch", "2.13.0") == "2.13.0" for path in LOCKS)
 
 
-def test_the_licence_is_whole() -> None:
+def test_the_license_is_whole() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 

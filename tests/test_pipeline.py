@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from pipeline import digests
 from pipeline.digests import digest_of
-from pipeline.plan import Stage, build_plan, spelt
+from pipeline.plan import Stage, build_plan, spelled
 from pipeline.runner import run_pipeline
 from tests.helpers import launch, write_pairs
 
@@ -48,11 +48,25 @@ def run(tmp_path: Path, *overrides: str) -> int:
 
 def only(*stages: str) -> list[str]:
     """Return overrides that switch off every other stage of the quickstart."""
-    return [f"pipeline.stages.{name}=null" for name in root_config(["pipeline=quickstart"])["pipeline"]["stages"] if name not in stages]
+    return [
+        f"pipeline.stages.{name}=null"
+        for name in root_config(["pipeline=quickstart"])["pipeline"]["stages"]
+        if name not in stages
+    ]
 
 
-CHAIN = ("world", "teacher_sft", "teacher_dpo", "cache_logprobs", "student_sft", "dckd", "generate", "cache_advantages", "adpa_plus")
-MAIN = ("pipeline=quickstart", *only(*CHAIN, "evaluate", "summarise"))  # half of the quickstart: planning takes seconds
+CHAIN = (
+    "world",
+    "teacher_sft",
+    "teacher_dpo",
+    "cache_logprobs",
+    "student_sft",
+    "dckd",
+    "generate",
+    "cache_advantages",
+    "adpa_plus",
+)
+MAIN = ("pipeline=quickstart", *only(*CHAIN, "evaluate", "summarize"))  # half of the quickstart: planning takes seconds
 
 
 def changed(*overrides: str) -> set[str]:
@@ -65,11 +79,20 @@ def changed(*overrides: str) -> set[str]:
 
 
 def test_a_changed_knob_changes_exactly_what_is_downstream() -> None:
-    ends = {"evaluate", "summarise"}
+    ends = {"evaluate", "summarize"}
     assert changed("pipeline.stages.adpa_plus.set.loss.gamma=2.0") == {"adpa_plus", *ends}
-    assert changed("++pipeline.stages.generate.set.generation.temperature=0.7") == {"generate", "cache_advantages", "adpa_plus", *ends}
+    assert changed("++pipeline.stages.generate.set.generation.temperature=0.7") == {
+        "generate",
+        "cache_advantages",
+        "adpa_plus",
+        *ends,
+    }
     assert changed("pipeline.stages.evaluate.set.evaluation.temperatures=[1.0]") == ends
-    assert changed("pipeline.stages.teacher_dpo.set.lr=1.0e-4") == {*CHAIN, *ends} - {"world", "teacher_sft", "student_sft"}
+    assert changed("pipeline.stages.teacher_dpo.set.lr=1.0e-4") == {*CHAIN, *ends} - {
+        "world",
+        "teacher_sft",
+        "student_sft",
+    }
 
 
 def test_a_section_reaches_only_the_tasks_that_read_it() -> None:
@@ -90,7 +113,13 @@ def test_the_content_of_a_data_file_counts_and_its_name_does_not(tmp_path: Path)
     other = write_pairs(tmp_path / "other.jsonl", 9)
 
     def plan_of(path: Path) -> dict[str, str]:
-        line = ("pipeline=adpa_plus", "pipeline.teacher=tiny", "pipeline.student=tiny", "datasets=[local]", f"datasets.local.train={path}")
+        line = (
+            "pipeline=adpa_plus",
+            "pipeline.teacher=tiny",
+            "pipeline.student=tiny",
+            "datasets=[local]",
+            f"datasets.local.train={path}",
+        )
         return {label: stage.digest for label, stage in planned(tmp_path, *line).items()}
 
     assert plan_of(first) == plan_of(same)
@@ -121,7 +150,9 @@ def test_seeds_give_separate_stages_and_one_summary() -> None:
     one, two = planned(NOWHERE, *MAIN), planned(NOWHERE, *MAIN, "pipeline.seeds=[1,2]")
     assert len(two) == 2 * (len(one) - 1) + 1
     assert two["dckd seed 1"].folder == one["dckd"].folder != two["dckd seed 2"].folder
-    assert {folder for label, stage in two.items() if label.startswith("evaluate") for folder in [stage.folder]} == set(two["summarise"].needs)
+    assert {folder for label, stage in two.items() if label.startswith("evaluate") for folder in [stage.folder]} == set(
+        two["summarize"].needs
+    )
 
 
 # ---- refusals
@@ -146,8 +177,17 @@ def test_a_reference_teacher_that_is_not_the_start_of_the_teacher_is_refused(tmp
         (["pipeline=quickstart", "++pipeline.stages.dckd.set.loss.gama=1"], "gama"),
         (["pipeline=quickstart", "++pipeline.stages.dckd.starts=world"], "Did you mean 'start'"),
         (["pipeline=quickstart", "pipeline.stages.dckd=null"], "needs stage 'dckd'"),
-        (["pipeline=quickstart", "++pipeline.stages.world.set.x='{summarise}'"], "circle"),
-        (["pipeline=adpa", "pipeline.teacher=tiny", "pipeline.student=tiny", "datasets=[local]", "datasets.local.train=none.jsonl"], "none.jsonl"),
+        (["pipeline=quickstart", "++pipeline.stages.world.set.x='{summarize}'"], "circle"),
+        (
+            [
+                "pipeline=adpa",
+                "pipeline.teacher=tiny",
+                "pipeline.student=tiny",
+                "datasets=[local]",
+                "datasets.local.train=none.jsonl",
+            ],
+            "none.jsonl",
+        ),
     ],
 )
 def test_a_mistake_is_refused_before_anything_runs(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -159,7 +199,7 @@ def test_a_mistake_is_refused_before_anything_runs(tmp_path: Path, overrides: li
 def test_values_keep_their_type_through_the_command_line() -> None:
     values = [None, True, 3, 2.0e-5, "a/b-c.jsonl", "it's {x}, [y]=1", "1", "null", ["a", 1, "b c"], ""]
     with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config = compose("config", [f"+v{i}={spelt(value)}" for i, value in enumerate(values)])
+        config = compose("config", [f"+v{i}={spelled(value)}" for i, value in enumerate(values)])
     assert [OmegaConf.to_container(config)[f"v{i}"] for i in range(len(values))] == values  # type: ignore[index,call-overload]
 
 
@@ -173,7 +213,9 @@ def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: py
     assert not any(tmp_path.iterdir())
 
 
-def test_a_stage_runs_once_and_its_printed_command_is_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_runs_once_and_its_printed_command_is_its_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = ["pipeline=quickstart", "exp_name=first", *only("world")]
     assert run(tmp_path, *line) == 0
     stage = planned(tmp_path, *line)["world"]
@@ -188,20 +230,34 @@ def test_a_stage_runs_once_and_its_printed_command_is_its_command(tmp_path: Path
     assert shlex.join(stage.command) in capsys.readouterr().out
 
 
-def test_a_failing_stage_shows_its_log_and_stops_what_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_stage_shows_its_log_and_stops_what_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "pairs.jsonl"
     broken.write_text('{"prompt": "hi", "chosen": "yes", "rejected": "no"}\n{broken\n', encoding="utf-8")
-    line = ["pipeline=dckd", "pipeline.teacher=tiny", "pipeline.student=tiny", "datasets=[local]", f"datasets.local.train={broken}"]
+    line = [
+        "pipeline=dckd",
+        "pipeline.teacher=tiny",
+        "pipeline.student=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={broken}",
+    ]
     line += ["model.max_length=64", "model.max_prompt_length=32"]
     assert run(tmp_path, *line) == 1
     printed = capsys.readouterr().out
-    assert "teacher_sft: failed" in printed and "pairs.jsonl" in printed and "not started: teacher_dpo, student_sft" in printed
+    assert (
+        "teacher_sft: failed" in printed
+        and "pairs.jsonl" in printed
+        and "not started: teacher_dpo, student_sft" in printed
+    )
     assert not list(tmp_path.glob("stages/*/DONE")) and len(list(tmp_path.glob("stages/*"))) == 1
 
 
 def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
     line = ["pipeline=quickstart", f"cache_dir={tmp_path}", *only("world", "student_sft"), "n_steps=100000"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "launch.py"), *line], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *line], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("stages/student_sft-*/log.txt")) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -226,18 +282,32 @@ def test_rewards_run_through_and_leave_their_costs(tmp_path: Path) -> None:
     costs = (tmp_path / "rewards" / "costs.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line for line in costs.splitlines() if line.startswith("| ")}
     assert set(rows) == {"stage", *names} and "not estimated" not in costs
-    assert all(line.count(" MB") + line.count(" kB") + line.count(" GB") == 2 for name, line in rows.items() if name != "stage")
+    assert all(
+        line.count(" MB") + line.count(" kB") + line.count(" GB") == 2 for name, line in rows.items() if name != "stage"
+    )
 
 
 @pytest.mark.slow
 def test_online_rounds_run_through(tmp_path: Path) -> None:
-    """pipeline=online_dpo with few steps: reply, label, train, twice; DPO learns from what was labelled."""
+    """pipeline=online_dpo with few steps: response, label, train, twice; DPO learns from what was labeled."""
     short = [f"pipeline.stages.{name}.set.n_steps=3" for name in ("dpo_1", "dpo_2")]
-    run = launch("pipeline=online_dpo", f"cache_dir={tmp_path}", "n_eval_examples=20", "n_examples=600", "pipeline.stages.student_sft.set.n_steps=300",
-                 *short, timeout=400)  # fmt: skip
+    run = launch(
+        "pipeline=online_dpo",
+        f"cache_dir={tmp_path}",
+        "n_eval_examples=20",
+        "n_examples=600",
+        "pipeline.stages.student_sft.set.n_steps=300",
+        *short,
+        timeout=400,
+    )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert {"student_sft", "round_1", "round_2"} == set(json.loads((tmp_path / "online_dpo" / "results.json").read_text())["models"])
-    pairs = [json.loads(line) for line in (tmp_path / "online_dpo" / "label_1" / "LABEL" / "labelled.jsonl").read_text().splitlines()]
+    assert {"student_sft", "round_1", "round_2"} == set(
+        json.loads((tmp_path / "online_dpo" / "results.json").read_text())["models"]
+    )
+    pairs = [
+        json.loads(line)
+        for line in (tmp_path / "online_dpo" / "label_1" / "LABEL" / "labeled.jsonl").read_text().splitlines()
+    ]
     assert pairs and all(pair["chosen_reward"] == 1.0 and pair["rejected_reward"] == 0.0 for pair in pairs)
     log = (tmp_path / "online_dpo" / "dpo_1" / "log.txt").read_text()
     assert f"train: {len(pairs)} of {len(pairs)} rows" in log

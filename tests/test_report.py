@@ -16,14 +16,26 @@ NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'sin
 
 
 def entry(score: float, low: float, high: float) -> dict:
-    return {"score": score, "ci95": [low, high], "n": 1000, "seeds": [1, 2], "per_seed": {"1": score, "2": score + 0.004},
-            "greedy": {"score": 0.871, "ci95": [0.85, 0.891]}}  # fmt: skip
+    return {
+        "score": score,
+        "ci95": [low, high],
+        "n": 1000,
+        "seeds": [1, 2],
+        "per_seed": {"1": score, "2": score + 0.004},
+        "greedy": {"score": 0.871, "ci95": [0.85, 0.891]},
+    }
 
 
 def written(folder: Path, nasty: str = NASTY) -> str:
     metrics = folder / "metrics.jsonl"
-    rows = [{"step": s, "examples": s, "loss/train": 3.0 / s, "rewards_train/accuracies": 0.5, "lr": 1e-3} for s in range(1, 60)]
-    metrics.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"step": 59, "loss/eval": 0.06}]) + '{"step": 60, "lo', encoding="utf-8")
+    rows = [
+        {"step": s, "examples": s, "loss/train": 3.0 / s, "rewards_train/accuracies": 0.5, "lr": 1e-3}
+        for s in range(1, 60)
+    ]
+    metrics.write_text(
+        "".join(json.dumps(r) + "\n" for r in [*rows, {"step": 59, "loss/eval": 0.06}]) + '{"step": 60, "lo',
+        encoding="utf-8",
+    )
     top = [[nasty, 1.25, 0.4], ["</script>", -0.5, 0.1]]
     path = write_report(
         folder,
@@ -34,7 +46,12 @@ def written(folder: Path, nasty: str = NASTY) -> str:
             {"prompt": f"say {nasty}", "model": "student", "response": nasty, "score": 0.0},
             {"prompt": f"say {nasty}", "model": "teacher_dpo", "response": "fine", "score": 1.0},
         ],
-        [{"prompt": nasty, "tokens": [{"text": nasty, "advantage": 1.25, "top": top}, {"text": "b", "advantage": None, "top": []}]}],
+        [
+            {
+                "prompt": nasty,
+                "tokens": [{"text": nasty, "advantage": 1.25, "top": top}, {"text": "b", "advantage": None, "top": []}],
+            }
+        ],
     )
     assert path == folder / "report.html"
     return path.read_text(encoding="utf-8")
@@ -61,7 +78,17 @@ def test_the_report_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
 def test_the_table_holds_every_number_and_marks_what_separates(tmp_path: Path) -> None:
     page = written(tmp_path)
     table = re.search(r'<table class="results">.*?</table>', page, re.S).group(0)  # type: ignore[union-attr]
-    for value in ("0.123", "[0.100, 0.150]", "0.612", "[0.580, 0.640]", "0.871", "[0.850, 0.891]", "1000", "0.127", "0.616"):
+    for value in (
+        "0.123",
+        "[0.100, 0.150]",
+        "0.612",
+        "[0.580, 0.640]",
+        "0.871",
+        "[0.850, 0.891]",
+        "1000",
+        "0.127",
+        "0.616",
+    ):
         assert value in table
     assert table.count("separated") == 1 and "✓ right" in page and "✗ wrong" in page
 
@@ -79,7 +106,9 @@ def test_with_several_seeds_the_interval_over_seeds_decides(tmp_path: Path) -> N
     low["ci95_over_seeds"], high["ci95_over_seeds"] = [0.3, 0.7], [0.5, 0.9]
     assert best_model({"a": low, "b": high}) is None
     pair = {"first": "b<i>", "second": "a", "difference": 0.2, "ci95": [0.17, 0.23], "ci95_over_seeds": [-0.1, 0.5]}
-    page = write_report(tmp_path, "x", {}, {"models": {"a": low, "b": high}, "comparisons": [pair]}, [], []).read_text(encoding="utf-8")
+    page = write_report(tmp_path, "x", {}, {"models": {"a": low, "b": high}, "comparisons": [pair]}, [], []).read_text(
+        encoding="utf-8"
+    )
     assert "[0.500, 0.900]" in page and "b&lt;i&gt; − a" in page and "[−0.100, +0.500]" in page and "holds 0" in page
 
 
@@ -124,7 +153,14 @@ def test_the_report_opens_in_a_browser_and_its_script_runs(tmp_path: Path) -> No
     if chromium is None:
         pytest.skip("chromium is not installed")
     written(tmp_path)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
     profile, address = f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'report.html'}"
     command = [chromium, *flags, profile, "--virtual-time-budget=2000"]
     dom = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=True)

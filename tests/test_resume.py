@@ -19,10 +19,23 @@ TIMING = ("tokens_per_second",)
 
 def arguments(base: Path, data: Path, name: str) -> list[str]:
     return [
-        sys.executable, str(ROOT / "launch.py"), "loss=dpo", "model=tiny", "datasets=[local]", f"datasets.local.train={data}",
-        f"datasets.local.test={data}", f"cache_dir={base}", f"exp_name={name}", "lr=1e-3", "n_epochs=15", "model.batch_size=8",
-        "log_every=3", "save_every=7", "eval_every=20", "model.use_peft=false",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "loss=dpo",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"datasets.local.test={data}",
+        f"cache_dir={base}",
+        f"exp_name={name}",
+        "lr=1e-3",
+        "n_epochs=15",
+        "model.batch_size=8",
+        "log_every=3",
+        "save_every=7",
+        "eval_every=20",
+        "model.use_peft=false",
+    ]
 
 
 def start(command: list[str]) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""Methods that learn from the policy's own replies: sampling, rewards, resume, layouts, and that rewards rise."""
+"""Methods that learn from the policy's own responses: sampling, rewards, resume, layouts, and that rewards rise."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,8 @@ from trainers.rollouts import row_seed
 
 ATOL = 2e-5  # as in test_layout.py
 ONLINE = {
-    "ppo": ["loss=ppo", "loss.checker=tests.rewards:share_of_e"],
-    "grpo": ["loss=grpo", "loss.n=4", "loss.checker=tests.rewards:share_of_e"],
+    "ppo": ["loss=ppo", "loss.verifier=tests.rewards:share_of_e"],
+    "grpo": ["loss=grpo", "loss.n=4", "loss.verifier=tests.rewards:share_of_e"],
 }
 
 
@@ -30,17 +30,31 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rollouts")
     write_pairs(folder / "pairs.jsonl", 12)
     launch.run_task(composed(*common(folder), "exp_name=start", "n_steps=10", "lr=3e-3"))
-    launch.run_task(composed(*common(folder), "exp_name=teacher", "n_steps=60", "lr=3e-3", f"model.load_from={folder}/start/FINAL"))
+    launch.run_task(
+        composed(*common(folder), "exp_name=teacher", "n_steps=60", "lr=3e-3", f"model.load_from={folder}/start/FINAL")
+    )
     return folder
 
 
 def common(folder: Path) -> list[str]:
-    return [f"cache_dir={folder}", "model=tiny", "datasets=[local]", f"datasets.local.train={folder}/pairs.jsonl", "model.max_length=96",
-            "model.max_prompt_length=48"]  # fmt: skip
+    return [
+        f"cache_dir={folder}",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={folder}/pairs.jsonl",
+        "model.max_length=96",
+        "model.max_prompt_length=48",
+    ]
 
 
 def online(folder: Path, *overrides: str) -> list[str]:
-    start = [f"model.load_from={folder}/start/FINAL", "loss.max_new_tokens=12", "model.batch_size=4", "log_every=1", "lr=1e-3"]
+    start = [
+        f"model.load_from={folder}/start/FINAL",
+        "loss.max_new_tokens=12",
+        "model.batch_size=4",
+        "log_every=1",
+        "lr=1e-3",
+    ]
     return [*common(folder), *start, *overrides]
 
 
@@ -67,20 +81,25 @@ def test_samples_follow_the_distribution():
     torch.testing.assert_close(counts, scores[0].softmax(-1), atol=0.01, rtol=0)  # 3 standard errors
 
 
-def test_a_reply_does_not_depend_on_its_batch(base):
+def test_a_response_does_not_depend_on_its_batch(base):
     config = launch.settings_of(composed(*common(base), f"model.load_from={base}/start/FINAL")).model
     model, tokenizer = models.load_model(config, trainable=False), models.load_tokenizer(config)
     prompts = [tokenizer.encode(text) for text in ("a", "some longer prompt", "bee cat", "a")]
     seeds = [row_seed(1, 1, i, 0) for i in range(4)]
     together = sample_rows(model, tokenizer, prompts, seeds, 16, models.stop_ids(tokenizer, model), False)
-    alone = [sample_rows(model, tokenizer, [p], [s], 16, models.stop_ids(tokenizer, model), False)[0] for p, s in zip(prompts, seeds, strict=True)]
+    alone = [
+        sample_rows(model, tokenizer, [p], [s], 16, models.stop_ids(tokenizer, model), False)[0]
+        for p, s in zip(prompts, seeds, strict=True)
+    ]
     assert together == alone and together[0] != together[3]
 
 
 def test_a_group_is_compared_with_itself():
     rewards = torch.tensor([1.0, 0.0, 5.0, 5.0, 2.0], dtype=torch.float64)
     groups = ["a", "a", "b", "b", "c"]
-    torch.testing.assert_close(group_advantages(rewards, groups, "none", 1e-4), torch.tensor([0.5, -0.5, 0, 0, 0], dtype=torch.float64))
+    torch.testing.assert_close(
+        group_advantages(rewards, groups, "none", 1e-4), torch.tensor([0.5, -0.5, 0, 0, 0], dtype=torch.float64)
+    )
     scaled = group_advantages(rewards, groups, "std", 0.1)
     torch.testing.assert_close(scaled, torch.tensor([0.5 / 0.6, -0.5 / 0.6, 0, 0, 0], dtype=torch.float64))
 
@@ -89,7 +108,7 @@ def test_a_group_is_compared_with_itself():
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_micro_batches_change_neither_replies_nor_parameters(name, base):
+def test_micro_batches_change_neither_responses_nor_parameters(name, base):
     for parts in (1, 4):
         run = [*ONLINE[name], f"exp_name={name}_by_{parts}", "n_steps=3", f"model.gradient_accumulation_steps={parts}"]
         run += ["optimizer=SGD", "lr=0.1"]  # AdamW would blow up the rounding of gradients near zero
@@ -97,13 +116,15 @@ def test_micro_batches_change_neither_replies_nor_parameters(name, base):
     one, four = (weights(base / f"{name}_by_{parts}") for parts in (1, 4))
     for key, value in one.items():
         torch.testing.assert_close(value, four[key], atol=1e-6, rtol=0)  # measured: 1.2e-7
-    rewards = [[row["reward/train"] for row in rows_of(base / f"{name}_by_{parts}" / "metrics.jsonl")] for parts in (1, 4)]
+    rewards = [
+        [row["reward/train"] for row in rows_of(base / f"{name}_by_{parts}" / "metrics.jsonl")] for parts in (1, 4)
+    ]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)  # float32 labels
     assert len(set(rewards[0])) > 1
 
 
 @pytest.mark.distributed
-def test_two_shards_reply_and_learn_as_one_process(base):
+def test_two_shards_response_and_learn_as_one_process(base):
     sharded = two(online(base, *ONLINE["ppo"], "exp_name=two", "n_steps=2"))
     launch.run_task(composed(*online(base, *ONLINE["ppo"], "exp_name=one", "n_steps=2")))
     _, errors = sharded.communicate(timeout=240)
@@ -146,15 +167,37 @@ def test_the_value_head_stays_out_of_final(base):
 def test_offline_methods_learn_from_rewards_in_the_data(base):
     rows = [{"prompt": f"say {i // 3}", "response": "ha" * (1 + i % 3), "reward": float(i % 3)} for i in range(9)]
     (base / "rewarded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replies = [{"prompt": row["prompt"], "teacher_response": row["response"], "reward": row["reward"]} for row in rows]
-    (base / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replies))
+    responses = [
+        {"prompt": row["prompt"], "teacher_response": row["response"], "reward": row["reward"]} for row in rows
+    ]
+    (base / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in responses))
     for name, data, more in (
         ("ppo", "rewarded", ["loss.online=false", "loss.rollout_epochs=4"]),
         ("grpo", "rewarded", ["loss.online=false", "++cache_reference_logprobs=true"]),
-        ("reward-weighted-distill", "replies", [f"loss.teachers=[{base}/teacher/FINAL,{base}/start/FINAL]", "loss.kl_weight=0.5"]),
+        (
+            "reward-weighted-distill",
+            "responses",
+            [f"loss.teachers=[{base}/teacher/FINAL,{base}/start/FINAL]", "loss.kl_weight=0.5"],
+        ),
     ):
-        run = [f"loss={name}", f"exp_name=offline_{name}", f"datasets.local.train={base}/{data}.jsonl", "n_steps=24", "scheduler=constant"]
-        launch.run_task(composed(*common(base), f"model.load_from={base}/start/FINAL", "model.batch_size=9", "lr=1e-3", "log_every=1", *run, *more))
+        run = [
+            f"loss={name}",
+            f"exp_name=offline_{name}",
+            f"datasets.local.train={base}/{data}.jsonl",
+            "n_steps=24",
+            "scheduler=constant",
+        ]
+        launch.run_task(
+            composed(
+                *common(base),
+                f"model.load_from={base}/start/FINAL",
+                "model.batch_size=9",
+                "lr=1e-3",
+                "log_every=1",
+                *run,
+                *more,
+            )
+        )
         logged = rows_of(base / f"offline_{name}" / "metrics.jsonl")
         assert logged[0]["reward/train"] == pytest.approx(1.0)
         assert logged[-1]["loss/train"] < logged[0]["loss/train"]
@@ -163,16 +206,22 @@ def test_offline_methods_learn_from_rewards_in_the_data(base):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["loss=ppo"], "loss.online=true needs somebody who judges"),
-        (["loss=grpo", "loss.checker=tests.rewards:share_of_e", "loss.n=1"], "a group needs at least 2 replies"),
-        ([*ONLINE["ppo"], "loss.rollout_batches=3", "save_every=4"], "save_every=4: a rollout lasts 3 steps .* a multiple of 3 works"),
+        (["loss=ppo"], "loss.online=true needs somebody who scores"),
+        (["loss=grpo", "loss.verifier=tests.rewards:share_of_e", "loss.n=1"], "a group needs at least 2 responses"),
+        (
+            [*ONLINE["ppo"], "loss.rollout_batches=3", "save_every=4"],
+            "save_every=4: a rollout lasts 3 steps .* a multiple of 3 works",
+        ),
         ([*ONLINE["ppo"], "cache_reference_logprobs=true"], "reference log-probabilities cannot be cached"),
-        (["loss=ppo", "loss.checker=tests.rewards:nobody"], "tests.rewards has no function 'nobody'"),
-        (["loss=ppo", "loss.checker=tests.rewards:raises"], "loss.checker=tests.rewards:raises failed on the reply .*no such order"),
-        (["loss=grpo", "loss.online=false"], "compares replies to the same prompt|a row has no reward"),
+        (["loss=ppo", "loss.verifier=tests.rewards:nobody"], "tests.rewards has no function 'nobody'"),
+        (
+            ["loss=ppo", "loss.verifier=tests.rewards:raises"],
+            "loss.verifier=tests.rewards:raises failed on the response .*no such order",
+        ),
+        (["loss=grpo", "loss.online=false"], "compares responses to the same prompt|a row has no reward"),
         (["loss=gkd", "loss.teacher=assets/shop_tokenizer"], "another tokenizer than the policy"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused(base, overrides, message):
     prompts = [] if "loss.online=false" not in overrides else [f"datasets.local.train={base}/one_each.jsonl"]
     rows = [{"prompt": f"say {i}", "response": "ha", "reward": 1.0} for i in range(3)]
@@ -180,7 +229,11 @@ def test_what_cannot_work_is_refused(base, overrides, message):
     name = f"refused_{abs(hash(tuple(overrides)))}"
     extra = [] if "loss=gkd" in overrides else ["loss.max_new_tokens=4"]
     with pytest.raises(ValueError, match=message):
-        launch.run_task(composed(*common(base), f"model.load_from={base}/start/FINAL", f"exp_name={name}", *extra, *prompts, *overrides))
+        launch.run_task(
+            composed(
+                *common(base), f"model.load_from={base}/start/FINAL", f"exp_name={name}", *extra, *prompts, *overrides
+            )
+        )
 
 
 # ---- that they do what they are for
@@ -188,22 +241,43 @@ def test_what_cannot_work_is_refused(base, overrides, message):
 
 @pytest.mark.parametrize("name", ["gkd", "opd"])
 def test_on_policy_distillation_comes_nearer_to_the_teacher(name, base):
-    """The exact reverse KL on the student's own replies falls, from prompts alone."""
-    (base / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("ant", "bee", "cat", "dog")))
+    """The exact reverse KL on the student's own responses falls, from prompts alone."""
+    (base / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("ant", "bee", "cat", "dog"))
+    )
     teacher = [f"loss.teacher={base}/teacher/FINAL", f"datasets.local.train={base}/prompts.jsonl", "scheduler=constant"]
     settings = {"gkd": ["loss=gkd", "loss.on_policy=1", "loss.beta=1"], "opd": ["loss=opd", "loss.n=4"]}[name]
     launch.run_task(composed(*online(base, *settings, *teacher, f"exp_name={name}", "n_steps=30")))
     found = []
-    for folder in (base / "start", base / name):  # judged by the other method's first step: KL to the teacher on own replies
-        judged = ["loss=gkd", "loss.on_policy=1", "loss.beta=1", "n_steps=1", "lr=1e-12", f"exp_name={folder.name}_judged_{name}"]
+    for folder in (
+        base / "start",
+        base / name,
+    ):  # judged by the other method's first step: KL to the teacher on own responses
+        judged = [
+            "loss=gkd",
+            "loss.on_policy=1",
+            "loss.beta=1",
+            "n_steps=1",
+            "lr=1e-12",
+            f"exp_name={folder.name}_judged_{name}",
+        ]
         launch.run_task(composed(*online(base, *judged, *teacher, f"model.load_from={folder}/FINAL")))
         found.append(rows_of(base / f"{folder.name}_judged_{name}" / "metrics.jsonl")[0]["loss/train"])
     assert found[1] < 0.8 * found[0]
 
 
 def world(folder: Path, data: str, model: str = "quickstart_student") -> list[str]:
-    sizes = ["model.batch_size=32", "model.eval_batch_size=250", "model.max_length=80", "model.max_prompt_length=32", "betas=[0.9,0.98]"]
-    files = [f"datasets.local.train={folder}/world/WORLD/{data}.jsonl", f"datasets.local.test={folder}/world/WORLD/prompts_test.jsonl"]
+    sizes = [
+        "model.batch_size=32",
+        "model.eval_batch_size=250",
+        "model.max_length=80",
+        "model.max_prompt_length=32",
+        "betas=[0.9,0.98]",
+    ]
+    files = [
+        f"datasets.local.train={folder}/world/WORLD/{data}.jsonl",
+        f"datasets.local.test={folder}/world/WORLD/prompts_test.jsonl",
+    ]
     return [f"cache_dir={folder}", f"model={model}", "datasets=[local]", *files, *sizes, "warmup=0.05"]
 
 
@@ -222,16 +296,33 @@ def shop(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_reward_of_the_shop_rises_beyond_the_interval(name, shop):
-    """From the quickstart's student after SFT (right about once in 35 replies), in 120 steps."""
+    """From the quickstart's student after SFT (right about once in 35 responses), in 120 steps."""
     more = {
         "ppo": ["loss=ppo", "model.batch_size=256", "lr=3e-3", "loss.value_weight=0.5", "loss.kl_weight=0.01"],
         "grpo": ["loss=grpo", "model.batch_size=32", "lr=2e-3"],
     }[name]
-    launch.run_task(composed(*world(shop, "pairs_train"), "loss.checker=worlds.shop:check", "loss.max_new_tokens=40",
-                             f"model.load_from={shop}/sft/FINAL", *more, f"exp_name={name}", "n_steps=120"))  # fmt: skip
+    launch.run_task(
+        composed(
+            *world(shop, "pairs_train"),
+            "loss.verifier=worlds.shop:check",
+            "loss.max_new_tokens=40",
+            f"model.load_from={shop}/sft/FINAL",
+            *more,
+            f"exp_name={name}",
+            "n_steps=120",
+        )
+    )
     models_of = [f"+evaluation.models.{who}={shop}/{who}/FINAL" for who in ("sft", name)]
-    launch.run_task(composed(*world(shop, "pairs_train"), "task=evaluate", f"exp_name=eval_{name}", "evaluation.checker=worlds.shop:check",
-                             "evaluation.temperatures=[1.0]", *models_of))  # fmt: skip
+    launch.run_task(
+        composed(
+            *world(shop, "pairs_train"),
+            "task=evaluate",
+            f"exp_name=eval_{name}",
+            "evaluation.verifier=worlds.shop:check",
+            "evaluation.temperatures=[1.0]",
+            *models_of,
+        )
+    )
     found = json.loads((shop / f"eval_{name}" / "results.json").read_text())["models"]
     assert found[name]["ci95"][0] > found["sft"]["ci95"][1], {who: found[who]["score"] for who in found}
     kl = rows_of(shop / name / "metrics.jsonl")[-2]["kl/train"]
@@ -240,9 +331,26 @@ def test_the_reward_of_the_shop_rises_beyond_the_interval(name, shop):
 
 @pytest.mark.slow
 def test_a_reward_models_reward_rises(shop):
-    """What the reward model likes becomes more frequent; whether the checker agrees is another question (docs/log.md: it does not)."""
-    judge = [f"loss.reward_model={shop}/reward/FINAL", "loss.max_new_tokens=40", "loss=grpo", "model.batch_size=16", "lr=2e-3"]
-    launch.run_task(composed(*world(shop, "pairs_train"), *judge, f"model.load_from={shop}/sft/FINAL", "exp_name=liked", "n_steps=30",
-                             "log_every=5", "datasets.local.test=null"))  # fmt: skip
+    """What the reward model likes becomes more frequent; whether the verifier agrees is another question (docs/log.md:
+    it does not).
+    """
+    judge = [
+        f"loss.reward_model={shop}/reward/FINAL",
+        "loss.max_new_tokens=40",
+        "loss=grpo",
+        "model.batch_size=16",
+        "lr=2e-3",
+    ]
+    launch.run_task(
+        composed(
+            *world(shop, "pairs_train"),
+            *judge,
+            f"model.load_from={shop}/sft/FINAL",
+            "exp_name=liked",
+            "n_steps=30",
+            "log_every=5",
+            "datasets.local.test=null",
+        )
+    )
     rewards = [row["reward/train"] for row in rows_of(shop / "liked" / "metrics.jsonl")]
     assert rewards[-1] > rewards[0] + 0.5

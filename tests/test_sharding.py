@@ -1,4 +1,6 @@
-"""strategy=fsdp on two CPU processes (gloo): the run of one process, clipping and odd sizes included, and its checkpoints."""
+"""strategy=fsdp on two CPU processes (gloo): the run of one process, clipping and odd sizes included, and its
+checkpoints.
+"""
 
 import json
 import os
@@ -30,22 +32,47 @@ def free_port() -> str:
 
 
 def two(overrides: list[str], program: tuple[str, ...] = ("launch.py",)) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), *program]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        free_port(),
+        *program,
+    ]
     return subprocess.Popen(
-        [*command, *overrides, "strategy=fsdp"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*command, *overrides, "strategy=fsdp"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
 def overrides(tmp_path: Path) -> list[str]:
     data = write_pairs(tmp_path / "pairs.jsonl", 22)
     # 265 tokens do not divide by 2: the embedding is sharded unevenly. The clip is far below the gradient's norm.
-    odd = "++model.build={hidden_size: 48, intermediate_size: 80, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, vocab_size: 265}"
+    odd = (
+        "++model.build={hidden_size: 48, intermediate_size: 80, num_hidden_layers: 2, num_attention_heads: 4, "
+        "num_key_value_heads: 2, vocab_size: 265}"
+    )
     return [
-        "loss=dpo", "model=tiny", odd, "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "lr=1e-3", "log_every=1",
-        "model.batch_size=8", "model.max_grad_norm=0.05", "loss.nll_weight=0.3",
-    ]  # fmt: skip
+        "loss=dpo",
+        "model=tiny",
+        odd,
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"cache_dir={tmp_path}",
+        "lr=1e-3",
+        "log_every=1",
+        "model.batch_size=8",
+        "model.max_grad_norm=0.05",
+        "loss.nll_weight=0.3",
+    ]
 
 
 def close(one: Path, other: Path) -> None:
@@ -79,7 +106,10 @@ def test_a_sharded_checkpoint_resumes_on_one_process_and_on_two(tmp_path, overri
         run, folder, deadline = two([*overrides, *schedule, f"exp_name={name}"]), tmp_path / name, time.time() + 120
         while not list(folder.glob("checkpoint-*/DONE")) and time.time() < deadline and run.poll() is None:
             time.sleep(0.02)
-        for process in [*psutil.Process(run.pid).children(recursive=True), run]:  # torchrun's workers have groups of their own
+        for process in [
+            *psutil.Process(run.pid).children(recursive=True),
+            run,
+        ]:  # torchrun's workers have groups of their own
             process.kill()
         run.communicate()
         checkpoint = next(folder.glob("checkpoint-*/DONE")).parent

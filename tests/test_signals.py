@@ -20,16 +20,28 @@ from tests.test_resume import start, without_timing
 
 def command(base: Path, data: Path, name: str) -> list[str]:
     return [
-        sys.executable, str(ROOT / "launch.py"), "loss=dpo", "model=tiny", "datasets=[local]", f"datasets.local.train={data}",
-        f"cache_dir={base}", f"exp_name={name}", "lr=1e-3", "n_steps=60", "model.batch_size=8", "log_every=5",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "loss=dpo",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"cache_dir={base}",
+        f"exp_name={name}",
+        "lr=1e-3",
+        "n_steps=60",
+        "model.batch_size=8",
+        "log_every=5",
+    ]
 
 
 def wait_for_rows(process: subprocess.Popen, file: Path, rows: int, timeout: float = 120) -> None:
     """Wait until a run has written so many rows."""
     deadline = time.time() + timeout
     while not (file.is_file() and len(file.read_text().splitlines()) >= rows):
-        assert process.poll() is None and time.time() < deadline, "the run ended, or stood still, before it could be signalled"
+        assert process.poll() is None and time.time() < deadline, (
+            "the run ended, or stood still, before it could be signalled"
+        )
         time.sleep(0.02)
 
 
@@ -59,7 +71,15 @@ def test_a_warning_to_one_rank_stops_both_at_the_same_step(tmp_path):
     for rank in ("0", "1"):
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env |= {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | env
-        ranks.append(subprocess.Popen([*command(tmp_path, data, "two"), "n_steps=4000"], env=env, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL))
+        ranks.append(
+            subprocess.Popen(
+                [*command(tmp_path, data, "two"), "n_steps=4000"],
+                env=env,
+                cwd=ROOT,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+            )
+        )
     wait_for_rows(ranks[0], tmp_path / "two" / "metrics.jsonl", 1)
     ranks[1].send_signal(signal.SIGUSR1)
     assert [rank.wait(timeout=60) for rank in ranks] == [REQUEUE, REQUEUE]
@@ -79,8 +99,20 @@ def test_a_taken_port_is_passed_over():
 
 
 def test_a_rank_is_told_its_place_and_one_process_nothing():
-    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS_PER_NODE": "2"}
-    assert rank_variables(step) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "1"}
+    step = {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
+    assert rank_variables(step) == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "NODE_RANK": "1",
+    }
     assert rank_variables({"SLURM_STEP_NUM_TASKS": "1"}) == {}
     with pytest.raises(ValueError, match="gpus-per-node"):
         rank_variables({**step, "CUDA_VISIBLE_DEVICES": "0"})

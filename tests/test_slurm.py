@@ -1,4 +1,5 @@
-"""The scripts on a real two-node Slurm (tests/two_node_slurm.sh): layout, warning and requeue, failure, pipeline, sweep.
+"""The scripts on a real two-node Slurm (tests/two_node_slurm.sh): layout, warning and requeue, failure, pipeline,
+sweep.
 
 One controller serves the module; its jobs are this machine's processes. Skipped where Slurm cannot be installed, and
 where this user may not start daemons.
@@ -39,9 +40,16 @@ def slurm(tmp_path_factory) -> Iterator[Path]:
             pytest.skip(f"Slurm cannot be installed here: {installed.stderr[-300:]}")
     folder = tmp_path_factory.mktemp("slurm")
     before = dict(os.environ)
-    os.environ |= {"SLURM_TEST_DIR": str(folder / "service"), "OMP_NUM_THREADS": "1", "VENV": sys.prefix, "CLUSTER_ENV": "/dev/null"}
+    os.environ |= {
+        "SLURM_TEST_DIR": str(folder / "service"),
+        "OMP_NUM_THREADS": "1",
+        "VENV": sys.prefix,
+        "CLUSTER_ENV": "/dev/null",
+    }
     (folder / "service").mkdir()
-    started = subprocess.run(["bash", str(SERVICE), "start"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    started = subprocess.run(
+        ["bash", str(SERVICE), "start"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
     os.environ["SLURM_CONF"] = str(folder / "service" / "slurm.conf")
     try:
         assert "idle" in started.stdout, started.stdout
@@ -49,7 +57,9 @@ def slurm(tmp_path_factory) -> Iterator[Path]:
     finally:
         subprocess.run(["scancel", "--me"], timeout=30)
         deadline = time.time() + 30
-        while subprocess.run(["squeue", "--me", "-h"], capture_output=True, timeout=30).stdout and time.time() < deadline:
+        while (
+            subprocess.run(["squeue", "--me", "-h"], capture_output=True, timeout=30).stdout and time.time() < deadline
+        ):
             time.sleep(0.5)  # or their daemons would outlive the controller
         subprocess.run(["bash", str(SERVICE), "stop"], timeout=60)
         os.environ.clear()
@@ -63,9 +73,17 @@ def data(slurm: Path) -> Path:
 
 def run_overrides(slurm: Path, data: Path, name: str, *more: str) -> list[str]:
     return [
-        f"cache_dir={slurm}/runs", f"exp_name={name}", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", "loss=dpo",
-        "lr=1e-3", "model.batch_size=8", "log_every=1", *more,
-    ]  # fmt: skip
+        f"cache_dir={slurm}/runs",
+        f"exp_name={name}",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        "loss=dpo",
+        "lr=1e-3",
+        "model.batch_size=8",
+        "log_every=1",
+        *more,
+    ]
 
 
 def sbatch(slurm: Path, *words: str | Path) -> str:
@@ -106,7 +124,7 @@ def log(slurm: Path, job: str) -> str:
     return (slurm / f"{job}.out").read_text(errors="replace")
 
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+ENDED = ("COMPLETED", "FAILED", "Canceled", "TIMEOUT", "NODE_FAIL")
 
 
 def finished(slurm: Path, job: str, timeout: float = 240) -> None:
@@ -131,7 +149,13 @@ def test_two_nodes_give_the_parameters_of_one_process(slurm, data):
 
 def test_an_interactive_allocation_runs_the_same_on_both_nodes(slurm, data):
     line = ["salloc", "--nodes=2", "--ntasks-per-node=1", str(ROOT / "scripts" / "slurm_interactive.sh")]
-    run = subprocess.run([*line, *run_overrides(slurm, data, "tried", "n_steps=3")], capture_output=True, text=True, cwd=slurm, timeout=240)
+    run = subprocess.run(
+        [*line, *run_overrides(slurm, data, "tried", "n_steps=3")],
+        capture_output=True,
+        text=True,
+        cwd=slurm,
+        timeout=240,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     launcher.run_task(composed(*run_overrides(slurm, data, "alone", "n_steps=3")))
     assert "2 process(es)" in run.stdout
@@ -164,15 +188,15 @@ def test_a_warned_job_is_requeued_and_ends_with_the_bits_of_the_uninterrupted_on
     assert [r["loss/train"] for r in rows] == [r["loss/train"] for r in other_rows]
 
 
-def test_a_cancelled_job_stays_cancelled(slurm, data):
-    job = sbatch(slurm, MULTI_NODE, *run_overrides(slurm, data, "cancelled", "n_steps=100000", "log_every=1"))
-    metrics, deadline = slurm / "runs" / "cancelled" / "metrics.jsonl", time.time() + 200
+def test_a_canceled_job_stays_canceled(slurm, data):
+    job = sbatch(slurm, MULTI_NODE, *run_overrides(slurm, data, "canceled", "n_steps=100000", "log_every=1"))
+    metrics, deadline = slurm / "runs" / "canceled" / "metrics.jsonl", time.time() + 200
     while not metrics.is_file() and time.time() < deadline:
         time.sleep(0.1)
     subprocess.run(["scancel", job], check=True, timeout=30)
-    assert wait_for(job, ENDED, 60)["JobState"] == "CANCELLED"
+    assert wait_for(job, ENDED, 60)["JobState"] == "Canceled"
     time.sleep(2)
-    assert facts(job)["JobState"] == "CANCELLED" and facts(job)["Restarts"] == "0"
+    assert facts(job)["JobState"] == "Canceled" and facts(job)["Restarts"] == "0"
 
 
 def test_a_rank_that_dies_ends_the_whole_job(slurm, data):
@@ -196,7 +220,12 @@ def our_ranks(job: str) -> list[tuple[int, str]]:
             line = (folder / "cmdline").read_text()
         except (OSError, UnicodeDecodeError):
             continue
-        if env.get("SLURM_JOB_ID") == job and "launch.py" in line and "RANK" in env and "srun" not in line.split("\0")[0]:
+        if (
+            env.get("SLURM_JOB_ID") == job
+            and "launch.py" in line
+            and "RANK" in env
+            and "srun" not in line.split("\0")[0]
+        ):
             found.append((int(folder.name), env["RANK"]))
     return found
 
@@ -212,9 +241,15 @@ def test_a_pipeline_is_a_chain_of_jobs_and_finished_stages_get_none(slurm):
     from tests.test_pipeline import only
 
     line = [
-        sys.executable, str(ROOT / "scripts" / "submit_pipeline.py"), "pipeline=quickstart", f"cache_dir={slurm}/chain",
-        *only("world", "student_sft", "student_dpo"), "++n_steps=3", "++n_examples=64", "++n_eval_examples=16",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "scripts" / "submit_pipeline.py"),
+        "pipeline=quickstart",
+        f"cache_dir={slurm}/chain",
+        *only("world", "student_sft", "student_dpo"),
+        "++n_steps=3",
+        "++n_examples=64",
+        "++n_eval_examples=16",
+    ]
     first = subprocess.run(line, capture_output=True, text=True, cwd=slurm, timeout=120)
     assert first.returncode == 0, first.stderr
     jobs = re.findall(r"^(\d+)  ", first.stdout, re.M)
@@ -222,7 +257,9 @@ def test_a_pipeline_is_a_chain_of_jobs_and_finished_stages_get_none(slurm):
     again = subprocess.run(line, capture_output=True, text=True, cwd=slurm, timeout=120)
     assert set(re.findall(r"^(\d+)  ", again.stdout, re.M)) <= set(jobs), "a queued stage was submitted again"
     for job in jobs:
-        assert wait_for(job, ENDED, 240)["JobState"] == "COMPLETED", [p.read_text()[-1500:] for p in (slurm / "chain" / "slurm").glob("*.out")]
+        assert wait_for(job, ENDED, 240)["JobState"] == "COMPLETED", [
+            p.read_text()[-1500:] for p in (slurm / "chain" / "slurm").glob("*.out")
+        ]
     assert len(list((slurm / "chain" / "stages").glob("*/DONE"))) == 3
     third = subprocess.run(line, capture_output=True, text=True, cwd=slurm, timeout=120)
     assert re.findall(r"^\d+  (\S+)", third.stdout, re.M) == ["results"]
@@ -230,7 +267,12 @@ def test_a_pipeline_is_a_chain_of_jobs_and_finished_stages_get_none(slurm):
 
 def test_a_submitit_sweep_runs_on_slurm_and_a_second_call_skips_both(slurm, data):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    line = ["-m", "hydra/launcher=submitit_slurm_cpu", *run_overrides(slurm, data, "sweep", "n_steps=2"), "loss.beta=0.1,0.3"]
+    line = [
+        "-m",
+        "hydra/launcher=submitit_slurm_cpu",
+        *run_overrides(slurm, data, "sweep", "n_steps=2"),
+        "loss.beta=0.1,0.3",
+    ]
     first = launch(*line, timeout=300, cwd=slurm)
     assert first.returncode == 0, first.stderr[-3000:]
     done = sorted((slurm / "runs" / "sweep").glob("*/DONE"))

@@ -33,7 +33,11 @@ def test_only_a_sweep_gets_names(monkeypatch):
     assert as_sweep(["lr=1"]) == ["lr=1"]
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     line = as_sweep(["-m", "lr=1,2", "--config-dir", "more"])
-    assert line[1].startswith("hydra.job.config.override_dirname.exclude_keys=[") and line[2:] == ["lr=1,2", "--config-dir", "more"]
+    assert line[1].startswith("hydra.job.config.override_dirname.exclude_keys=[") and line[2:] == [
+        "lr=1,2",
+        "--config-dir",
+        "more",
+    ]
 
 
 def test_folder_names_are_single_short_and_distinct():
@@ -46,9 +50,16 @@ def test_folder_names_are_single_short_and_distinct():
 def overrides(tmp_path: Path) -> list[str]:
     data = write_pairs(tmp_path / "pairs.jsonl", 12)
     return [
-        f"cache_dir={tmp_path}/runs", "exp_name=sweep", "model=tiny", "datasets=[local]", f"datasets.local.train={data}",
-        f"datasets.local.test={data}", "n_steps=2", "lr=1e-3", "log_every=1",
-    ]  # fmt: skip
+        f"cache_dir={tmp_path}/runs",
+        "exp_name=sweep",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"datasets.local.test={data}",
+        "n_steps=2",
+        "lr=1e-3",
+        "log_every=1",
+    ]
 
 
 @pytest.mark.slow
@@ -63,7 +74,9 @@ def test_a_sweep_fills_a_folder_a_job_and_a_second_call_skips_all(tmp_path):
     report = launch("task=report", f"sweep={tmp_path}/runs/sweep")
     assert report.returncode == 0, report.stderr
     assert "| loss=dpo | 1 2 |" in report.stdout and "| loss=sft | 1 2 |" in report.stdout
-    assert "<svg" in (tmp_path / "runs/sweep/report.html").read_text() and (tmp_path / "runs/sweep/summary.md").is_file()
+    assert (
+        "<svg" in (tmp_path / "runs/sweep/report.html").read_text() and (tmp_path / "runs/sweep/summary.md").is_file()
+    )
 
 
 @pytest.mark.slow
@@ -71,11 +84,17 @@ def test_a_sweep_fills_a_folder_a_job_and_a_second_call_skips_all(tmp_path):
 def test_joblib_runs_the_jobs_side_by_side_and_they_share_one_teacher_cache(tmp_path):
     common = [o for o in overrides(tmp_path) if not o.startswith("exp_name=")]
     launcher.run_task(composed(*common, "exp_name=teacher"))
-    launcher.run_task(composed(*common, "exp_name=cache", "task=cache", "cache.top_k=6", f"model.load_from={tmp_path}/runs/teacher/FINAL"))
+    launcher.run_task(
+        composed(
+            *common, "exp_name=cache", "task=cache", "cache.top_k=6", f"model.load_from={tmp_path}/runs/teacher/FINAL"
+        )
+    )
     cache = tmp_path / "runs" / "cache" / "CACHE"
     before = {p: p.stat().st_mtime_ns for p in cache.rglob("*")}
     weights = "loss.chosen_weight=0.1,0.2,0.4"
-    run = launch("-m", "hydra/launcher=joblib_local", *overrides(tmp_path), "loss=dckd", f"loss.teacher_cache={cache}", weights)
+    run = launch(
+        "-m", "hydra/launcher=joblib_local", *overrides(tmp_path), "loss=dckd", f"loss.teacher_cache={cache}", weights
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert len(list((tmp_path / "runs" / "sweep").glob("loss.chosen_weight=*/DONE"))) == 3
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*")} == before
@@ -91,11 +110,20 @@ def test_the_launcher_groups_compose(name, tmp_path):
 # ---- the report
 
 
-def written_job(sweep: Path, name: str, seed: int, accuracy: float, loss: float, beta: float, done: bool = True) -> None:
+def written_job(
+    sweep: Path, name: str, seed: int, accuracy: float, loss: float, beta: float, done: bool = True
+) -> None:
     """Write what a run leaves."""
     folder = sweep / name
     folder.mkdir(parents=True)
-    config = {"task": "train", "seed": seed, "exp_name": sweep.name, "run_count": name, "lr": beta, "loss": {"name": "dpo", "beta": beta}}
+    config = {
+        "task": "train",
+        "seed": seed,
+        "exp_name": sweep.name,
+        "run_count": name,
+        "lr": beta,
+        "loss": {"name": "dpo", "beta": beta},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     row = {"step": 9, "loss/eval": loss, "rewards_eval/accuracies": accuracy}
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "loss/eval": 9.0}) + "\n" + json.dumps(row) + "\n")
@@ -105,9 +133,9 @@ def written_job(sweep: Path, name: str, seed: int, accuracy: float, loss: float,
 
 def test_seeds_are_pooled_and_the_best_is_marked_only_where_intervals_separate(tmp_path):
     draw = random.Random(0)
-    for beta, centre in ((0.1, 0.9), (0.2, 0.5), (0.3, 0.51)):
+    for beta, center in ((0.1, 0.9), (0.2, 0.5), (0.3, 0.51)):
         for seed in (1, 2, 3):
-            written_job(tmp_path, f"beta={beta},seed={seed}", seed, centre + draw.uniform(-0.01, 0.01), centre, beta)
+            written_job(tmp_path, f"beta={beta},seed={seed}", seed, center + draw.uniform(-0.01, 0.01), center, beta)
     written_job(tmp_path, "beta=0.4,seed=1", 1, 0.99, 0.1, 0.4, done=False)
     jobs = read_jobs(tmp_path)
     rows = rows_of(jobs)

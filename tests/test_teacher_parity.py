@@ -1,4 +1,6 @@
-"""A cached teacher gives the loss of a live one; padding and the order of a batch change nothing; a full disk is said."""
+"""A cached teacher gives the loss of a live one; padding and the order of a batch change nothing; a full disk is
+said.
+"""
 
 import resource
 import subprocess
@@ -26,7 +28,9 @@ def setup(tmp_path_factory):
     data = write_pairs(base / "pairs.jsonl", 10)
     common = [f"cache_dir={base}", "model=tiny", "datasets=[local]", f"datasets.local.train={data}"]
     launch.run_task(composed(*common, "exp_name=teacher", "++model.build_seed=5", "n_steps=2", "lr=1e-3"))
-    launch.run_task(composed(*common, "exp_name=cache", "task=cache", f"model.load_from={base}/teacher/FINAL", "cache.top_k=8"))
+    launch.run_task(
+        composed(*common, "exp_name=cache", "task=cache", f"model.load_from={base}/teacher/FINAL", "cache.top_k=8")
+    )
     raw = composed(*common, "loss=dckd", f"loss.teacher_cache={base}/cache/CACHE", "loss.tail=bucket")
     settings = launch.settings_of(raw)
     tokenizer = models.load_tokenizer(settings.model)
@@ -42,7 +46,11 @@ def loss_terms(trainer: DCKD, student: torch.nn.Module, items: list[Item], pad_t
     if pad_to:
         widen = torch.nn.functional.pad
         ids, attention, response = batch.sequences
-        batch = batch._replace(sequences=type(batch.sequences)(widen(ids, (0, pad_to), value=3), widen(attention, (0, pad_to)), widen(response, (0, pad_to))))
+        batch = batch._replace(
+            sequences=type(batch.sequences)(
+                widen(ids, (0, pad_to), value=3), widen(attention, (0, pad_to)), widen(response, (0, pad_to))
+            )
+        )
     with torch.no_grad():
         out = response_logits(student, batch.sequences, trainer.vocab_size)
         sums, _ = trainer.sums(out, batch)
@@ -52,7 +60,10 @@ def loss_terms(trainer: DCKD, student: torch.nn.Module, items: list[Item], pad_t
 def test_the_cached_teacher_gives_the_live_teachers_loss(setup):
     trainer, items, student, teacher, tokenizer = setup
     cached = loss_terms(trainer, student, items)
-    for slot, name, weight in ((0, "kl_chosen", trainer.config.chosen_weight), (1, "kl_rejected", trainer.config.rejected_weight)):
+    for slot, name, weight in (
+        (0, "kl_chosen", trainer.config.chosen_weight),
+        (1, "kl_rejected", trainer.config.rejected_weight),
+    ):
         rows = collate([item.sequences[slot] for item in items], tokenizer.pad_token_id)
         with torch.no_grad():
             ids, logps, _ = topk_logps(response_logits(teacher, rows, len(tokenizer)).logits, 8)
@@ -83,9 +94,15 @@ def test_a_filler_counts_nowhere(setup):
 def test_another_tokenizer_or_truncation_is_refused(setup, tmp_path, override):
     trainer = setup[0]
     raw = composed(
-        f"cache_dir={tmp_path}", "model=tiny", "datasets=[local]", f"datasets.local.train={trainer.settings.datasets['local'].train}",
-        "loss=dckd", f"loss.teacher_cache={trainer.config.teacher_cache}", "++model.max_prompt_length=30", override,
-    )  # fmt: skip
+        f"cache_dir={tmp_path}",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={trainer.settings.datasets['local'].train}",
+        "loss=dckd",
+        f"loss.teacher_cache={trainer.config.teacher_cache}",
+        "++model.max_prompt_length=30",
+        override,
+    )
     with pytest.raises(ValueError, match="tokenizer_digest|has no entries"):
         launch.run_task(raw)
     assert not (tmp_path / "run" / "DONE").exists()
@@ -95,12 +112,21 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_that_looks_whole(tmp_path: 
     data = write_pairs(tmp_path / "pairs.jsonl", 12)
     limit = 100_000  # bytes a file: the model of 300 kB does not fit, all else does
     run = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "exp_name=x"],
+        [
+            sys.executable,
+            str(ROOT / "launch.py"),
+            "model=tiny",
+            "datasets=[local]",
+            f"datasets.local.train={data}",
+            f"cache_dir={tmp_path}",
+            "exp_name=x",
+        ],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True, text=True, timeout=120, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr[-1500:]
     assert "error:" in run.stderr
     assert not (tmp_path / "x" / "DONE").exists() and not (tmp_path / "x" / "FINAL").exists()
-
-

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.text_statistics import ends_in_loop, refuses, repeated_grams, text_figures
+from evaluation.text_statistics import ends_in_loop, refuses, repeated_grams, text_metrics
 
 PHRASES = ["I can't", "i'm sorry, but"]
 
@@ -46,14 +46,14 @@ def test_a_loop_is_an_end_that_says_the_same_three_times(text: str, loops: bool)
     assert ends_in_loop(text) == loops
 
 
-def test_the_figures_of_a_model_are_those_of_its_replies() -> None:
+def test_the_metrics_of_a_model_are_those_of_its_responses() -> None:
     texts = ["I can't", "a b c d a b c d", "ho " * 10, " "]
-    figures = text_figures(texts, [3, 8, 11, 1], PHRASES)
-    assert (figures["refusal_rate"], figures["loop_rate"], figures["empty_rate"]) == (0.25, 0.25, 0.25)
-    assert figures["repeated_4grams"] == pytest.approx((0 + 1 / 5 + 6 / 7 + 0) / 4)
-    assert (figures["mean_response_tokens"], figures["p50_response_tokens"]) == (5.75, 5.5)
-    assert figures["p95_response_tokens"] == pytest.approx(np.quantile([3, 8, 11, 1], 0.95))
-    low, high = figures["refusal_rate_ci95"]
+    metrics = text_metrics(texts, [3, 8, 11, 1], PHRASES)
+    assert (metrics["refusal_rate"], metrics["loop_rate"], metrics["empty_rate"]) == (0.25, 0.25, 0.25)
+    assert metrics["repeated_4grams"] == pytest.approx((0 + 1 / 5 + 6 / 7 + 0) / 4)
+    assert (metrics["mean_response_tokens"], metrics["p50_response_tokens"]) == (5.75, 5.5)
+    assert metrics["p95_response_tokens"] == pytest.approx(np.quantile([3, 8, 11, 1], 0.95))
+    low, high = metrics["refusal_rate_ci95"]
     assert 0 < low < 0.25 < high < 1
-    with pytest.raises(ValueError, match="no replies"):
-        text_figures([], [], PHRASES)
+    with pytest.raises(ValueError, match="no responses"):
+        text_metrics([], [], PHRASES)

@@ -15,7 +15,9 @@ from tests.helpers import ROOT, rows_of, write_pairs
 
 
 def records(path: Path) -> list:
-    """Read a .wandb file: LevelDB's log format (blocks of 32 KiB, chunks with a header of 7 bytes) after 7 bytes of its own."""
+    """Read a .wandb file: LevelDB's log format (blocks of 32 KiB, chunks with a header of 7 bytes) after 7 bytes of its
+    own.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, part, found = path.read_bytes(), 7, b"", []
@@ -39,11 +41,31 @@ def history(path: Path) -> list[dict[str, str]]:
 
 def start(base: Path, data: Path) -> subprocess.Popen:
     command = [
-        sys.executable, "launch.py", "loss=sft", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"datasets.local.test={data}",
-        f"cache_dir={base}", "exp_name=tracked", "lr=1e-3", "n_steps=40", "model.batch_size=8", "log_every=1", "save_every=5", "eval_every=10",
+        sys.executable,
+        "launch.py",
+        "loss=sft",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        f"datasets.local.test={data}",
+        f"cache_dir={base}",
+        "exp_name=tracked",
+        "lr=1e-3",
+        "n_steps=40",
+        "model.batch_size=8",
+        "log_every=1",
+        "save_every=5",
+        "eval_every=10",
         "wandb.enabled=true",
-    ]  # fmt: skip
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.slow
@@ -77,5 +99,10 @@ def test_a_run_that_starts_again_from_nothing_is_another_wandb_run(tmp_path: Pat
 
 
 def test_a_training_row_and_the_evaluation_of_the_same_step_have_places_of_their_own_in_order():
-    rows = [{"step": 0, "loss/eval": 1.0}, {"step": 1, "loss/train": 1.0}, {"step": 1, "loss/eval": 1.0}, {"step": 2, "loss/train": 1.0}]
+    rows = [
+        {"step": 0, "loss/eval": 1.0},
+        {"step": 1, "loss/train": 1.0},
+        {"step": 1, "loss/eval": 1.0},
+        {"step": 2, "loss/train": 1.0},
+    ]
     assert [place(row) for row in rows] == [1, 2, 3, 4]

@@ -18,7 +18,11 @@ class World:
 
     def __init__(self, config: Any, items: list, policy: list, reference: list, teachers: list = ()) -> None:
         self.config, self.items = config, items
-        self.tables = {"policy": policy, "reference": reference, **{f"teacher {i}": table for i, table in enumerate(teachers)}}
+        self.tables = {
+            "policy": policy,
+            "reference": reference,
+            **{f"teacher {i}": table for i, table in enumerate(teachers)},
+        }
 
     def p(self, model: str, previous: int) -> list[float]:
         weights = [math.exp(x) for x in self.tables[model][previous]]
@@ -32,7 +36,11 @@ class World:
         return sum(math.log(self.p(model, before)[token]) for before, token in self.steps(sequence))
 
     def ratio(self, sequence) -> float:
-        bounds = (self.config.log_epsilon_P, self.config.log_epsilon_R) if getattr(self.config, "humanline", False) else (-9e9, 9e9)
+        bounds = (
+            (self.config.log_epsilon_P, self.config.log_epsilon_R)
+            if getattr(self.config, "humanline", False)
+            else (-9e9, 9e9)
+        )
         parts = (math.log(self.p("policy", b)[t] / self.p("reference", b)[t]) for b, t in self.steps(sequence))
         return sum(min(max(part, bounds[0]), bounds[1]) for part in parts)
 
@@ -47,7 +55,9 @@ class World:
         found = []
         for item in self.items:
             w, l = item.sequences  # noqa: E741
-            pair = SimpleNamespace(w=w, l=l, u=self.ratio(w), v=self.ratio(l), c=self.logp("policy", w), r=self.logp("policy", l))
+            pair = SimpleNamespace(
+                w=w, l=l, u=self.ratio(w), v=self.ratio(l), c=self.logp("policy", w), r=self.logp("policy", l)
+            )
             pair.rc, pair.rr = self.logp("reference", w), self.logp("reference", l)
             pair.mc, pair.mr = pair.c / len(self.steps(w)), pair.r / len(self.steps(l))
             found.append(pair)
@@ -70,10 +80,11 @@ def smoothed(delta: float, e: float) -> float:
 
 def dpo(pair, config) -> float:
     f = {
-        "reverse_kl": lambda x: x, "forward_kl": lambda x: -math.exp(-x),
+        "reverse_kl": lambda x: x,
+        "forward_kl": lambda x: -math.exp(-x),
         "alpha": lambda x: (1 - math.exp(x) ** -config.alpha) / config.alpha,
         "js": lambda x: x - math.log(1 + math.exp(x)),
-    }[config.divergence]  # fmt: skip
+    }[config.divergence]
     return smoothed(config.beta * (f(pair.u) - f(pair.v) - config.margin), config.label_smoothing)
 
 
@@ -83,7 +94,10 @@ def robust(pair, config) -> float:
 
 
 def ipo(world: World) -> float:
-    losses = [(world.mean(p.w, world.ratio) - world.mean(p.l, world.ratio) - 0.5 / world.config.tau) ** 2 for p in world.pairs()]
+    losses = [
+        (world.mean(p.w, world.ratio) - world.mean(p.l, world.ratio) - 0.5 / world.config.tau) ** 2
+        for p in world.pairs()
+    ]
     return sum(losses) / len(losses) + world.config.nll_weight * world.nll()
 
 
@@ -93,7 +107,10 @@ def exo(pair, config) -> float:
 
 
 def nca(pair, config) -> float:
-    return -LOG_SIGMOID(config.beta * pair.u) - (LOG_SIGMOID(-config.beta * pair.u) + LOG_SIGMOID(-config.beta * pair.v)) / 2
+    return (
+        -LOG_SIGMOID(config.beta * pair.u)
+        - (LOG_SIGMOID(-config.beta * pair.u) + LOG_SIGMOID(-config.beta * pair.v)) / 2
+    )
 
 
 def discopop(pair, config) -> float:
@@ -145,7 +162,9 @@ def token_level(divergence: Callable[[World, int], float]) -> Callable[[World], 
     def twin(world: World) -> float:
         config, losses = world.config, []
         for pair in world.pairs():
-            chosen, rejected = (sum(divergence(world, before) for before, _ in world.steps(s)) for s in (pair.w, pair.l))
+            chosen, rejected = (
+                sum(divergence(world, before) for before, _ in world.steps(s)) for s in (pair.w, pair.l)
+            )
             d = (rejected - chosen) * (1 if config.variant == 1 else config.alpha)  # the stop-gradient changes no value
             losses.append(-LOG_SIGMOID(config.beta * (pair.u - pair.v - d)))
         return sum(losses) / len(losses) + config.nll_weight * world.nll()
@@ -154,7 +173,9 @@ def token_level(divergence: Callable[[World, int], float]) -> Callable[[World], 
 
 
 def kl(world: World, before: int) -> float:
-    return sum(p0 * math.log(p0 / p) for p, p0 in zip(world.p("policy", before), world.p("reference", before), strict=True))
+    return sum(
+        p0 * math.log(p0 / p) for p, p0 in zip(world.p("policy", before), world.p("reference", before), strict=True)
+    )
 
 
 def kto(world: World) -> float:
@@ -186,7 +207,11 @@ def dckd(world: World) -> float:
                 for t, s in zip([*teacher, 1 - sum(teacher)], [*student, 1 - sum(student)], strict=True):
                     sums[slot] += t * math.log(t / s)
                 counts[slot] += 1
-    return config.sft_weight * world.nll() + config.chosen_weight * sums[0] / counts[0] + config.rejected_weight * sums[1] / counts[1]
+    return (
+        config.sft_weight * world.nll()
+        + config.chosen_weight * sums[0] / counts[0]
+        + config.rejected_weight * sums[1] / counts[1]
+    )
 
 
 def adpa(world: World) -> float:
@@ -204,12 +229,12 @@ def clipped(log_ratio: float, advantage: float, clip: float) -> float:
     return -min(advantage * ratio, advantage * min(max(ratio, 1 - clip), 1 + clip))
 
 
-def figures(world: World) -> list[list[tuple]]:
-    """Return for each reply, for each token, (log pi, the token before, its figures)."""
+def notes(world: World) -> list[list[tuple]]:
+    """Return for each response, for each token, (log pi, the token before, its notes)."""
     return [
         [
             (math.log(world.p("policy", before)[token]), before, [float(x) for x in row])
-            for (before, token), row in zip(world.steps(item.sequences[0]), item.figures, strict=True)
+            for (before, token), row in zip(world.steps(item.sequences[0]), item.notes, strict=True)
         ]
         for item in world.items
     ]
@@ -217,7 +242,9 @@ def figures(world: World) -> list[list[tuple]]:
 
 def ppo(world: World) -> float:
     config, losses = world.config, []
-    for logp, before, (old, _, old_value, target, advantage) in (token for reply in figures(world) for token in reply):
+    for logp, before, (old, _, old_value, target, advantage) in (
+        token for response in notes(world) for token in response
+    ):
         drift = logp - old
         if config.humanline:
             drift = min(max(drift, config.log_epsilon_P), config.log_epsilon_R)
@@ -225,27 +252,35 @@ def ppo(world: World) -> float:
         errors = [(value - target) ** 2]
         if config.value_clip is not None:
             errors.append((min(max(value, old_value - config.value_clip), old_value + config.value_clip) - target) ** 2)
-        losses.append(clipped(drift, advantage, config.clip) + config.drift_weight * drift + config.value_weight * max(errors) / 2)
+        losses.append(
+            clipped(drift, advantage, config.clip) + config.drift_weight * drift + config.value_weight * max(errors) / 2
+        )
     return sum(losses) / len(losses)
 
 
 def grpo(world: World) -> float:
-    config, replies = world.config, []
-    for reply in figures(world):
+    config, responses = world.config, []
+    for response in notes(world):
         losses = []
-        for logp, _, (old, base, advantage) in reply:
+        for logp, _, (old, base, advantage) in response:
             drift = logp - old
             if config.humanline:
                 drift = min(max(drift, config.log_epsilon_P), config.log_epsilon_R)
-            losses.append(clipped(drift, advantage, config.clip) + config.beta * (math.exp(base - logp) - (base - logp) - 1))
-        replies.append(losses)
+            losses.append(
+                clipped(drift, advantage, config.clip) + config.beta * (math.exp(base - logp) - (base - logp) - 1)
+            )
+        responses.append(losses)
     if config.reduction == "token_mean":
-        return sum(map(sum, replies)) / sum(map(len, replies))
-    return sum(sum(losses) / len(losses) for losses in replies) / len(replies)
+        return sum(map(sum, responses)) / sum(map(len, responses))
+    return sum(sum(losses) / len(losses) for losses in responses) / len(responses)
 
 
 def opd(world: World) -> float:
-    losses = [clipped(logp - old, advantage, world.config.clip) for reply in figures(world) for logp, _, (old, advantage) in reply]
+    losses = [
+        clipped(logp - old, advantage, world.config.clip)
+        for response in notes(world)
+        for logp, _, (old, advantage) in response
+    ]
     return sum(losses) / len(losses)
 
 
@@ -267,7 +302,9 @@ def gkd(world: World) -> float:
     config, losses = world.config, []
     for item in world.items:
         for before, _ in world.steps(item.sequences[0]):
-            student, teacher = (tempered(world.p(model, before), config.temperature) for model in ("policy", "teacher 0"))
+            student, teacher = (
+                tempered(world.p(model, before), config.temperature) for model in ("policy", "teacher 0")
+            )
             losses.append(jsd(student, teacher, config.beta))
     return sum(losses) / len(losses)
 
@@ -282,21 +319,43 @@ def reward_weighted(world: World) -> float:
             if config.kl_weight:
                 teachers = [world.p(f"teacher {i}", before) for i in range(len(config.teachers))]
                 mixed = [sum(column) / len(teachers) for column in zip(*teachers, strict=True)]
-                value += config.kl_weight * jsd(world.p("policy", before), mixed, beta) / len(world.steps(item.sequences[0]))
+                value += (
+                    config.kl_weight * jsd(world.p("policy", before), mixed, beta) / len(world.steps(item.sequences[0]))
+                )
         total += weight * value
     return total / sum(weights)
 
 
 TWINS: dict[str, Callable[[World], float]] = {
-    "sft": World.nll, "csft": World.nll, "dckd": dckd, "adpa": adpa, "dpo": paired(dpo), "cdpo": paired(dpo),
-    "robust-dpo": paired(robust), "ipo": ipo, "exo": paired(exo), "nca": paired(nca), "discopop": paired(discopop),
-    "hinge": paired(lambda p, c: max(0.0, 1 - c.beta * (p.u - p.v))), "aot": aot, "bco": bco,
+    "sft": World.nll,
+    "csft": World.nll,
+    "dckd": dckd,
+    "adpa": adpa,
+    "dpo": paired(dpo),
+    "cdpo": paired(dpo),
+    "robust-dpo": paired(robust),
+    "ipo": ipo,
+    "exo": paired(exo),
+    "nca": paired(nca),
+    "discopop": paired(discopop),
+    "hinge": paired(lambda p, c: max(0.0, 1 - c.beta * (p.u - p.v))),
+    "aot": aot,
+    "bco": bco,
     "sppo-hard": paired(lambda p, c: (p.u - 0.5 / c.beta) ** 2 + (p.v + 0.5 / c.beta) ** 2),
     "apo-zero": paired(lambda p, c: 1 - SIGMOID(c.beta * p.u) + SIGMOID(c.beta * p.v)),
     "apo-down": paired(lambda p, c: SIGMOID(c.beta * p.u) + 1 - SIGMOID(c.beta * (p.u - p.v))),
     "slic": paired(lambda p, c: max(0.0, c.beta - p.c + p.r)),
     "simpo": paired(lambda p, c: smoothed(c.beta * (p.mc - p.mr) - c.gamma, c.label_smoothing)),
-    "cpo": paired(lambda p, c: smoothed(c.beta * (p.c - p.r), c.label_smoothing)), "orpo": paired(orpo),
-    "tdpo": token_level(kl), "ra-dpo": token_level(tail_risk), "kto": kto, "kto-zero": kto, "bradley-terry": bradley_terry,
-    "ppo": ppo, "grpo": grpo, "opd": opd, "gkd": gkd, "reward-weighted-distill": reward_weighted,
-}  # fmt: skip
+    "cpo": paired(lambda p, c: smoothed(c.beta * (p.c - p.r), c.label_smoothing)),
+    "orpo": paired(orpo),
+    "tdpo": token_level(kl),
+    "ra-dpo": token_level(tail_risk),
+    "kto": kto,
+    "kto-zero": kto,
+    "bradley-terry": bradley_terry,
+    "ppo": ppo,
+    "grpo": grpo,
+    "opd": opd,
+    "gkd": gkd,
+    "reward-weighted-distill": reward_weighted,
+}

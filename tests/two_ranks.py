@@ -9,14 +9,14 @@ from tests.helpers import ROOT
 
 def main() -> None:
     """Print `equal NAME` for every loss whose summed loss and gradient are those of one process."""
-    rank, world = PartialState(cpu=True).process_index, 2
+    rank, world_size = PartialState(cpu=True).process_index, 2
     for path in sorted((ROOT / "config" / "loss").glob("*.yaml")):
         trainer = trainer_of(path.stem)
         items = items_of(trainer, path.stem)[:5] + items_of(trainer, path.stem)[-2:]  # 7 do not divide by 2
         found = []
-        for share in (world, 1):
+        for share in (world_size, 1):
             # alone: this process takes all items; its sums over ranks are then twice one process's, as is its gradient
-            micros = list(trainer.deal(items, list(range(len(items))), 2, share)) if share == world else [items]
+            micros = list(trainer.deal(items, list(range(len(items))), 2, share)) if share == world_size else [items]
             batches = trainer.prepared([trainer.batch_of(micro) for micro in micros], False)
             counts = trainer.global_counts(batches)
             loss = torch.stack([trainer.terms(batch, counts)[0] for batch in batches]).sum()

@@ -1,6 +1,7 @@
 """A process that has imported everything and forks a `launch.py` on request: a start costs a second, not eight.
 
-`python -m tests.zygote` reads {"argv": [...], "log": path} or {"wait": pid} a line and answers with a pid or an exit code.
+`python -m tests.zygote` reads {"argv": [...], "log": path} or {"wait": pid} a line and answers with a pid or an exit
+code.
 It computes nothing itself, so no thread exists when it forks; a child is killed as any process is.
 """
 
@@ -19,9 +20,13 @@ class Zygote:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "tests.zygote"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        )  # fmt: skip
+        )
 
     def ask(self, request: dict) -> int:
         """Send a request and return the number that answers it."""

@@ -39,7 +39,9 @@ class ADPAConfig:
 
 
 def floored(advantages: Tensor, teacher_logps: Tensor, floor: float) -> Tensor:
-    """Set positive advantages [N, K] of tokens with a teacher probability below `floor` to 0 (ours, not the paper's)."""
+    """Set positive advantages [N, K] of tokens with a teacher probability below `floor` to 0 (ours, not the
+    paper's).
+    """
     absurd = (teacher_logps.exp() < floor) & (advantages > 0)
     return advantages.masked_fill(absurd, 0.0)
 
@@ -51,7 +53,8 @@ class ADPA(BasicTrainer):
     Config = ADPAConfig
     needs = Needs("responses", teacher="advantage")
     formula = (
-        "{sft_weight} NLL(y_w) − {gamma} · {reduction} of Σ_a π_θ(a|s_t) A(s_t, a) on ŷ, A = log π_dpo/π_ref on the teacher's top k, "
+        "{sft_weight} NLL(y_w) − {gamma} · {reduction} of Σ_a π_θ(a|s_t) A(s_t, a) on ŷ, A = log π_dpo/π_ref on the "
+        "teacher's top k, "
         "positive A dropped where π_dpo(a) < {advantage_floor}"
     )
     source = "2502.17927"

@@ -40,26 +40,30 @@ class BasicTrainer:
     VERSION: ClassVar[int] = 1  # raise it when a method's numbers change: pipelines then run its stages again
     Config: ClassVar[type]  # the dataclass of config/loss/NAME.yaml
     needs: ClassVar[Needs]
-    formula: ClassVar[str]  # what is minimised, with the config's keys in {braces}
+    formula: ClassVar[str]  # what is minimized, with the config's keys in {braces}
     source: ClassVar[str]  # arXiv number or author
-    head: ClassVar[str] = "lm"  # lm | reward | value (a causal model that also estimates what is to come): what the model ends in
+    head: ClassVar[str] = (
+        "lm"  # lm | reward | value (a causal model that also estimates what is to come): what the model ends in
+    )
 
     def __init__(self, settings: Settings, tokenizer: Any, accelerator: Accelerator) -> None:
         self.settings, self.run_config, self.model_config = settings, settings.run, settings.model
         self.config: Any = settings.loss
         self.tokenizer, self.accelerator = tokenizer, accelerator
         self.vocab_size = len(tokenizer)
-        world, accum = accelerator.num_processes, settings.model.gradient_accumulation_steps
-        if settings.model.batch_size % (world * accum):
+        world_size, accum = accelerator.num_processes, settings.model.gradient_accumulation_steps
+        if settings.model.batch_size % (world_size * accum):
             raise ValueError(
-                f"model.batch_size={settings.model.batch_size} (global) is not divisible by {world} processes x "
-                f"model.gradient_accumulation_steps={accum}; a multiple of {world * accum} works"
+                f"model.batch_size={settings.model.batch_size} (global) is not divisible by {world_size} processes x "
+                f"model.gradient_accumulation_steps={accum}; a multiple of {world_size * accum} works"
             )
-        self.micro_size = settings.model.batch_size // (world * accum)
+        self.micro_size = settings.model.batch_size // (world_size * accum)
         self.own_sharding = sharding.is_ours(settings.run.strategy, accelerator)
-        self.is_filled = self.own_sharding and accelerator.process_index > 0  # models come without weights, which rank 0 sends
+        self.is_filled = (
+            self.own_sharding and accelerator.process_index > 0
+        )  # models come without weights, which rank 0 sends
         self.reference: torch.nn.Module | None = None
-        self.companions: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
+        self.frozen_models: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
@@ -81,11 +85,13 @@ class BasicTrainer:
         """Return what `sums` works on: the logits at response tokens."""
         return response_logits(model, sequences, self.vocab_size)
 
-    def companion_folders(self) -> dict[str, tuple[str, str]]:
-        """Return (folder, head) of the frozen models that the method asks besides the reference: live teachers, a reward model."""
+    def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
+        """Return (folder, head) of the frozen models that the method asks besides the reference: live teachers, a
+        reward model.
+        """
         return {}
 
-    def experience(self, micros: list[list[Item]], step: int) -> list[list[Item]]:
+    def rollout(self, micros: list[list[Item]], step: int) -> list[list[Item]]:
         """Complete a step's micro-batches by what the policy does now (step 0: held-out ones); all ranks call it."""
         return micros
 
@@ -94,7 +100,9 @@ class BasicTrainer:
         return True
 
     def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
-        """Set `shared` where a method must know something of the whole global batch before its parts; all ranks call it."""
+        """Set `shared` where a method must know something of the whole global batch before its parts; all ranks call
+        it.
+        """
         return batches
 
     def objective(self) -> str:
@@ -225,16 +233,16 @@ class BasicTrainer:
     def micro_items(self, step: int) -> list[list[Item]]:
         """Return this rank's micro-batches of a step; ranks without a row get an uncounted filler."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
-        size, world = self.model_config.batch_size, self.accelerator.num_processes
+        size, world_size = self.model_config.batch_size, self.accelerator.num_processes
         order = epoch_order(len(self.train_items), self.run_config.seed, epoch)
         chosen = order[index * size : (index + 1) * size]
         self.examples_seen += len(chosen)
-        return self.experience(list(self.deal(self.train_items, chosen, self.micro_size, world)), step)
+        return self.rollout(list(self.deal(self.train_items, chosen, self.micro_size, world_size)), step)
 
-    def deal(self, items: list[Item], indices: list[int], micro_size: int, world: int) -> Iterator[list[Item]]:
+    def deal(self, items: list[Item], indices: list[int], micro_size: int, world_size: int) -> Iterator[list[Item]]:
         """Yield this rank's micro-batches of the items at `indices`, the same number on every rank."""
-        micro_steps = math.ceil(math.ceil(len(indices) / world) / micro_size)
-        for micro in local_micro_batches(indices, micro_size, micro_steps, self.accelerator.process_index, world):
+        micro_steps = math.ceil(math.ceil(len(indices) / world_size) / micro_size)
+        for micro in local_micro_batches(indices, micro_size, micro_steps, self.accelerator.process_index, world_size):
             yield [items[i] for i in micro] or [items[indices[0]].filler()]
 
     def global_counts(self, batches: list[Batch]) -> dict[str, float]:
@@ -274,7 +282,9 @@ class BasicTrainer:
                 # DDP and FSDP average gradients over ranks; the counts are already global.
                 accelerator.backward(loss * accelerator.num_processes)
             self.window.add(metrics)
-        norm = float(sharding.plain(accelerator.clip_grad_norm_(self.policy.parameters(), self.model_config.max_grad_norm)))
+        norm = float(
+            sharding.plain(accelerator.clip_grad_norm_(self.policy.parameters(), self.model_config.max_grad_norm))
+        )
         if not math.isfinite(norm):
             raise ValueError(
                 f"step {step}: the gradient norm is {norm}; the update was not made. Lower lr or check the data"
@@ -298,7 +308,7 @@ class BasicTrainer:
 
     @torch.no_grad()
     def _sync_reference(self) -> None:
-        """Move the reference towards the policy by sync_reference_rate (1: copy it), after the optimizer's step."""
+        """Move the reference toward the policy by sync_reference_rate (1: copy it), after the optimizer's step."""
         assert self.reference is not None, "checked before the model was loaded"
         policy = self.accelerator.unwrap_model(self.policy)
         for old, new in zip(self.reference.parameters(), policy.parameters(), strict=True):
@@ -311,12 +321,12 @@ class BasicTrainer:
         """Return the global means over the test items, `loss/eval` among them."""
         window = Window()
         self.policy.eval()
-        size, world = self.model_config.eval_batch_size, self.accelerator.num_processes
+        size, world_size = self.model_config.eval_batch_size, self.accelerator.num_processes
         micros: list[list[Item]] = []
-        for start in range(0, len(self.test_items), size * world):
-            indices = list(range(start, min(start + size * world, len(self.test_items))))
-            micros += self.deal(self.test_items, indices, size, world)
-        for batch in self.prepared([self.batch_of(items) for items in self.experience(micros, 0)], False):
+        for start in range(0, len(self.test_items), size * world_size):
+            indices = list(range(start, min(start + size * world_size, len(self.test_items))))
+            micros += self.deal(self.test_items, indices, size, world_size)
+        for batch in self.prepared([self.batch_of(items) for items in self.rollout(micros, 0)], False):
             window.add(self.terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
         return named(means(window.reduced(self._reduce)), "eval")
 
@@ -379,7 +389,8 @@ class BasicTrainer:
         for key, now in (("data", self.data_digest()), ("total_steps", self.total_steps)):
             if state[key] != now:
                 raise ValueError(
-                    f"{folder} was written with {key}={state[key]}, this run has {now}. Use the same data and schedule, "
+                    f"{folder} was written with {key}={state[key]}, this run has {now}. Use the same data and "
+                    "schedule, "
                     "another exp_name, or remove the folder"
                 )
         self.examples_seen, self.state = state["examples"], state["method"]

@@ -21,7 +21,7 @@ class Item(NamedTuple):
 
     entries: the teacher's entries per slot (or None). reference_logps: the reference's log-probability of every
     response token, an array per slot, then one per `scored` sequence. label: 1 desirable, 0 undesirable, or a reward.
-    scored: sequences that are scored without learning from them (KTO's mismatched response). figures [n, F]: what a
+    scored: sequences that are scored without learning from them (KTO's mismatched response). notes [n, F]: what a
     method noted of each response token when it was written (PPO's old log-probability, advantage, ...). source: the
     number of the example that this item was made of (-1: a filler).
     """
@@ -31,7 +31,7 @@ class Item(NamedTuple):
     reference_logps: tuple[np.ndarray, ...] | None = None
     label: float | None = None
     scored: tuple[Tokens, ...] = ()
-    figures: np.ndarray | None = None
+    notes: np.ndarray | None = None
     source: int = 0
 
     def filler(self) -> "Item":
@@ -42,7 +42,7 @@ class Item(NamedTuple):
             reference_logps=None if self.reference_logps is None else tuple(nothing for _ in self.reference_logps),
             label=self.label,
             scored=tuple(unsupervised(s) for s in self.scored),
-            figures=None if self.figures is None else self.figures[:0],
+            notes=None if self.notes is None else self.notes[:0],
             source=-1,
         )
 
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 
     teacher: entries, flat over the tokens of the slots that have them. reference_logps [N]: flat over the response
     tokens. labels [B]. scored: rows without learning, with their reference_logps. shared: what a method found out
-    over the whole global batch (KTO's z_0, the rank partners of AOT, ...). figures [N, F]: flat over the response tokens.
+    over the whole global batch (KTO's z_0, the rank partners of AOT, ...). notes [N, F]: flat over the response tokens.
     """
 
     sequences: Sequences
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     scored: Sequences | None = None
     scored_reference_logps: Tensor | None = None
     shared: Tensor | None = None
-    figures: Tensor | None = None
+    notes: Tensor | None = None
 
     def supervised(self, slot: int) -> Tensor:
         """Return a [B] mask of the items whose `slot` has a supervised token (fillers have none)."""
@@ -103,7 +103,7 @@ def make_batch(items: Sequence[Item], pad_id: int) -> Batch:
         labels,
         collate(scored, pad_id) if scored else None,
         _joined([a for item in items if item.reference_logps is not None for a in item.reference_logps[len(slots) :]]),
-        figures=_joined([item.figures for item in items if item.figures is not None]),
+        notes=_joined([item.notes for item in items if item.notes is not None]),
     )
 
 

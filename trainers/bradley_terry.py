@@ -32,7 +32,10 @@ class BradleyTerry(BasicTrainer):
     config: BradleyTerryConfig
     Config = BradleyTerryConfig
     needs = Needs("pairs")
-    formula = "mean over pairs of −log σ(s(y_w) − s(y_l) − {margin}) + {center_weight}(s(y_w) + s(y_l))², s the score at the last token"
+    formula = (
+        "mean over pairs of −log σ(s(y_w) − s(y_l) − {margin}) + {center_weight}(s(y_w) + s(y_l))², s the "
+        "score at the last token"
+    )
     source = "Bradley and Terry 1952; 2203.02155; centring: 2312.09244"
     head = "reward"
 
@@ -56,10 +59,16 @@ class BradleyTerry(BasicTrainer):
         """Return the preference sum, scores and accuracies."""
         chosen, rejected = out.split(batch.num_items)
         real = batch.supervised(0)
-        losses = logistic_loss(chosen - rejected - self.config.margin) + self.config.center_weight * (chosen + rejected) ** 2
+        losses = (
+            logistic_loss(chosen - rejected - self.config.margin) + self.config.center_weight * (chosen + rejected) ** 2
+        )
         values = {
-            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
             "rewards/accuracies": (chosen > rejected).to(chosen),
-        }  # fmt: skip
-        metrics = {name: Mean(torch.where(real, value.detach(), 0.0).sum(), real.sum()) for name, value in values.items()}
+        }
+        metrics = {
+            name: Mean(torch.where(real, value.detach(), 0.0).sum(), real.sum()) for name, value in values.items()
+        }
         return {"preference": torch.where(real, losses, 0.0).sum()}, metrics

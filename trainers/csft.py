@@ -1,4 +1,6 @@
-"""Conditional supervised fine-tuning: chosen and rejected responses, each behind a control token that says which it is."""
+"""Conditional supervised fine-tuning: chosen and rejected responses, each behind a control token that says which it
+is.
+"""
 
 from dataclasses import dataclass
 
@@ -24,7 +26,8 @@ class CSFTConfig:
     def __post_init__(self) -> None:
         require(
             bool(self.chosen_token) and bool(self.rejected_token) and self.chosen_token != self.rejected_token,
-            f"loss.chosen_token={self.chosen_token!r} and loss.rejected_token={self.rejected_token!r} must be two different texts",
+            f"loss.chosen_token={self.chosen_token!r} and loss.rejected_token={self.rejected_token!r} must be two "
+            "different texts",
         )
 
 
@@ -36,7 +39,7 @@ def with_control(tokens: Tokens, prompt_length: int, control: list[int], max_len
 
 
 class CSFT(BasicTrainer):
-    """Unit: tokens. Each pair is two items. At inference the reply begins with the control text of chosen ones."""
+    """Unit: tokens. Each pair is two items. At inference the response begins with the control text of chosen ones."""
 
     config: CSFTConfig
     Config = CSFTConfig
@@ -49,7 +52,16 @@ class CSFT(BasicTrainer):
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         controls = {"chosen": encode(self.config.chosen_token), "rejected": encode(self.config.rejected_token)}
         return [
-            Item((with_control(supervised_sequence(getattr(e, side), side, "csft"), len(e.prompt), ids, self.model_config.max_length),))
+            Item(
+                (
+                    with_control(
+                        supervised_sequence(getattr(e, side), side, "csft"),
+                        len(e.prompt),
+                        ids,
+                        self.model_config.max_length,
+                    ),
+                )
+            )
             for e in examples
             for side, ids in controls.items()
         ]

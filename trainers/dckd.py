@@ -1,6 +1,6 @@
 """Dual-constrained knowledge distillation (ADPA, arXiv 2502.17927, section 3.1).
 
-L = w_sft NLL(y_w) + w_c KL_w + w_r KL_r; KL = mean over response tokens of KL(pi_dpo || pi_theta) on the teacher's
+L = w_sft NLL(y_w) + w_c KL_w + w_r KL_l; KL = mean over response tokens of KL(pi_dpo || pi_theta) on the teacher's
 top k plus one bucket for the rest, from the verified teacher cache.
 """
 
@@ -48,7 +48,8 @@ class DCKD(BasicTrainer):
     Config = DCKDConfig
     needs = Needs("pairs", teacher="logprob")
     formula = (
-        "{sft_weight} NLL(y_w) + {chosen_weight} KL_w + {rejected_weight} KL_l, KL = mean over response tokens of KL(π_dpo‖π_θ) "
+        "{sft_weight} NLL(y_w) + {chosen_weight} KL_w + {rejected_weight} KL_l, KL = mean over response tokens of "
+        "KL(π_dpo‖π_θ) "
         "on the teacher's top k (rest: {tail})"
     )
     source = "2502.17927"
@@ -70,7 +71,7 @@ class DCKD(BasicTrainer):
         return [Item(pair, tuple(reader.get(s.ids, s.response) for s in pair)) for pair in pairs]
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Count chosen tokens (NLL, KL_w) and rejected tokens (KL_r)."""
+        """Count chosen tokens (NLL, KL_w) and rejected tokens (KL_l)."""
         chosen, rejected = batch.num_tokens(0), batch.num_tokens(1)
         if batch.teacher is None:
             return {"nll": chosen, "kl_chosen": 0, "kl_rejected": 0}

@@ -34,7 +34,7 @@ class DPOConfig(BetaConfig):
         super().__post_init__()
         require(0 <= self.label_smoothing < 0.5, f"loss.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
         one_of("loss.divergence", self.divergence, DIVERGENCES)
-        require(self.alpha > 0, f"loss.alpha={self.alpha} must be above 0 (towards 0: reverse KL, 1: forward KL)")
+        require(self.alpha > 0, f"loss.alpha={self.alpha} must be above 0 (toward 0: reverse KL, 1: forward KL)")
         one_of("loss.wpo", self.wpo, ("off", "clamped", "unclamped"))
 
 
@@ -48,7 +48,7 @@ def dpo_loss(
 def divergence_score(ratio: Tensor, divergence: str, alpha: float = 1.0) -> Tensor:
     """Return f'(pi_theta / pi_0) up to a constant [B], from log-ratios (2309.16240, table 1).
 
-    alpha: (1 - u^-alpha) / alpha; 1 is the forward KL, towards 0 the reverse KL. js: log u - log(1 + u).
+    alpha: (1 - u^-alpha) / alpha; 1 is the forward KL, toward 0 the reverse KL. js: log u - log(1 + u).
     """
     if divergence == "reverse_kl":
         return ratio
@@ -73,7 +73,8 @@ class DPO(PairedTrainer):
     config: DPOConfig
     Config = DPOConfig
     formula = (
-        "mean over pairs of −(1−{label_smoothing}) log σ(D) − {label_smoothing} log σ(−D), D = {beta}(f(u) − f(v) − {margin}), "
+        "mean over pairs of −(1−{label_smoothing}) log σ(D) − {label_smoothing} log σ(−D), D = {beta}(f(u) − f(v) − "
+        "{margin}), "
         "u = log π_θ/π_0 of y_w, v of y_l, f of {divergence}"
     )
     source = "2305.18290; label smoothing: Mitchell 2023; f: 2309.16240; WPO: 2406.11827"

@@ -1,6 +1,6 @@
-"""Generalised knowledge distillation (arXiv 2306.13649): a divergence from a live teacher on every token of a reply.
+"""Generalized knowledge distillation (arXiv 2306.13649): a divergence from a live teacher on every token of a response.
 
-Replies are the data's or, for a share `on_policy` of the items, what the student says at that step; no gradient goes
+Responses are the data's or, for a share `on_policy` of the items, what the student says at that step; no gradient goes
 through the sampling. With on_policy=1 and beta=1 this is on-policy distillation by the exact per-token reverse KL.
 """
 
@@ -17,7 +17,7 @@ from settings.needs import Needs
 from settings.schema import require
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item
-from trainers.rollouts import Micros, answers, row_seed, with_reply
+from trainers.rollouts import Micros, answers, row_seed, with_response
 
 
 @dataclass(frozen=True)
@@ -38,37 +38,39 @@ class GKDConfig:
 
 
 class GKD(BasicTrainer):
-    """Unit: tokens. Slot: the reply."""
+    """Unit: tokens. Slot: the response."""
 
     config: GKDConfig
     Config = GKDConfig
     needs = Needs("responses", teacher="live")
     formula = (
-        "mean over response tokens of the generalised JSD({beta}) of teacher and student at temperature {temperature}; replies: a share "
+        "mean over response tokens of the generalized JSD({beta}) of teacher and student at temperature {temperature}; "
+        "responses: a share "
         "{on_policy} the student's own, the rest the data's"
     )
     source = "2306.13649"
 
-    def companion_folders(self) -> dict[str, tuple[str, str]]:
+    def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
         """Return the teacher."""
         return {"teacher": (self.config.teacher, "lm")}
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
-        """Take the reply of each row; a row may have a prompt alone where the student writes every reply."""
+        """Take the response of each row; a row may have a prompt alone where the student writes every response."""
         items = []
         for i, example in enumerate(examples):
-            reply = example.response or example.chosen
-            if reply is None and (self.config.on_policy < 1 or split == "test"):
+            response = example.response or example.chosen
+            if response is None and (self.config.on_policy < 1 or split == "test"):
                 raise ValueError(
-                    f"loss=gkd with loss.on_policy={self.config.on_policy} needs a reply in every {split} row, and one has a prompt alone"
+                    f"loss=gkd with loss.on_policy={self.config.on_policy} needs a response in every {split} row, and "
+                    "one has a prompt alone"
                 )
-            items.append(Item((reply or Tokens(example.prompt, [False] * len(example.prompt)),), source=i))
+            items.append(Item((response or Tokens(example.prompt, [False] * len(example.prompt)),), source=i))
         if split == "train":
             self.prompts = [example.prompt for example in examples]
         return items
 
-    def experience(self, micros: Micros, step: int) -> Micros:
-        """Let the student answer the share of the items that this step draws; held-out replies stay the data's."""
+    def rollout(self, micros: Micros, step: int) -> Micros:
+        """Let the student answer the share of the items that this step draws; held-out responses stay the data's."""
         if not step or not self.config.on_policy:
             return micros
         return [self._renewed(items, step) for items in micros]
@@ -79,11 +81,11 @@ class GKD(BasicTrainer):
         chosen = [i for i, draw in enumerate(draws) if draw < self.config.on_policy and items[i].source >= 0]
         asked = chosen or [0]  # ranks of a sharded model generate together, also where none of theirs is drawn
         prompts = [self.prompts[items[i].source] if items[i].source >= 0 else items[i].sequences[0].ids for i in asked]
-        replies = answers(self, prompts, [seeds[i] for i in asked], self.config.max_new_tokens)
+        responses = answers(self, prompts, [seeds[i] for i in asked], self.config.max_new_tokens)
         renewed = list(items)
-        for i, prompt, (ids, _) in zip(asked, prompts, replies, strict=True):
+        for i, prompt, (ids, _) in zip(asked, prompts, responses, strict=True):
             if i in chosen:
-                renewed[i] = with_reply(items[i], prompt, ids)
+                renewed[i] = with_response(items[i], prompt, ids)
         return renewed
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -92,7 +94,7 @@ class GKD(BasicTrainer):
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the divergence's sum."""
-        teacher = self.companions["teacher"]
+        teacher = self.frozen_models["teacher"]
         with torch.no_grad(), self.autocast(teacher):
             wanted = response_logits(teacher, batch.sequences, self.vocab_size).logits
         divergence = generalized_jsd(out.logits, wanted, self.config.beta, self.config.temperature)

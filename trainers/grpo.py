@@ -1,7 +1,9 @@
-"""Group relative policy optimization (arXiv 2402.03300): a reply's advantage is its reward against the other replies' to its prompt.
+"""Group relative policy optimization (arXiv 2402.03300): a response's advantage is its reward against the other
+responses' to its prompt.
 
-Online, a group is the n replies of a step to one prompt; offline, all replies to one prompt in the data, and the policy that
-replied is taken to be the one that training starts from. Letters: B replies, N response tokens (flat).
+Online, a group is the n responses of a step to one prompt; offline, all responses to one prompt in the data, and the
+policy that
+responded is taken to be the one that training starts from. Letters: B responses, N response tokens (flat).
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import clipped_losses
 from trainers.rollouts import RewardedConfig, RolloutTrainer
 
-ADVANTAGE = 2  # column of an item's figures: old log-prob, the reference's, advantage
+ADVANTAGE = 2  # column of an item's notes: old log-prob, the reference's, advantage
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,31 @@ class GRPOConfig(RewardedConfig):
         require(self.beta >= 0, f"loss.beta={self.beta} must not be negative")
         require(0 < self.clip < 1, f"loss.clip={self.clip} must be in (0, 1)")
         require(self.std_epsilon > 0, f"loss.std_epsilon={self.std_epsilon} must be above 0")
-        require(not self.online or self.n >= 2, f"loss.n={self.n}: a group needs at least 2 replies to compare")
+        require(not self.online or self.n >= 2, f"loss.n={self.n}: a group needs at least 2 responses to compare")
         check_humanline(self)
 
 
 def group_advantages(rewards: Tensor, groups: Sequence[Any], scale: str, epsilon: float) -> Tensor:
-    """Return (r - mean of its group) / (population deviation of its group + epsilon) of each reply [B], or without division."""
+    """Return (r - mean of its group) / (population deviation of its group + epsilon) of each response [B], or without
+    division.
+    """
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     index = torch.tensor([number[group] for group in groups])
     zeros = torch.zeros(len(number), dtype=rewards.dtype)
     sizes = zeros.index_add(0, index, torch.ones_like(rewards))
-    centred = rewards - (zeros.index_add(0, index, rewards) / sizes)[index]
+    centered = rewards - (zeros.index_add(0, index, rewards) / sizes)[index]
     if scale == "none":
-        return centred
-    deviations = (zeros.index_add(0, index, centred**2) / sizes).sqrt()
-    return centred / (deviations + epsilon)[index]
+        return centered
+    deviations = (zeros.index_add(0, index, centered**2) / sizes).sqrt()
+    return centered / (deviations + epsilon)[index]
 
 
-def grpo_losses(logps: Tensor, log_ratios: Tensor, reference_logps: Tensor, advantages: Tensor, clip: float, beta: float) -> Tensor:
-    """Return -min(A rho, A clip(rho)) + beta (exp(d) - d - 1) of each token [N], d = log pi_0 - log pi (2402.03300, eq. 3, 4)."""
+def grpo_losses(
+    logps: Tensor, log_ratios: Tensor, reference_logps: Tensor, advantages: Tensor, clip: float, beta: float
+) -> Tensor:
+    """Return -min(A rho, A clip(rho)) + beta (exp(d) - d - 1) of each token [N], d = log pi_0 - log pi (2402.03300, eq.
+    3, 4).
+    """
     return clipped_losses(log_ratios, advantages, clip) + beta * reference_kl(logps, reference_logps)
 
 
@@ -75,61 +83,79 @@ def reference_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
 
 
 class GRPO(RolloutTrainer):
-    """Unit: replies (token_mean: tokens). Slot: the reply; label: its reward."""
+    """Unit: responses (token_mean: tokens). Slot: the response; label: its reward."""
 
     config: GRPOConfig
     Config = GRPOConfig
     needs = Needs("prompts", reference="logps")
     formula = (
-        "{reduction} over tokens of replies of −min(Aρ, A·clip(ρ, 1 ± {clip})) + {beta}(exp(d) − d − 1), ρ = π_θ/π_old, "
+        "{reduction} over tokens of responses of −min(Aρ, A·clip(ρ, 1 ± {clip})) + {beta}(exp(d) − d − 1), ρ = "
+        "π_θ/π_old, "
         "d = log π_0/π_θ, A = reward against the group's mean (scale: {scale})"
     )
     source = "2402.03300"
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
-        """Take prompts, or given replies with their rewards."""
+        """Take prompts, or given responses with their rewards."""
         items = super().items(examples, split)
         if self.config.online or split == "test":
             return items
         require(
-            not self.rollouts.judged,
-            "loss=grpo with loss.online=false compares all replies to a prompt at once, before training: let task=label write their "
-            "rewards into the data, and leave out loss.checker and loss.reward_model",
+            not self.rollouts.has_rewards,
+            "loss=grpo with loss.online=false compares all responses to a prompt at once, before training: let "
+            "task=label write their "
+            "rewards into the data, and leave out loss.verifier and loss.reward_model",
         )
         prompts = [tuple(examples[item.source].prompt) for item in items]
-        require(len(set(prompts)) < len(prompts), "loss=grpo compares replies to the same prompt, and every prompt in the data has one only")
+        require(
+            len(set(prompts)) < len(prompts),
+            "loss=grpo compares responses to the same prompt, and every prompt in the data has one only",
+        )
         advantages = self.advantages([item.label or 0.0 for item in items], prompts)
-        return [_with_figures(item, [[0.0, 0.0, a]] * sum(item.sequences[0].response)) for item, a in zip(items, advantages, strict=True)]
+        return [
+            _with_notes(item, [[0.0, 0.0, a]] * sum(item.sequences[0].response))
+            for item, a in zip(items, advantages, strict=True)
+        ]
 
     def advantages(self, rewards: list[float], groups: Sequence[Any]) -> list[float]:
         """Compare rewards within groups."""
-        return group_advantages(torch.tensor(rewards, dtype=torch.float64), groups, self.config.scale, self.config.std_epsilon).tolist()
+        return group_advantages(
+            torch.tensor(rewards, dtype=torch.float64), groups, self.config.scale, self.config.std_epsilon
+        ).tolist()
 
     def noted(self, items: list[Item]) -> list[Item]:
-        """Return the items with their figures [n, 3]."""
+        """Return the items with their notes [n, 3]."""
         batch = self.batch_of(items)
         reference = self.reference_logps(batch)
-        # Offline, the policy that replied is the start, whose log-probabilities the reference has.
+        # Offline, the policy that responded is the start, whose log-probabilities the reference has.
         old = self.token_logps_of(self.policy, batch.sequences) if self.config.online else reference
-        pairs = torch.stack([old.float(), reference.float()], dim=1).cpu().split(batch.sequences.response.sum(dim=1).tolist())
+        pairs = (
+            torch.stack([old.float(), reference.float()], dim=1)
+            .cpu()
+            .split(batch.sequences.response.sum(dim=1).tolist())
+        )
         if self.config.online:
             advantages = self.advantages([item.label or 0.0 for item in items], [item.source for item in items])
-        else:  # a held-out reply is compared with nothing
-            advantages = [0.0 if item.figures is None or not len(item.figures) else item.figures[0, ADVANTAGE] for item in items]
+        else:  # a held-out response is compared with nothing
+            advantages = [
+                0.0 if item.notes is None or not len(item.notes) else item.notes[0, ADVANTAGE] for item in items
+            ]
         return [
-            item._replace(figures=np.concatenate([part.numpy(), np.full((len(part), 1), a, np.float32)], axis=1))
+            item._replace(notes=np.concatenate([part.numpy(), np.full((len(part), 1), a, np.float32)], axis=1))
             for item, part, a in zip(items, pairs, advantages, strict=True)
         ]
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Count replies, or response tokens."""
-        return {"grpo": batch.num_tokens(0) if self.config.reduction == "token_mean" else int(batch.supervised(0).sum())}
+        """Count responses, or response tokens."""
+        return {
+            "grpo": batch.num_tokens(0) if self.config.reduction == "token_mean" else int(batch.supervised(0).sum())
+        }
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the loss sum, and what tells how training goes."""
-        assert batch.figures is not None and batch.labels is not None
+        assert batch.notes is not None and batch.labels is not None
         config, logps = self.config, token_logps(out.logits, out.targets)
-        old, base, advantages = batch.figures.to(logps).unbind(dim=1)
+        old, base, advantages = batch.notes.to(logps).unbind(dim=1)
         log_ratios = humanline(logps - old, config)
         losses = grpo_losses(logps, log_ratios, base, advantages, config.clip, config.beta)
         tokens, real = len(logps), batch.supervised(0)
@@ -148,5 +174,5 @@ class GRPO(RolloutTrainer):
         }
 
 
-def _with_figures(item: Item, figures: list[list[float]]) -> Item:
-    return item._replace(figures=np.array(figures, np.float32).reshape(-1, 3))
+def _with_notes(item: Item, notes: list[list[float]]) -> Item:
+    return item._replace(notes=np.array(notes, np.float32).reshape(-1, 3))

@@ -44,15 +44,23 @@ class KTOConfig:
 
 
 def kto_loss(
-    ratios: Tensor, desirable: Tensor, reference_point: Tensor | float, beta: float, desirable_weight: float, undesirable_weight: float
-) -> Tensor:  # fmt: skip
-    """Return w_D (1 - s(beta (u - z_0))) or w_U (1 - s(beta (z_0 - u))) per sequence [B]; ratios u, desirable bool [B]."""
+    ratios: Tensor,
+    desirable: Tensor,
+    reference_point: Tensor | float,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> Tensor:
+    """Return w_D (1 - s(beta (u - z_0))) or w_U (1 - s(beta (z_0 - u))) per sequence [B]; ratios u, desirable bool
+    [B].
+    """
     gain = beta * (ratios - reference_point)
     return torch.where(desirable, desirable_weight * (1 - gain.sigmoid()), undesirable_weight * (1 - (-gain).sigmoid()))
 
 
 def kept(count: int, share: float, seed: int, last: bool) -> set[int]:
-    """Choose a share of the pairs whose chosen (or, `last`, rejected) response is used: from opposite ends of one shuffle.
+    """Choose a share of the pairs whose chosen (or, `last`, rejected) response is used: from opposite ends of one
+    shuffle.
 
     So shares that add up to at most 1 leave no prompt with both of its responses.
     """
@@ -68,9 +76,11 @@ def mismatched(examples: list[tuple[list[int], Tokens]], max_length: int) -> lis
         others = (examples[(i + step) % len(examples)] for step in range(1, len(examples)))
         other = next((tokens for other_prompt, tokens in others if other_prompt != prompt), None)
         if other is None:
-            raise ValueError("loss=kto needs responses to at least two different prompts: z_0 is taken on mismatched ones")
-        reply = [token for token, on in zip(other.ids, other.response, strict=True) if on]
-        ids = (prompt + reply)[:max_length]
+            raise ValueError(
+                "loss=kto needs responses to at least two different prompts: z_0 is taken on mismatched ones"
+            )
+        response = [token for token, on in zip(other.ids, other.response, strict=True) if on]
+        ids = (prompt + response)[:max_length]
         joined.append(Tokens(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt))))
     return joined
 
@@ -82,13 +92,15 @@ class KTO(BasicTrainer):
     Config = KTOConfig
     needs = Needs("feedback", reference="logps")
     formula = (
-        "mean over responses of {desirable_weight}(1 − σ({beta}(u − z_0))) if desirable, {undesirable_weight}(1 − σ({beta}(z_0 − u))) if not; "
-        "u = log π_θ/π_0 of y, z_0 = max(0, global mean of u on mismatched responses), 0 if zero_reference_point={zero_reference_point}"
+        "mean over responses of {desirable_weight}(1 − σ({beta}(u − z_0))) if desirable, {undesirable_weight}(1 − "
+        "σ({beta}(z_0 − u))) if not; "
+        "u = log π_θ/π_0 of y, z_0 = max(0, global mean of u on mismatched responses), 0 if "
+        "zero_reference_point={zero_reference_point}"
     )
     source = "2402.01306"
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
-        """Take labelled responses; of a pair the chosen one is desirable, the rejected one is not."""
+        """Take labeled responses; of a pair the chosen one is desirable, the rejected one is not."""
         config, seed = self.config, self.run_config.seed
         good = kept(len(examples), config.frac_unique_desirable, seed, False)
         bad = kept(len(examples), config.frac_unique_undesirable, seed, True)
@@ -101,16 +113,24 @@ class KTO(BasicTrainer):
             if example.response is not None:
                 rows.append((example.prompt, example.response, self._label(example)))
         if not rows:
-            raise ValueError("loss=kto has no response left: raise loss.frac_unique_desirable or loss.frac_unique_undesirable")
+            raise ValueError(
+                "loss=kto has no response left: raise loss.frac_unique_desirable or loss.frac_unique_undesirable"
+            )
         if config.zero_reference_point:
             return [Item((tokens,), label=label) for _, tokens, label in rows]
         others = mismatched([(prompt, tokens) for prompt, tokens, _ in rows], self.model_config.max_length)
-        return [Item((tokens,), label=label, scored=(other,)) for (_, tokens, label), other in zip(rows, others, strict=True)]
+        return [
+            Item((tokens,), label=label, scored=(other,))
+            for (_, tokens, label), other in zip(rows, others, strict=True)
+        ]
 
     def _label(self, example: Example) -> float:
         label = example.conversation.meta.get("label")
         if not isinstance(label, (bool, int, float)):
-            raise ValueError(f"loss=kto needs pairs, or a column `label` (true or false) beside each response; this row has {label!r}")
+            raise ValueError(
+                "loss=kto needs pairs, or a column `label` (true or false) beside each response; this row has "
+                f"{label!r}"
+            )
         return float(label > 0)
 
     def counts(self, batch: Batch) -> dict[str, int]:

@@ -93,7 +93,10 @@ class RobustDPO(PairedTrainer):
 
     config: SmoothedConfig
     Config = SmoothedConfig
-    formula = "mean over pairs of (−(1−{label_smoothing}) log σ(Δ) + {label_smoothing} log σ(−Δ)) / (1 − 2·{label_smoothing}), Δ = {beta}(u − v)"
+    formula = (
+        "mean over pairs of (−(1−{label_smoothing}) log σ(Δ) + {label_smoothing} log σ(−Δ)) / (1 − "
+        "2·{label_smoothing}), Δ = {beta}(u − v)"
+    )
     source = "2403.00409"
 
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
@@ -154,7 +157,8 @@ class EXO(PairedTrainer):
     config: EXOConfig
     Config = EXOConfig
     formula = (
-        "mean over pairs of σ(Δ)(log σ(Δ) − log(1−{label_smoothing})) + σ(−Δ)(log σ(−Δ) − log {label_smoothing}), Δ = {beta}(u − v)"
+        "mean over pairs of σ(Δ)(log σ(Δ) − log(1−{label_smoothing})) + σ(−Δ)(log σ(−Δ) − log "
+        "{label_smoothing}), Δ = {beta}(u − v)"
     )
     source = "2402.00856"
 
@@ -244,7 +248,9 @@ class _WholeBatch(PairedTrainer):
 
     @torch.no_grad()
     def ratios(self, batch: Batch) -> tuple[Batch, Pairs, Tensor]:
-        """Return the batch with its reference scores, the pairs' sums without gradients, and which pairs are real [B]."""
+        """Return the batch with its reference scores, the pairs' sums without gradients, and which pairs are real
+        [B].
+        """
         batch = batch._replace(reference_logps=self.reference_logps(batch))
         with self.autocast(self.policy):
             out = self.forward(self.policy, batch.sequences)
@@ -268,8 +274,10 @@ class AOT(_WholeBatch):
     config: AOTConfig
     Config = AOTConfig
     formula = (
-        "mean over ranks r of −(1−{label_smoothing}) log σ({beta}(a₍r₎ − b₍r₎)) − {label_smoothing} log σ(−{beta}(a₍r₎ − b₍r₎)), "
-        "sorted over the global batch; {variant}: paired a = log π_θ(y_w) − log π_θ(y_l), b the same of π_0; unpaired a = u, b = v"
+        "mean over ranks r of −(1−{label_smoothing}) log σ({beta}(a₍r₎ − b₍r₎)) − {label_smoothing} log σ(−{beta}(a₍r₎ "
+        "− b₍r₎)), "
+        "sorted over the global batch; {variant}: paired a = log π_θ(y_w) − log π_θ(y_l), b the same of π_0; unpaired "
+        "a = u, b = v"
     )
     source = "2406.05882"
 
@@ -289,14 +297,20 @@ class AOT(_WholeBatch):
             scored.append(batch)
         mine = [[(float(a), float(b)) for a, b, r in zip(*sample, strict=True) if r] for sample in samples]
         everyone = self.gathered([value for part in mine for value in part])
-        a_sorted, b_sorted = (torch.tensor([value[i] for value in everyone], dtype=torch.float64).sort().values for i in (0, 1))
+        a_sorted, b_sorted = (
+            torch.tensor([value[i] for value in everyone], dtype=torch.float64).sort().values for i in (0, 1)
+        )
         return [
-            batch._replace(shared=torch.stack([_partners(a, real, a_sorted, b_sorted), _partners(b, real, b_sorted, a_sorted)]))
+            batch._replace(
+                shared=torch.stack([_partners(a, real, a_sorted, b_sorted), _partners(b, real, b_sorted, a_sorted)])
+            )
             for batch, (a, b, real) in zip(scored, samples, strict=True)
         ]
 
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
-        """Return the logistic cost of a against its rank's b; unpaired, b learns from its rank's a with a value of zero."""
+        """Return the logistic cost of a against its rank's b; unpaired, b learns from its rank's a with a value of
+        zero.
+        """
         a, b = self.compared(pairs)
         assert batch.shared is not None, "prepared() comes first"
         partner_of_a, partner_of_b = batch.shared.to(a)
@@ -321,7 +335,10 @@ class BCO(_WholeBatch):
 
     config: BetaConfig
     Config = BetaConfig
-    formula = "mean over pairs of −log σ({beta}u − δ) − log σ(δ − {beta}v), δ the running mean of the rewards {beta}u and {beta}v"
+    formula = (
+        "mean over pairs of −log σ({beta}u − δ) − log σ(δ − {beta}v), δ the running mean of the rewards "
+        "{beta}u and {beta}v"
+    )
     source = "2404.04656"
 
     def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:

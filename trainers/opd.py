@@ -1,7 +1,9 @@
 """On-policy distillation by policy gradient: a sampled token's reward is log pi_teacher - log pi_student.
 
-Its expectation is minus the reverse KL of MiniLLM (arXiv 2306.08543) and on-policy distillation (2306.13649); with a discount the
-later tokens' rewards count, too. One number a token is asked of the teacher, where loss=gkd needs its whole distribution.
+Its expectation is minus the reverse KL of MiniLLM (arXiv 2306.08543) and on-policy distillation (2306.13649); with a
+discount the
+later tokens' rewards count, too. One number a token is asked of the teacher, where loss=gkd needs its whole
+distribution.
 """
 
 from dataclasses import dataclass
@@ -27,8 +29,8 @@ class OPDConfig(RolloutConfig):
     teacher: str
     discount: float
     clip: float
-    online = True  # what Rollouts asks: every reply is the student's, and nobody else judges it
-    checker = None
+    online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
+    verifier = None
     reward_model = None
 
     def __post_init__(self) -> None:
@@ -38,36 +40,42 @@ class OPDConfig(RolloutConfig):
 
 
 def distillation_advantages(logps: Tensor, teacher_logps: Tensor, discount: float) -> Tensor:
-    """Return sum_{s >= t} discount^(s - t) (log pi_teacher - log pi_student) of the sampled tokens [B, T]; 0 where both are."""
+    """Return sum_{s >= t} discount^(s - t) (log pi_teacher - log pi_student) of the sampled tokens [B, T]; 0 where both
+    are.
+    """
     return discounted_sums(teacher_logps - logps, discount)
 
 
 class OPD(RolloutTrainer):
-    """Unit: tokens. Slot: the student's reply."""
+    """Unit: tokens. Slot: the student's response."""
 
     config: OPDConfig
     Config = OPDConfig
     needs = Needs("prompts", teacher="live")
     formula = (
-        "mean over tokens of the student's replies of max(−Aρ, −A·clip(ρ, 1 ± {clip})), ρ = π_θ/π_old, "
+        "mean over tokens of the student's responses of max(−Aρ, −A·clip(ρ, 1 ± {clip})), ρ = π_θ/π_old, "
         "A_t = Σ_s≥t {discount}^(s−t) log π_teacher/π_old(y_s)"
     )
     source = "2306.08543, 2306.13649"
 
-    def companion_folders(self) -> dict[str, tuple[str, str]]:
+    def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
         """Return the teacher."""
         return {"teacher": (self.config.teacher, "lm")}
 
     def noted(self, items: list[Item]) -> list[Item]:
-        """Return the items with their figures [n, 2]."""
+        """Return the items with their notes [n, 2]."""
         batch = self.batch_of(items)
         response = batch.sequences.response
         own, teacher = (
-            by_row(self.token_logps_of(model, batch.sequences).float(), response) for model in (self.policy, self.companions["teacher"])
+            by_row(self.token_logps_of(model, batch.sequences).float(), response)
+            for model in (self.policy, self.frozen_models["teacher"])
         )
-        figures = torch.stack([own, distillation_advantages(own, teacher, self.config.discount)], dim=-1).cpu().numpy()
+        notes = torch.stack([own, distillation_advantages(own, teacher, self.config.discount)], dim=-1).cpu().numpy()
         lengths = response.sum(dim=1).tolist()
-        return [item._replace(figures=np.ascontiguousarray(figures[i, :length])) for i, (item, length) in enumerate(zip(items, lengths, strict=True))]
+        return [
+            item._replace(notes=np.ascontiguousarray(notes[i, :length]))
+            for i, (item, length) in enumerate(zip(items, lengths, strict=True))
+        ]
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count response tokens."""
@@ -75,9 +83,9 @@ class OPD(RolloutTrainer):
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the loss sum, and the sampled reverse KL."""
-        assert batch.figures is not None
+        assert batch.notes is not None
         logps = token_logps(out.logits, out.targets)
-        old, advantages = batch.figures.to(logps).unbind(dim=1)
+        old, advantages = batch.notes.to(logps).unbind(dim=1)
         log_ratios = logps - old
         tokens, real = len(logps), batch.supervised(0)
         with torch.no_grad():

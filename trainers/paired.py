@@ -21,7 +21,9 @@ from trainers.batches import Batch, Item, supervised_sequence
 
 
 class Pairs(NamedTuple):
-    """Sums over response tokens of B pairs, [B] each: log pi_theta, and log pi_theta - log pi_0 (zeros without pi_0)."""
+    """Sums over response tokens of B pairs, [B] each: log pi_theta, and log pi_theta - log pi_0 (zeros without
+    pi_0).
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -69,7 +71,8 @@ def check_humanline(config: Any) -> None:
     """Refuse bounds that do not hold 0, where training starts."""
     require(
         config.log_epsilon_P < 0 < config.log_epsilon_R,
-        f"loss.log_epsilon_P={config.log_epsilon_P} and loss.log_epsilon_R={config.log_epsilon_R} must lie on both sides of 0",
+        f"loss.log_epsilon_P={config.log_epsilon_P} and loss.log_epsilon_R={config.log_epsilon_R} must lie on both "
+        "sides of 0",
     )
 
 
@@ -144,10 +147,13 @@ class PairedTrainer(BasicTrainer):
         """Return rewards, margins, accuracies and log-probabilities over the real pairs."""
         chosen, rejected = (reward.detach() for reward in self.rewards(pairs))
         values = {
-            "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
             "rewards/accuracies": (chosen > rejected).to(chosen),
-            "logps/chosen": pairs.chosen.detach(), "logps/rejected": pairs.rejected.detach(),
-        }  # fmt: skip
+            "logps/chosen": pairs.chosen.detach(),
+            "logps/rejected": pairs.rejected.detach(),
+        }
         return {name: Mean(torch.where(real > 0, value, 0.0).sum(), real.sum()) for name, value in values.items()}
 
     def objective(self) -> str:

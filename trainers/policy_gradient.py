@@ -14,7 +14,9 @@ def discounted_sums(values: Tensor, discount: float) -> Tensor:
 
 
 def clipped_losses(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Return max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) of each token [N], from log rho (PPO, arXiv 1707.06347, eq. 7)."""
+    """Return max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) of each token [N], from log rho (PPO, arXiv 1707.06347, eq.
+    7).
+    """
     ratios = log_ratios.exp()
     return torch.maximum(-advantages * ratios, -advantages * ratios.clamp(1 - clip, 1 + clip))
 

@@ -1,7 +1,9 @@
-"""Proximal policy optimization (arXiv 1707.06347) for replies, with a value head on the policy (2203.02155).
+"""Proximal policy optimization (arXiv 1707.06347) for responses, with a value head on the policy (2203.02155).
 
-The reward of token t is -kl_weight (log pi_old - log pi_0) and, on the last token, the reply's reward; advantages by GAE
-(1506.02438), whitened over the global batch; clipped ratio; clipped value loss. Letters: B rows, T tokens, N flat tokens.
+The reward of token t is -kl_weight (log pi_old - log pi_0) and, on the last token, the response's reward; advantages
+by GAE
+(1506.02438), whitened over the global batch; clipped ratio; clipped value loss. Letters: B rows, T tokens, N flat
+tokens.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
 from trainers.rollouts import Micros, RewardedConfig, RolloutTrainer
 from trainers.value_head import response_logits_and_values
 
-ADVANTAGE = 4  # column of an item's figures: old log-prob, the reference's, old value, value target, advantage
+ADVANTAGE = 4  # column of an item's notes: old log-prob, the reference's, old value, value target, advantage
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class PPOConfig(RewardedConfig):
         for key in ("gae_gamma", "gae_lambda"):
             require(0 <= getattr(self, key) <= 1, f"loss.{key}={getattr(self, key)} must be in [0, 1]")
         require(0 < self.clip < 1, f"loss.clip={self.clip} must be in (0, 1)")
-        require(self.value_clip is None or self.value_clip > 0, f"loss.value_clip={self.value_clip} must be above 0 (or null)")
+        require(
+            self.value_clip is None or self.value_clip > 0,
+            f"loss.value_clip={self.value_clip} must be above 0 (or null)",
+        )
         check_humanline(self)
 
 
@@ -75,14 +80,16 @@ def value_losses(values: Tensor, old_values: Tensor, targets: Tensor, clip: floa
 
 
 class PPO(RolloutTrainer):
-    """Unit: tokens. Slot: the reply; label: its reward."""
+    """Unit: tokens. Slot: the response; label: its reward."""
 
     config: PPOConfig
     Config = PPOConfig
     needs = Needs("prompts", reference="logps")
     formula = (
-        "mean over response tokens of max(−Aρ, −A·clip(ρ, 1 ± {clip})) + {value_weight}·½(V − R)², ρ = π_θ/π_old, A by GAE({gae_gamma}, "
-        "{gae_lambda}), whitened; reward: the reply's at its last token, −{kl_weight}(log π_old − log π_0) at every token"
+        "mean over response tokens of max(−Aρ, −A·clip(ρ, 1 ± {clip})) + {value_weight}·½(V − R)², ρ = π_θ/π_old, A by "
+        "GAE({gae_gamma}, "
+        "{gae_lambda}), whitened; reward: the response's at its last token, −{kl_weight}(log π_old − log π_0) at every "
+        "token"
     )
     source = "1707.06347, 2203.02155"
     head = "value"
@@ -92,17 +99,19 @@ class PPO(RolloutTrainer):
         return response_logits_and_values(model, sequences, self.vocab_size)
 
     @torch.no_grad()
-    def experience(self, micros: Micros, step: int) -> Micros:
-        """Reply, judge, note, and whiten the advantages over the global batch."""
-        micros = super().experience(micros, step)
-        every = torch.from_numpy(np.concatenate([item.figures[:, ADVANTAGE] for items in micros for item in items if item.figures is not None])).double()
+    def rollout(self, micros: Micros, step: int) -> Micros:
+        """Answer, score, note, and whiten the advantages over the global batch."""
+        micros = super().rollout(micros, step)
+        every = torch.from_numpy(
+            np.concatenate([item.notes[:, ADVANTAGE] for items in micros for item in items if item.notes is not None])
+        ).double()
         count, total, squares = self.global_sum(torch.tensor(float(len(every))), every.sum(), (every**2).sum())
         mean = total / max(1.0, count)
         variance = max(0.0, squares / max(1.0, count) - mean**2)
         return [[_with_whitened(item, mean, variance) for item in items] for items in micros]
 
     def noted(self, items: list[Item]) -> list[Item]:
-        """Return the items with their figures [n, 5], advantages not yet whitened."""
+        """Return the items with their notes [n, 5], advantages not yet whitened."""
         batch, config = self.batch_of(items), self.config
         with self.autocast(self.policy):
             out, flat_values = self.forward(self.policy, batch.sequences)
@@ -117,9 +126,13 @@ class PPO(RolloutTrainer):
         final = (lengths[:, None] - 1) == torch.arange(rewards.shape[1], device=rewards.device)[None]
         rewards = torch.where(final, rewards + batch.labels.to(rewards)[:, None], rewards)
         advantages = gae(rewards, values, mask, config.gae_gamma, config.gae_lambda)
-        targets = advantages + values if config.value_target == "returns" else discounted_sums(rewards * mask, config.gae_gamma)
-        figures = torch.stack([logps, base, values, targets, advantages], dim=-1).float().cpu().numpy()
-        return [item._replace(figures=figures[i, : int(lengths[i])]) for i, item in enumerate(items)]
+        targets = (
+            advantages + values
+            if config.value_target == "returns"
+            else discounted_sums(rewards * mask, config.gae_gamma)
+        )
+        notes = torch.stack([logps, base, values, targets, advantages], dim=-1).float().cpu().numpy()
+        return [item._replace(notes=notes[i, : int(lengths[i])]) for i, item in enumerate(items)]
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count response tokens."""
@@ -128,9 +141,9 @@ class PPO(RolloutTrainer):
     def sums(self, out: tuple[ResponseLogits, Tensor], batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the sums of policy and value losses, and what tells how training goes."""
         (logits, targets, _), values = out
-        assert batch.figures is not None and batch.labels is not None
+        assert batch.notes is not None and batch.labels is not None
         config, logps = self.config, token_logps(logits, targets)
-        old, base, old_values, wanted, advantages = batch.figures.to(logps).unbind(dim=1)
+        old, base, old_values, wanted, advantages = batch.notes.to(logps).unbind(dim=1)
         log_ratios = humanline(logps - old, config)
         losses = clipped_losses(log_ratios, advantages, config.clip) + config.drift_weight * log_ratios
         errors = value_losses(values.to(logps), old_values, wanted, config.value_clip)
@@ -148,7 +161,7 @@ class PPO(RolloutTrainer):
 
 
 def _with_whitened(item: Item, mean: float, variance: float) -> Item:
-    assert item.figures is not None
-    figures = item.figures.copy()
-    figures[:, ADVANTAGE] = whitened(torch.from_numpy(figures[:, ADVANTAGE]), mean, variance).numpy()
-    return item._replace(figures=figures)
+    assert item.notes is not None
+    notes = item.notes.copy()
+    notes[:, ADVANTAGE] = whitened(torch.from_numpy(notes[:, ADVANTAGE]), mean, variance).numpy()
+    return item._replace(notes=notes)

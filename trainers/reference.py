@@ -1,4 +1,4 @@
-"""Reference log-probabilities as an artefact: scored once, keyed by content, shared between runs, no pickle.
+"""Reference log-probabilities as an artifact: scored once, keyed by content, shared between runs, no pickle.
 
 A folder holds the log-probability of every response token of every sequence, in float32:
 meta.json (model, tokenizer, precision, one key a sequence), logps.safetensors (logps, offsets), DONE last.
@@ -36,8 +36,10 @@ def _keys(item: Item) -> list[str]:
 def meta_of(config: ModelConfig, dtype: torch.dtype, tokenizer: Any) -> dict[str, str]:
     """Say what the numbers depend on besides the sequences themselves."""
     return {
-        "model": config_digest(config), "tokenizer": tokenizer_digest(tokenizer), "dtype": str(dtype).split(".")[-1],
-    }  # fmt: skip
+        "model": config_digest(config),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "dtype": str(dtype).split(".")[-1],
+    }
 
 
 def folder_of(base: Path, items: list[Item], meta: dict[str, str]) -> Path:
@@ -53,20 +55,20 @@ def score(
     """Score every sequence of the items with the reference and write the folder, DONE last; ranks share the work."""
     reference = trainer.place_reference(reference)
     accelerator = trainer.accelerator
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world_size = accelerator.process_index, accelerator.num_processes
     size = trainer.model_config.eval_batch_size
     rows = {key: tokens for item in items for key, tokens in zip(_keys(item), _sequences(item), strict=True)}
     work = sorted(rows.items(), key=lambda row: (len(row[1].ids), row[0]))  # like lengths together: little padding
     scores: Scores = {}
-    steps = range(0, len(work), size * world)  # all ranks take every step: a sharded model needs them together
+    steps = range(0, len(work), size * world_size)  # all ranks take every step: a sharded model needs them together
     for start in tqdm(steps, desc="reference", mininterval=1, disable=rank > 0):
         chunk = work[start + rank * size : start + (rank + 1) * size] or work[start : start + 1]
         batch = trainer.batch_of([Item((tokens,)) for _, tokens in chunk])
         logps = trainer.token_logps_of(reference, batch.sequences).float().cpu().numpy()
         ends = np.cumsum([sum(tokens.response) for _, tokens in chunk])
         scores |= {key: part for (key, _), part in zip(chunk, np.split(logps, ends[:-1]), strict=True)}
-    if world > 1:
-        gathered: list[Scores] = [{} for _ in range(world)]
+    if world_size > 1:
+        gathered: list[Scores] = [{} for _ in range(world_size)]
         torch.distributed.all_gather_object(gathered, scores)
         scores = {key: value for part in gathered for key, value in part.items()}
     if rank == 0:
@@ -96,7 +98,9 @@ def attach(items: list[Item], folder: Path, meta: dict[str, str]) -> list[Item]:
     stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     for key, value in meta.items():
         if stored[key] != value:
-            raise ValueError(f"{folder} was scored with another {key}: {stored[key]}, this run has {value}. Score again")
+            raise ValueError(
+                f"{folder} was scored with another {key}: {stored[key]}, this run has {value}. Score again"
+            )
     tensors = load_file(folder / "logps.safetensors")
     parts = np.split(tensors["logps"].numpy(), tensors["offsets"].numpy()[1:-1])
     logps = dict(zip(stored["keys"], parts, strict=True))

@@ -15,12 +15,17 @@ from trainers.paired import PairedConfig, PairedTrainer, Pairs, logistic_loss
 
 
 def slic_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """Return max(0, beta - log pi(y_w) + log pi(y_l)) (2305.10425); its regulariser is the NLL term."""
+    """Return max(0, beta - log pi(y_w) + log pi(y_l)) (2305.10425); its regularizer is the NLL term."""
     return F.relu(beta - chosen + rejected)
 
 
 def simpo_loss(
-    mean_chosen: Tensor, mean_rejected: Tensor, beta: float, gamma: float, alpha: float = 0.0, label_smoothing: float = 0.0
+    mean_chosen: Tensor,
+    mean_rejected: Tensor,
+    beta: float,
+    gamma: float,
+    alpha: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return -log s(beta (r_w - r_l) - gamma) of token-averaged log-probabilities (2405.14734).
 
@@ -32,7 +37,9 @@ def simpo_loss(
 
 
 def orpo_loss(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
-    """Return -log s(log odds of y_w - log odds of y_l), odds = p / (1 - p), p = exp(token mean of log pi) (2403.07691)."""
+    """Return -log s(log odds of y_w - log odds of y_l), odds = p / (1 - p), p = exp(token mean of log pi)
+    (2403.07691).
+    """
     return logistic_loss(log_odds(mean_chosen) - log_odds(mean_rejected))
 
 
@@ -109,7 +116,10 @@ class SimPO(_ReferenceFree):
 
     config: SimPOConfig
     Config = SimPOConfig
-    formula = "mean over pairs of −log σ({beta}(r_w − r_l) − {gamma}), r the token mean of log π_θ (alpha = {alpha}; smoothing {label_smoothing})"
+    formula = (
+        "mean over pairs of −log σ({beta}(r_w − r_l) − {gamma}), r the token mean of log π_θ (alpha = "
+        "{alpha}; smoothing {label_smoothing})"
+    )
     source = "2405.14734; alpha: 2501.03884"
 
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
@@ -143,13 +153,19 @@ class CPO(_ReferenceFree):
 
     config: CPOConfig
     Config = CPOConfig
-    formula = "mean over pairs of the {preference} loss of {beta}(log π_θ(y_w) − log π_θ(y_l)) (smoothing {label_smoothing})"
+    formula = (
+        "mean over pairs of the {preference} loss of {beta}(log π_θ(y_w) − log π_θ(y_l)) (smoothing {label_smoothing})"
+    )
     source = "2401.08417"
 
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
         """Return the logistic (DPO with a uniform reference) or hinge loss of the log-probabilities' difference."""
         delta = self.config.beta * (pairs.chosen - pairs.rejected)
-        return F.relu(1 - delta) if self.config.preference == "hinge" else logistic_loss(delta, self.config.label_smoothing)
+        return (
+            F.relu(1 - delta)
+            if self.config.preference == "hinge"
+            else logistic_loss(delta, self.config.label_smoothing)
+        )
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,10 @@ class ORPO(_ReferenceFree):
 
     config: ORPOConfig
     Config = ORPOConfig
-    formula = "mean over pairs of −{beta} log σ(log odds(y_w) − log odds(y_l)), odds = p/(1−p), p = exp(token mean of log π_θ)"
+    formula = (
+        "mean over pairs of −{beta} log σ(log odds(y_w) − log odds(y_l)), odds = p/(1−p), p = exp(token mean "
+        "of log π_θ)"
+    )
     source = "2403.07691"
 
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:

@@ -1,8 +1,10 @@
 """Reward-weighted distillation: learn a teacher's rollouts, each with a weight that grows with its reward.
 
-L = mean_i w_i (nll_weight NLL_i + kl_weight D_i), w_i = exp(r_i / tau) / mean_j exp(r_j / tau) over the global batch; NLL_i and
-D_i are means over the tokens of reply i (the softmax weights of reward-weighted regression, Peters and Schaal 2007).
-D is a divergence from one or several live teachers, averaged in probability. Letters: B replies, N tokens, V vocabulary.
+L = mean_i w_i (nll_weight NLL_i + kl_weight D_i), w_i = exp(r_i / tau) / mean_j exp(r_j / tau) over the global batch;
+NLL_i and
+D_i are means over the tokens of response i (the softmax weights of reward-weighted regression, Peters and Schaal 2007).
+D is a divergence from one or several live teachers, averaged in probability. Letters: B responses, N tokens, V
+vocabulary.
 """
 
 import math
@@ -21,7 +23,7 @@ from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
 from trainers.rollouts import reward_of
 
-BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # of the generalised JSD
+BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # of the generalized JSD
 
 
 @dataclass(frozen=True)
@@ -39,52 +41,64 @@ class RewardWeightedConfig:
         require(self.reward_temperature > 0, f"loss.reward_temperature={self.reward_temperature} must be above 0")
         for key in ("nll_weight", "kl_weight"):
             require(getattr(self, key) >= 0, f"loss.{key}={getattr(self, key)} must not be negative")
-        require(self.nll_weight + self.kl_weight > 0, "loss.nll_weight and loss.kl_weight are both 0: nothing would be learnt")
+        require(
+            self.nll_weight + self.kl_weight > 0,
+            "loss.nll_weight and loss.kl_weight are both 0: nothing would be learned",
+        )
         require(
             (self.kl_weight > 0) == bool(self.teachers),
-            f"loss.kl_weight={self.kl_weight} and loss.teachers={self.teachers}: a divergence needs both, without one leave both out",
+            f"loss.kl_weight={self.kl_weight} and loss.teachers={self.teachers}: a divergence needs both, without one "
+            "leave both out",
         )
 
 
 class RewardWeighted(BasicTrainer):
-    """Unit: replies. Slot: the teacher's reply; label: its reward; shared: its weight."""
+    """Unit: responses. Slot: the teacher's response; label: its reward; shared: its weight."""
 
     config: RewardWeightedConfig
     Config = RewardWeightedConfig
     needs = Needs("rewards", teacher="live")
     formula = (
-        "mean over replies of w(y)·({nll_weight}·NLL(y) + {kl_weight}·D(y)), both means over tokens, w ∝ exp(reward/{reward_temperature}) with "
+        "mean over responses of w(y)·({nll_weight}·NLL(y) + {kl_weight}·D(y)), both means over tokens, w ∝ "
+        "exp(reward/{reward_temperature}) with "
         "mean 1 over the global batch, D: {divergence} divergence from the teachers"
     )
     source = "Peters and Schaal 2007"
 
-    def companion_folders(self) -> dict[str, tuple[str, str]]:
+    def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
         """Return the teachers."""
         return {f"teacher_{i}": (folder, "lm") for i, folder in enumerate(self.config.teachers)}
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
-        """Take each reply with its reward."""
+        """Take each response with its reward."""
         name = "reward-weighted-distill"
-        return [Item((supervised_sequence(e.response, "teacher_response", name),), label=reward_of(e), source=i) for i, e in enumerate(examples)]
+        return [
+            Item((supervised_sequence(e.response, "teacher_response", name),), label=reward_of(e), source=i)
+            for i, e in enumerate(examples)
+        ]
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Count replies."""
+        """Count responses."""
         number = int(batch.supervised(0).sum())
         return {"nll": number, "divergence": number}
 
     def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
-        """Weigh every reply of the global batch: exp(reward / temperature), divided by the mean."""
+        """Weigh every response of the global batch: exp(reward / temperature), divided by the mean."""
         scaled = [self._scaled(batch) for batch in batches]
         # all ranks subtract the same maximum: no weight overflows
         top = max(self.gathered([max((float(x.max()) for x in scaled), default=-math.inf)]))
         weights = [(x - top).exp() for x in scaled]
         total, number = self.global_sum(
-            torch.stack([w.sum() for w in weights]).sum(), torch.tensor(float(sum(self.counts(batch)["nll"] for batch in batches)))
+            torch.stack([w.sum() for w in weights]).sum(),
+            torch.tensor(float(sum(self.counts(batch)["nll"] for batch in batches))),
         )
-        return [batch._replace(shared=(w * (number / total)).to(batch.sequences.ids.device)) for batch, w in zip(batches, weights, strict=True)]
+        return [
+            batch._replace(shared=(w * (number / total)).to(batch.sequences.ids.device))
+            for batch, w in zip(batches, weights, strict=True)
+        ]
 
     def _scaled(self, batch: Batch) -> Tensor:
-        """Return reward / temperature of each reply [B] in float64; -inf for a filler."""
+        """Return reward / temperature of each response [B] in float64; -inf for a filler."""
         assert batch.labels is not None
         scaled = batch.labels.double() / self.config.reward_temperature
         return scaled.masked_fill(~batch.supervised(0), -math.inf).cpu()
@@ -95,24 +109,24 @@ class RewardWeighted(BasicTrainer):
         config, size = self.config, batch.num_items
         nll = -token_logps(out.logits, out.targets)
         weights, lengths = batch.shared.to(nll), row_sums(torch.ones_like(nll), out.rows, size).clamp_min(1)
-        of_reply = lambda values: weights * row_sums(values, out.rows, size) / lengths  # noqa: E731
-        sums = {"nll": config.nll_weight * of_reply(nll).sum(), "divergence": nll.sum() * 0}
+        of_response = lambda values: weights * row_sums(values, out.rows, size) / lengths  # noqa: E731
+        sums = {"nll": config.nll_weight * of_response(nll).sum(), "divergence": nll.sum() * 0}
         if config.kl_weight:
             divergence = generalized_jsd(out.logits, self._teacher_logits(batch), BETAS[config.divergence])
-            sums["divergence"] = config.kl_weight * of_reply(divergence).sum()
+            sums["divergence"] = config.kl_weight * of_response(divergence).sum()
         real = batch.supervised(0)
         return sums, {
             "reward": Mean(batch.labels[real].sum(), real.sum()),
             "weighted_reward": Mean((weights * batch.labels.to(weights))[real].sum(), real.sum()),
             "nll": Mean(nll.detach().sum(), len(nll)),
-            "squared_weight": Mean((weights[real] ** 2).sum(), real.sum()),  # 1: all alike; n: one reply has it all
+            "squared_weight": Mean((weights[real] ** 2).sum(), real.sum()),  # 1: all alike; n: one response has it all
         }
 
     @torch.no_grad()
     def _teacher_logits(self, batch: Batch) -> Tensor:
         """Return the log of the teachers' average probabilities [N, V], up to a constant a row."""
         found = []
-        for model in self.companions.values():
+        for model in self.frozen_models.values():
             with self.autocast(model):
                 found.append(response_logits(model, batch.sequences, self.vocab_size).logits)
         return mixed_logps(found)

@@ -1,8 +1,10 @@
-"""Rollouts: what the policy replies to prompts while it trains, and what the replies are worth.
+"""Rollouts: what the policy answers to prompts while it trains, and what the responses are worth.
 
-A rollout answers the prompts of `rollout_batches` optimizer steps with the policy as it stands, then `rollout_epochs` passes
-of steps learn from them. Replies are a function of (seed, step, example, number) and of the weights: any layout gives the
-same, and a run resumes between rollouts. Offline the replies, and maybe their rewards, come with the data.
+A rollout answers the prompts of `rollout_batches` optimizer steps with the policy as it stands, then `rollout_epochs`
+passes
+of steps learn from them. Responses are a function of (seed, step, example, number) and of the weights: any layout gives
+the
+same, and a run resumes between rollouts. Offline the responses, and maybe their rewards, come with the data.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ import models
 from dataloader import Example, Tokens
 from generation.on_policy import sample_rows
 from models import last_token_scores
-from rewards.checkers import resolve_checker, scored
+from rewards.verifiers import resolve_verifier, scored
 from settings.schema import require
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
@@ -48,46 +50,53 @@ class RewardedConfig(RolloutConfig):
     """Values of config/loss/shared/rewarded.yaml."""
 
     online: bool
-    checker: str | None
+    verifier: str | None
     reward_model: str | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            not (self.checker and self.reward_model),
-            f"loss.checker={self.checker} and loss.reward_model={self.reward_model} both give rewards: keep one",
+            not (self.verifier and self.reward_model),
+            f"loss.verifier={self.verifier} and loss.reward_model={self.reward_model} both give rewards: keep one",
         )
         require(
-            not self.online or bool(self.checker or self.reward_model),
-            "loss.online=true needs somebody who judges new replies: set loss.checker=module:function or loss.reward_model=FOLDER "
-            "(or loss.online=false, to learn from replies and rewards in the data)",
+            not self.online or bool(self.verifier or self.reward_model),
+            "loss.online=true needs somebody who scores new responses: set loss.verifier=module:function or "
+            "loss.reward_model=FOLDER "
+            "(or loss.online=false, to learn from responses and rewards in the data)",
         )
 
 
 class Rollouts:
-    """The rollout that a trainer learns from now, and the judge of its replies."""
+    """The rollout that a trainer learns from now, and who scores its responses."""
 
     def __init__(self, trainer: BasicTrainer, config: Any) -> None:
         run = trainer.run_config
         self.trainer, self.config = trainer, config
         self.examples: dict[str, list[Example]] = {}
-        self.checker = resolve_checker(config.checker, "loss.checker") if config.checker else None
+        self.verifier = resolve_verifier(config.verifier, "loss.verifier") if config.verifier else None
         self.kept: list[Micros] = []
         require(
             run.save_every % config.period == 0,
-            f"save_every={run.save_every}: a rollout lasts {config.period} steps (loss.rollout_batches x loss.rollout_epochs) and is "
+            f"save_every={run.save_every}: a rollout lasts {config.period} steps (loss.rollout_batches x "
+            "loss.rollout_epochs) and is "
             f"not kept in checkpoints; a multiple of {config.period} works",
         )
         cached = run.cache_reference_logprobs or run.load_reference_logprobs
-        require(not (config.online and cached), "reference log-probabilities cannot be cached: with loss.online=true every reply is new")
+        require(
+            not (config.online and cached),
+            "reference log-probabilities cannot be cached: with loss.online=true every response is new",
+        )
 
     # ---- items
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
-        """Make an item of each prompt (online) or of each reply with its reward (offline)."""
+        """Make an item of each prompt (online) or of each response with its reward (offline)."""
         self.examples[split] = examples
         if self.config.online:
-            return [Item((Tokens(e.prompt, [False] * len(e.prompt)),), label=0.0, source=i) for i, e in enumerate(examples)]
+            return [
+                Item((Tokens(e.prompt, [False] * len(e.prompt)),), label=0.0, source=i) for i, e in enumerate(examples)
+            ]
         return [
             Item((tokens,), label=label, source=i)
             for i, example in enumerate(examples)
@@ -95,17 +104,19 @@ class Rollouts:
         ]
 
     def _given(self, example: Example) -> list[tuple[Tokens, float]]:
-        """Return the replies of a row with their rewards: 1 and 0 for chosen and rejected, else the row's column."""
-        replies = [(tokens, label) for tokens, label in ((example.chosen, 1.0), (example.rejected, 0.0)) if tokens is not None]
+        """Return the responses of a row with their rewards: 1 and 0 for chosen and rejected, else the row's column."""
+        responses = [
+            (tokens, label) for tokens, label in ((example.chosen, 1.0), (example.rejected, 0.0)) if tokens is not None
+        ]
         if example.response is not None:
-            replies.append((example.response, 0.0 if self.judged else reward_of(example)))
-        require(bool(replies), "a row has a prompt and no reply: loss.online=true lets the policy reply")
-        return replies
+            responses.append((example.response, 0.0 if self.has_rewards else reward_of(example)))
+        require(bool(responses), "a row has a prompt and no response: loss.online=true lets the policy answer")
+        return responses
 
     @property
-    def judged(self) -> bool:
-        """Tell whether a checker or a reward model gives the rewards."""
-        return bool(self.config.checker or self.config.reward_model)
+    def has_rewards(self) -> bool:
+        """Tell whether a verifier or a reward model gives the rewards."""
+        return bool(self.config.verifier or self.config.reward_model)
 
     # ---- steps
 
@@ -117,35 +128,42 @@ class Rollouts:
             self.kept = [make(first + i) for i in range(self.config.rollout_batches)]
         return self.kept[place % self.config.rollout_batches]
 
-    def replied(self, micros: Micros, step: int) -> Micros:
-        """Return items with replies and rewards; held-out prompts (step 0) are answered once."""
+    def responded(self, micros: Micros, step: int) -> Micros:
+        """Return items with responses and rewards; held-out prompts (step 0) are answered once."""
         split = "train" if step else "test"
         if self.config.online:
             micros = [self._answered(items, step, self.config.n if step else 1) for items in micros]
-        return [self._rewarded(items, split) for items in micros] if self.judged else micros
+        return [self._rewarded(items, split) for items in micros] if self.has_rewards else micros
 
     def _answered(self, items: list[Item], step: int, n: int) -> list[Item]:
         repeated = [(item, k) for item in items for k in range(n)]
         seeds = [row_seed(self.trainer.run_config.seed, step, item.source, k) for item, k in repeated]
-        replies = answers(self.trainer, [item.sequences[0].ids for item, _ in repeated], seeds, self.config.max_new_tokens)
-        return [with_reply(item, item.sequences[0].ids, ids) for (item, _), (ids, _) in zip(repeated, replies, strict=True)]
+        responses = answers(
+            self.trainer, [item.sequences[0].ids for item, _ in repeated], seeds, self.config.max_new_tokens
+        )
+        return [
+            with_response(item, item.sequences[0].ids, ids)
+            for (item, _), (ids, _) in zip(repeated, responses, strict=True)
+        ]
 
     def _rewarded(self, items: list[Item], split: str) -> list[Item]:
-        if self.checker is None:
+        if self.verifier is None:
             batch = self.trainer.batch_of(items)
             with torch.no_grad():
-                scores = last_token_scores(self.trainer.companions["reward_model"], batch.sequences).tolist()
+                scores = last_token_scores(self.trainer.frozen_models["reward_model"], batch.sequences).tolist()
             return [item._replace(label=score) for item, score in zip(items, scores, strict=True)]
         return [item if item.source < 0 else item._replace(label=self._checked(item, split)) for item in items]
 
     def _checked(self, item: Item, split: str) -> float:
-        assert self.checker is not None
+        assert self.verifier is not None
         conversation = self.examples[split][item.source].conversation
-        text = reply_text(self.trainer.tokenizer, item.sequences[0], models.stop_ids(self.trainer.tokenizer))
+        text = response_text(self.trainer.tokenizer, item.sequences[0], models.stop_ids(self.trainer.tokenizer))
         try:
-            return scored(self.checker, conversation, text)
+            return scored(self.verifier, conversation, text)
         except Exception as error:
-            raise ValueError(f"loss.checker={self.config.checker} failed on the reply {text[:200]!r}: {error!r}") from error
+            raise ValueError(
+                f"loss.verifier={self.config.verifier} failed on the response {text[:200]!r}: {error!r}"
+            ) from error
 
 
 class RolloutTrainer(BasicTrainer):
@@ -156,12 +174,12 @@ class RolloutTrainer(BasicTrainer):
         self.rollouts = Rollouts(self, self.config)
         self.steps_per_batch = self.config.rollout_epochs
 
-    def companion_folders(self) -> dict[str, tuple[str, str]]:
-        """Return the reward model, if one judges."""
+    def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
+        """Return the reward model, if one scores."""
         return {"reward_model": (self.config.reward_model, "reward")} if self.config.reward_model else {}
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
-        """Take prompts, or given replies with their rewards."""
+        """Take prompts, or given responses with their rewards."""
         return self.rollouts.items(examples, split)
 
     def micro_items(self, step: int) -> Micros:
@@ -173,13 +191,13 @@ class RolloutTrainer(BasicTrainer):
         return step % self.config.period == 0
 
     @torch.no_grad()
-    def experience(self, micros: Micros, step: int) -> Micros:
-        """Reply, judge, and note of each token what the method wants to remember."""
+    def rollout(self, micros: Micros, step: int) -> Micros:
+        """Answer, score, and note of each token what the method wants to remember."""
         self.policy.eval()
-        return [self.noted(items) for items in self.rollouts.replied(micros, step)]
+        return [self.noted(items) for items in self.rollouts.responded(micros, step)]
 
     def noted(self, items: list[Item]) -> list[Item]:
-        """Return the items of a micro-batch with their figures."""
+        """Return the items of a micro-batch with their notes."""
         raise NotImplementedError
 
 
@@ -188,35 +206,43 @@ def reward_of(example: Example) -> float:
     meta = example.conversation.meta
     found = meta.get("reward", meta.get("label"))
     if not isinstance(found, (bool, int, float)):
-        raise ValueError(f"a row has no reward: give a column `reward` (a number) or `label` (true or false); it has {sorted(meta)}")
+        raise ValueError(
+            f"a row has no reward: give a column `reward` (a number) or `label` (true or false); it has {sorted(meta)}"
+        )
     return float(found)
 
 
 def row_seed(seed: int, step: int, source: int, number: int) -> int:
-    """Return the seed of one reply, a function of the run's seed, the step, the example and the reply's number."""
+    """Return the seed of one response, a function of the run's seed, the step, the example and the response's
+    number.
+    """
     digest = hashlib.sha256(f"{seed} {step} {source} {number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def answers(trainer: BasicTrainer, prompts: list[list[int]], seeds: list[int], max_new_tokens: int) -> list[tuple[list[int], str]]:
-    """Reply to each prompt with the policy as it stands; all ranks call it."""
+def answers(
+    trainer: BasicTrainer, prompts: list[list[int]], seeds: list[int], max_new_tokens: int
+) -> list[tuple[list[int], str]]:
+    """Response to each prompt with the policy as it stands; all ranks call it."""
     model: Any = trainer.accelerator.unwrap_model(trainer.policy)
     stop = models.stop_ids(trainer.tokenizer, model)
     sharded = trainer.own_sharding or trainer.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
     training = model.training
     model.eval()
     with trainer.autocast(model):
-        replies = sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop, sharded)
+        responses = sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop, sharded)
     model.train(training)
-    return replies
+    return responses
 
 
-def with_reply(item: Item, prompt: list[int], ids: list[int]) -> Item:
-    """Give an item the reply to a prompt; that of a filler stays unsupervised."""
+def with_response(item: Item, prompt: list[int], ids: list[int]) -> Item:
+    """Give an item the response to a prompt; that of a filler stays unsupervised."""
     return item._replace(sequences=(Tokens([*prompt, *ids], [False] * len(prompt) + [item.source >= 0] * len(ids)),))
 
 
-def reply_text(tokenizer: Any, tokens: Tokens, stop: list[int]) -> str:
-    """Return the text of the supervised tokens without the one that ends the turn; other special tokens stay visible to a judge."""
+def response_text(tokenizer: Any, tokens: Tokens, stop: list[int]) -> str:
+    """Return the text of the supervised tokens without the one that ends the turn; other special tokens stay visible to
+    who scores it.
+    """
     ids = [i for i, on in zip(tokens.ids, tokens.response, strict=True) if on]
     return tokenizer.decode(ids[:-1] if ids and ids[-1] in stop else ids, clean_up_tokenization_spaces=False)

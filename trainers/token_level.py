@@ -37,9 +37,17 @@ class TDPOConfig:
 
 
 def tdpo_loss(
-    u: Tensor, v: Tensor, chosen_divergence: Tensor, rejected_divergence: Tensor, beta: float, variant: int, alpha: float
+    u: Tensor,
+    v: Tensor,
+    chosen_divergence: Tensor,
+    rejected_divergence: Tensor,
+    beta: float,
+    variant: int,
+    alpha: float,
 ) -> Tensor:
-    """Return -log s(beta (u - v - d)) per pair [B]; d = D(y_l) - D(y_w) (variant 1) or alpha (D(y_l) - sg D(y_w)) (2)."""
+    """Return -log s(beta (u - v - d)) per pair [B]; d = D(y_l) - D(y_w) (variant 1) or alpha (D(y_l) - sg D(y_w))
+    (2).
+    """
     if variant == 1:
         difference = rejected_divergence - chosen_divergence
     else:
@@ -54,7 +62,8 @@ class TDPO(PairedTrainer):
     Config: ClassVar[type] = TDPOConfig
     needs = Needs("pairs", reference="distributions")
     formula = (
-        "mean over pairs of −log σ({beta}(u − v − d)), variant {variant}: 1: d = D(y_l) − D(y_w); 2: d = {alpha}(D(y_l) − sg D(y_w)); "
+        "mean over pairs of −log σ({beta}(u − v − d)), variant {variant}: 1: d = D(y_l) − D(y_w); 2: d = "
+        "{alpha}(D(y_l) − sg D(y_w)); "
         "D(y) = Σ_t KL(π_0‖π_θ)"
     )
     source = "2404.11999"
@@ -71,7 +80,9 @@ class TDPO(PairedTrainer):
         pairs = pairs_of(logps, ratios, out.rows, size)
         divergence = row_sums(self.divergences(out.logits, reference_logits), out.rows, 2 * size)
         chosen, rejected = divergence.split(size)
-        losses = tdpo_loss(pairs.chosen_ratio, pairs.rejected_ratio, chosen, rejected, config.beta, config.variant, config.alpha)
+        losses = tdpo_loss(
+            pairs.chosen_ratio, pairs.rejected_ratio, chosen, rejected, config.beta, config.variant, config.alpha
+        )
         real = batch.supervised(0).to(losses)
         sums = {"preference": (losses * real).sum()}
         if config.nll_weight:
@@ -129,7 +140,9 @@ def reference_risk(z: Tensor, reference_logps: Tensor, level: float, split: bool
     """
     if split:
         half = z.shape[-1] // 2
-        halves = zip(z.split([half, z.shape[-1] - half], -1), reference_logps.split([half, z.shape[-1] - half], -1), strict=True)
+        halves = zip(
+            z.split([half, z.shape[-1] - half], -1), reference_logps.split([half, z.shape[-1] - half], -1), strict=True
+        )
         return sum(reference_risk(part, logps, level) for part, logps in halves)  # type: ignore[return-value]
     tail = z.detach() > quantile(z.detach(), 1 - level).unsqueeze(-1)
     return torch.where(tail, reference_logps.exp() * z, 0.0).sum(-1)
@@ -141,7 +154,8 @@ class RaDPO(TDPO):
     config: RaDPOConfig
     Config: ClassVar[type] = RaDPOConfig
     formula = (
-        "mean over pairs of −log σ({beta}(u − v − d)), variant {variant}: 1: d = D(y_l) − D(y_w); 2: d = {alpha}(D(y_l) − sg D(y_w)); "
+        "mean over pairs of −log σ({beta}(u − v − d)), variant {variant}: 1: d = D(y_l) − D(y_w); 2: d = "
+        "{alpha}(D(y_l) − sg D(y_w)); "
         "D(y) = Σ_t risk of z = log π_0/π_θ under π_0 ({risk}, confidence level {confidence_level})"
     )
     source = "2505.20359"

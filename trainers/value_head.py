@@ -1,6 +1,7 @@
 """The value head: a causal model's estimate of the reward to come, for actor-critic methods (PPO).
 
-It lives on the policy, so that DDP, FSDP, optimizer and checkpoints treat it as any parameter; FINAL is written without it.
+It lives on the policy, so that DDP, FSDP, optimizer and checkpoints treat it as any parameter; FINAL is written without
+it.
 """
 
 from typing import Any
@@ -26,7 +27,8 @@ class ValueHead(torch.nn.Linear):
 
 
 def add_value_head(model: Any) -> None:
-    """Give a causal model (or one with LoRA) `value_head`, which reads what its output embeddings read, in the same forward pass.
+    """Give a causal model (or one with LoRA) `value_head`, which reads what its output embeddings read, in the same
+    forward pass.
 
     So the head is computed where FSDP and DDP expect parameters to be used, and on response positions only.
     """
@@ -38,7 +40,9 @@ def add_value_head(model: Any) -> None:
     model.get_output_embeddings().register_forward_pre_hook(read)
 
 
-def response_logits_and_values(model: torch.nn.Module, sequences: Sequences, vocab_size: int) -> tuple[ResponseLogits, Tensor]:
+def response_logits_and_values(
+    model: torch.nn.Module, sequences: Sequences, vocab_size: int
+) -> tuple[ResponseLogits, Tensor]:
     """Return response_logits, and the value head's estimate before each response token [N] (see add_value_head)."""
     out = response_logits(model, sequences, vocab_size)
     _, rows, kept = predicting(sequences.response)

@@ -1,1 +1,1 @@
-"""Generated task worlds: data from a seed, and an exact checker that judges any reply."""
+"""Generated task worlds: data from a seed, and an exact verifier that judges any reply."""

@@ -1,6 +1,7 @@
 """Small word problems in GSM8K's form, from a seed: two steps with calculator marks, judged by worlds.gsm8k.
 
-    question  Ida has 9 figs. Dan has 3 kiwis. Ben has 4 more figs than Ida. Each fig costs $5. How much do Ben's figs cost?
+    question  Ida has 9 figs. Dan has 3 kiwis. Ben has 4 more figs than Ida. Each fig costs $5. How much do Ben's figs
+    cost?
     answer    Ben has 9+4=<<9+4=13>>13 figs.
               That is 13*5=<<13*5=65>>65.
               #### 65
@@ -18,7 +19,16 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-ITEMS = {"apples": "apple", "figs": "fig", "kiwis": "kiwi", "limes": "lime", "melons": "melon", "pears": "pear", "plums": "plum", "dates": "date"}
+ITEMS = {
+    "apples": "apple",
+    "figs": "fig",
+    "kiwis": "kiwi",
+    "limes": "lime",
+    "melons": "melon",
+    "pears": "pear",
+    "plums": "plum",
+    "dates": "date",
+}
 NAMES = ("Ada", "Ben", "Cora", "Dan", "Eva", "Finn", "Gus", "Ida")
 FIRST = ("more", "fewer", "times")  # how the second person's number follows from the first one's
 SECOND = ("all", "buys", "gives", "costs", "bags")  # what is asked
@@ -101,11 +111,18 @@ def solution(problem: Problem, rng: random.Random) -> str:
     """Write one right solution, its words and orders drawn at random."""
     (_, two), item, (a, k, c) = problem.names, problem.item, problem.numbers
     b, last = middle(problem), result(problem)
-    first = {"more": lambda: _either(a, "+", k, rng), "fewer": lambda: f"{a}-{k}", "times": lambda: _either(a, "*", k, rng)}
+    first = {
+        "more": lambda: _either(a, "+", k, rng),
+        "fewer": lambda: f"{a}-{k}",
+        "times": lambda: _either(a, "*", k, rng),
+    }
     second = {
-        "all": lambda: _either(a, "+", b, rng), "buys": lambda: _either(b, "+", c, rng), "gives": lambda: f"{b}-{c}",
-        "costs": lambda: _either(b, "*", c, rng), "bags": lambda: f"{b}/{c}",
-    }  # fmt: skip
+        "all": lambda: _either(a, "+", b, rng),
+        "buys": lambda: _either(b, "+", c, rng),
+        "gives": lambda: f"{b}-{c}",
+        "costs": lambda: _either(b, "*", c, rng),
+        "bags": lambda: f"{b}/{c}",
+    }
     one, other = first[problem.relations[0]](), second[problem.relations[1]]()
     opening = rng.choice((f"{two} has", f"First {two} has"))
     closing = rng.choice(("That is", "So it is"))
@@ -133,7 +150,9 @@ def generate(seed: int) -> dict[str, list[dict[str, str]]]:
 
 
 def write(folder: Path, seed: int) -> None:
-    """Write test.jsonl and train.jsonl (solved), and questions_train.jsonl (answers alone), each whole or not at all."""
+    """Write test.jsonl and train.jsonl (solved), and questions_train.jsonl (answers alone), each whole or not at
+    all.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in generate(seed).items():
@@ -146,7 +165,9 @@ def write(folder: Path, seed: int) -> None:
 
 
 def vocabulary() -> list[str]:
-    """Return every piece of the world: special tokens, signs, digits, and words with and without a space before them."""
+    """Return every piece of the world: special tokens, signs, digits, and words with and without a space before
+    them.
+    """
     fixed = [PAD, END, UNKNOWN, "<<", ">>", "####", *"0123456789 \n.,$=+-*/()?%'#<>"]
     text = (
         "has more than fewer times as many How much do does and have in all buys gives away now Each costs cost s "
@@ -190,7 +211,10 @@ def main(arguments: list[str] | None = None) -> None:
         build_tokenizer(options.folder)
     else:
         write(options.folder, options.seed)
-    print(f"worlds.arithmetic: wrote {', '.join(sorted(path.name for path in options.folder.iterdir()))} to {options.folder}")
+    print(
+        f"worlds.arithmetic: wrote {', '.join(sorted(path.name for path in options.folder.iterdir()))} to "
+        f"{options.folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def vote(response: str) -> str | None:
 
 
 def check(prompt: str, response: str, meta: Mapping[str, Any]) -> float:
-    """Return 1.0 where the final number is the reference's, else 0.0; ValueError for a row without a usable reference."""
+    """Return 1.0 where the final number is the reference's, else 0.0; ValueError for a row without a usable
+    reference.
+    """
     reference = final_number(f"#### {meta['answer']}") if isinstance(meta.get("answer"), str) else None
     if reference is None:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""The shop: a generated task world whose replies an exact checker can judge, word by word.
+"""The shop: a generated task world whose replies an exact verifier can judge, word by word.
 
     order : 9 figs , 5 kiwis , 8 apples , for ida , tone polite , reply :
     dear ida , 9 figs and 5 kiwis makes 14 , and 8 apples makes 22 . thank you !
 
 A reply has to name the customer, keep the tone, copy three quantities and items, and give two running totals, so a
 mistake sits on single words and credit per token matters. One word is one token. Demonstrations carry independent
-flaws and are right about one time in eight; preference pairs are ordered by the checker.
+flaws and are right about one time in eight; preference pairs are ordered by the verifier.
 
 `python -m worlds.shop FOLDER --seed 1` writes the data; with `--tokenizer` it writes the tokenizer instead.
 """
@@ -41,7 +41,7 @@ DEMONSTRATIONS_PER_PAIR = 4
 
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 
-# A prompt is its content and nothing else, so what the checker reads is what the model reads. The end of turn is a
+# A prompt is its content and nothing else, so what the verifier reads is what the model reads. The end of turn is a
 # token of its own, and never the padding.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -39,7 +39,11 @@ def a_logps(variant: Variant) -> Outputs:
     logps = token_logps(flat, targets, chunk=3)
     sums = row_sums(logps, rows, len(labels))
     if name == "halos_token_logps":
-        return {"token_logps": dense(logps, labels), "seq_logps_sum": sums, "grad_logits_of_total_sum": gradient(sums.sum(), logits)}
+        return {
+            "token_logps": dense(logps, labels),
+            "seq_logps_sum": sums,
+            "grad_logits_of_total_sum": gradient(sums.sum(), logits),
+        }
     if name == "token_entropy":
         return {"entropy": entropies(logits[:, :-1].reshape(-1, logits.shape[-1])).view(len(labels), -1)}
     lengths = (labels[:, 1:] != -100).sum(1)
@@ -63,9 +67,11 @@ def a_adpa_forward(variant: Variant) -> Outputs:
         return {"policy_weights": wpo_weights(aligned[0] + aligned[1], clamp=True), "chosen_logps": chosen}
     scalar = chosen.sum() - rejected.sum() + nll
     return {
-        "chosen_logps": chosen, "rejected_logps": rejected, "nll_loss_chosen": nll,
+        "chosen_logps": chosen,
+        "rejected_logps": rejected,
+        "nll_loss_chosen": nll,
         "grad_logits_of_sumC_minus_sumR_plus_nll": gradient(scalar, logits),
-    }  # fmt: skip
+    }
 
 
 def flat_cache(rows: list[list[dict[str, Any]]]) -> tuple[Tensor, Tensor]:
@@ -76,9 +82,11 @@ def flat_cache(rows: list[list[dict[str, Any]]]) -> tuple[Tensor, Tensor]:
 
 
 DCKD_QUIRKS = {
-    "cache_one_short": "quirk 4: uncached positions count", "cache_one_long": "quirk 5: surplus cache rows are dropped",
-    "out_of_vocab_indices": "quirk 5: ids outside the vocabulary are clamped", "rejected_mode": "quirk 13: rejected mode",
-}  # fmt: skip
+    "cache_one_short": "quirk 4: uncached positions count",
+    "cache_one_long": "quirk 5: surplus cache rows are dropped",
+    "out_of_vocab_indices": "quirk 5: ids outside the vocabulary are clamped",
+    "rejected_mode": "quirk 13: rejected mode",
+}
 
 
 def d_dckd(variant: Variant) -> Outputs:
@@ -88,7 +96,9 @@ def d_dckd(variant: Variant) -> Outputs:
     logits = inputs["student_logits"].requires_grad_()
     labels = torch.cat([inputs["labels"][:, :1], inputs["shifted_labels"]], dim=1)
     flat, _, _ = response_tokens(logits, labels)
-    cache = [row for row, mask in zip(inputs["cache"], inputs["shifted_labels"], strict=True) if bool((mask != -100).any())]
+    cache = [
+        row for row, mask in zip(inputs["cache"], inputs["shifted_labels"], strict=True) if bool((mask != -100).any())
+    ]
     ids, probabilities = flat_cache(cache)
     loss = topk_kl(flat, ids, probabilities.log(), "bucket", chunk=4).mean()
     outputs = {"kl_loss": loss}
@@ -128,7 +138,9 @@ def adpa_unclamped(variant: Variant) -> Outputs:
     return {"adpa_loss": loss, "grad_student_logits": gradient(loss, student)}
 
 
-def full_preference(params: dict[str, Any], inputs: dict[str, Any], chosen: Tensor, rejected: Tensor, logits: Tensor) -> Tensor:
+def full_preference(
+    params: dict[str, Any], inputs: dict[str, Any], chosen: Tensor, rejected: Tensor, logits: Tensor
+) -> Tensor:
     """Return the preference losses [B] of a D_adpa_full variant: DPO or IPO, averaged or weighted as it says."""
     u, v, size = chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"], len(chosen)
     aligned, counts = [], []
@@ -138,7 +150,11 @@ def full_preference(params: dict[str, Any], inputs: dict[str, Any], chosen: Tens
         counts.append((labels[:, 1:] != -100).sum(1))
         aligned.append(row_sums(token_logps(flat, targets) - log_collision(flat), rows, size) / counts[i])
     if params.get("loss_type") == "ipo":  # the policy's side is averaged over tokens, the case's reference is already
-        return ipo_loss(chosen / counts[0] - inputs["ref_chosen_logps"], rejected / counts[1] - inputs["ref_rejected_logps"], params["beta"])
+        return ipo_loss(
+            chosen / counts[0] - inputs["ref_chosen_logps"],
+            rejected / counts[1] - inputs["ref_rejected_logps"],
+            params["beta"],
+        )
     if params.get("dpo_length_normalization"):
         u, v = chosen / counts[0] - inputs["ref_chosen_logps"], rejected / counts[1] - inputs["ref_rejected_logps"]
     losses = dpo_loss(u, v, params["beta"], margin=params.get("simpo_gamma", 0.0))
@@ -148,9 +164,19 @@ def full_preference(params: dict[str, Any], inputs: dict[str, Any], chosen: Tens
 def d_adpa_full(variant: Variant) -> Outputs:
     params, inputs = variant["params"], variant["inputs"]
     known = {
-        "beta", "k", "layout", "sft_on_chosen", "dpo_weight", "distillation_weight",
-        "chosen_distil_weight", "rejected_distil_weight", "use_weighting", "dpo_length_normalization", "simpo_gamma", "loss_type",
-    }  # fmt: skip
+        "beta",
+        "k",
+        "layout",
+        "sft_on_chosen",
+        "dpo_weight",
+        "distillation_weight",
+        "chosen_distil_weight",
+        "rejected_distil_weight",
+        "use_weighting",
+        "dpo_length_normalization",
+        "simpo_gamma",
+        "loss_type",
+    }
     if "adpa_weight" in params:
         raise Skip("quirk 1: advantages are clamped to [1e-8, 1]")
     if "kl_penalty_weight" in params:
@@ -176,7 +202,9 @@ def d_adpa_full(variant: Variant) -> Outputs:
 
 
 def d_compress(variant: Variant) -> Outputs:
-    raise Skip("quirk 20: probabilities are stored, with a remainder that may be negative; ours stores log-probabilities")
+    raise Skip(
+        "quirk 20: probabilities are stored, with a remainder that may be negative; ours stores log-probabilities"
+    )
 
 
 def halos_sft(variant: Variant) -> Outputs:
@@ -201,7 +229,12 @@ def grad_accum(variant: Variant) -> Outputs:
 
 
 def lr_schedules(variant: Variant) -> Outputs:
-    names = {"hf_linear": "linear", "hf_cosine": "cosine", "hf_constant": "constant", "hf_constant_with_warmup": "constant"}
+    names = {
+        "hf_linear": "linear",
+        "hf_cosine": "cosine",
+        "hf_constant": "constant",
+        "hf_constant_with_warmup": "constant",
+    }
     if variant["name"].startswith("halos"):
         raise Skip("quirk 43: warm-up that starts at a tenth")
     if variant["name"] not in names:
@@ -215,8 +248,11 @@ def lr_schedules(variant: Variant) -> Outputs:
 def optimizers(variant: Variant) -> Outputs:
     params = variant["params"]
     classes = {
-        "adamw": torch.optim.AdamW, "adamw_clip1": torch.optim.AdamW, "adam_l2": torch.optim.Adam, "rmsprop": torch.optim.RMSprop,
-    }  # fmt: skip
+        "adamw": torch.optim.AdamW,
+        "adamw_clip1": torch.optim.AdamW,
+        "adam_l2": torch.optim.Adam,
+        "rmsprop": torch.optim.RMSprop,
+    }
     if variant["name"] not in classes:
         raise Skip(f"not one of ours: {variant['name']}")
     weight = torch.nn.Parameter(variant["inputs"]["initial_params"].clone())
@@ -234,22 +270,39 @@ def optimizers(variant: Variant) -> Outputs:
 
 
 ADAPTERS: dict[str, Callable[[Variant], Outputs]] = {
-    "A_logps": a_logps, "A_adpa_forward": a_adpa_forward, "B_adpa_dpo_family": preference.b_adpa_dpo_family,
-    "B_trl_dpo_logits": preference.b_trl_dpo, "B_cpo_simpo_orpo": preference.b_cpo_simpo_orpo,
-    "B_orpo_cpo_full": preference.b_orpo_cpo_full, "B_reward_pair": preference.reward_pair, "B_trl_kto": preference.trl_kto,
-    "C_halos_paired": preference.halos_paired, "C_halos_kto": preference.halos_kto, "C_radpo_kto": preference.halos_kto,
-    "C_radpo": preference.radpo, "C_halos_bradley_terry": preference.halos_bradley_terry, "C_halos_sft": halos_sft,
-    "C_halos_grpo": policy_gradient.halos_grpo, "C_halos_ppo": policy_gradient.halos_ppo, "D_gkd_jsd": policy_gradient.gkd_jsd,
-    "D_opd_minillm": policy_gradient.opd, "D_compress": d_compress, "D_dckd_kl": d_dckd, "D_adpa_margin": d_margin, "D_adpa_full": d_adpa_full,
-    "F_grad_accum": grad_accum, "F_lr_schedules": lr_schedules, "F_optimizers": optimizers,
-}  # fmt: skip
+    "A_logps": a_logps,
+    "A_adpa_forward": a_adpa_forward,
+    "B_adpa_dpo_family": preference.b_adpa_dpo_family,
+    "B_trl_dpo_logits": preference.b_trl_dpo,
+    "B_cpo_simpo_orpo": preference.b_cpo_simpo_orpo,
+    "B_orpo_cpo_full": preference.b_orpo_cpo_full,
+    "B_reward_pair": preference.reward_pair,
+    "B_trl_kto": preference.trl_kto,
+    "C_halos_paired": preference.halos_paired,
+    "C_halos_kto": preference.halos_kto,
+    "C_radpo_kto": preference.halos_kto,
+    "C_radpo": preference.radpo,
+    "C_halos_bradley_terry": preference.halos_bradley_terry,
+    "C_halos_sft": halos_sft,
+    "C_halos_grpo": policy_gradient.halos_grpo,
+    "C_halos_ppo": policy_gradient.halos_ppo,
+    "D_gkd_jsd": policy_gradient.gkd_jsd,
+    "D_opd_minillm": policy_gradient.opd,
+    "D_compress": d_compress,
+    "D_dckd_kl": d_dckd,
+    "D_adpa_margin": d_margin,
+    "D_adpa_full": d_adpa_full,
+    "F_grad_accum": grad_accum,
+    "F_lr_schedules": lr_schedules,
+    "F_optimizers": optimizers,
+}
 
 
 def outputs_of(stem: str, variant: Variant) -> Outputs:
     """Run the adapter of a case file; Skip says why there is none."""
     family = stem.split("_seed")[0]
     if family.startswith("E_"):
-        raise Skip("tokenisation of a reference (SmolLM2's tokenizer is not in the case)")
+        raise Skip("tokenization of a reference (SmolLM2's tokenizer is not in the case)")
     if family == "B_dlla_dpo":
         raise Skip("quirk 50: token means over the prompt, a step without ratio, clip or value function")
     if family in ("D_tvkd", "D_gold_uld"):

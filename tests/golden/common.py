@@ -16,7 +16,7 @@ class Skip(Exception):
 
 
 def response_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shift once: (logits [N, V], targets [N], rows [N]) of the labelled tokens, row after row."""
+    """Shift once: (logits [N, V], targets [N], rows [N]) of the labeled tokens, row after row."""
     rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     return logits[rows, columns], labels[rows, columns + 1], rows
 

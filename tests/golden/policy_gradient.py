@@ -1,4 +1,4 @@
-"""Golden cases of losses that learn from rewards of replies, and of divergences from a live teacher."""
+"""Golden cases of losses that learn from rewards of responses, and of divergences from a live teacher."""
 
 import torch
 from torch import Tensor
@@ -18,18 +18,20 @@ def halos_grpo(variant: Variant) -> Outputs:
     logps = token_logps(flat, targets)
     # quirk 42 is an option: std_epsilon 0.01, and the ratio to the reference is what loss.online=false has
     reference = token_logps(response_tokens(inputs["reference_logits"], inputs["labels"])[0], targets)
-    per_reply = group_advantages(inputs["scores"], inputs["prompt_group"], "std", 0.01)
-    torch.testing.assert_close(per_reply, inputs["advantages"])
-    advantages, ratios = per_reply[rows], logps - reference
+    per_response = group_advantages(inputs["scores"], inputs["prompt_group"], "std", 0.01)
+    torch.testing.assert_close(per_response, inputs["advantages"])
+    advantages, ratios = per_response[rows], logps - reference
     if params["humanline"]:
         ratios = ratios.clamp(params["log_epsilon_P"], params["log_epsilon_R"])
     losses = grpo_losses(logps, ratios, reference, advantages, params["epsilon"], params["beta"])
     loss = losses.mean()
     return {
-        "loss": loss, "mean_token_kl": reference_kl(logps, reference).mean(), "grad_policy_logits": gradient(loss, logits),
+        "loss": loss,
+        "mean_token_kl": reference_kl(logps, reference).mean(),
+        "grad_policy_logits": gradient(loss, logits),
         "mean_abs_weighted_advantage": (advantages * ratios.exp()).abs().mean(),
-        "mean_abs_advantage": per_reply.abs().mean(),
-    }  # fmt: skip
+        "mean_abs_advantage": per_response.abs().mean(),
+    }
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -38,7 +40,9 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def halos_ppo(variant: Variant) -> Outputs:
     if variant["name"] == "radpo_fork":
-        raise Skip("quirk 42: the critic leaves the current reward out, the clip is [c, 1/c], the drift has the other sign")
+        raise Skip(
+            "quirk 42: the critic leaves the current reward out, the clip is [c, 1/c], the drift has the other sign"
+        )
     inputs, params = variant["inputs"], variant["params"]
     mask, values, rewards = inputs["masks"], inputs["old_values"], inputs["rewards"]
     advantages = gae(rewards, values, mask, params["gamma"], params["lam"]) * mask
@@ -55,9 +59,13 @@ def halos_ppo(variant: Variant) -> Outputs:
     critic = value_losses(new_values[on], values[on], targets[on], None).mean()
     loss = policy + params["critic_coef"] * critic + params["KL_coef"] * drift.mean()
     return {
-        "normalized_advantages": normalized * mask, "returns": (advantages + values) * mask, "discounted_future_rewards": targets * mask,
-        "loss": loss, "grad_policy_logits": gradient(loss, logits), "grad_values": gradient(loss, new_values),
-    }  # fmt: skip
+        "normalized_advantages": normalized * mask,
+        "returns": (advantages + values) * mask,
+        "discounted_future_rewards": targets * mask,
+        "loss": loss,
+        "grad_policy_logits": gradient(loss, logits),
+        "grad_values": gradient(loss, new_values),
+    }
 
 
 def gkd_jsd(variant: Variant) -> Outputs:
@@ -70,9 +78,13 @@ def gkd_jsd(variant: Variant) -> Outputs:
         on = torch.zeros_like(on)
     if name.endswith("no_labels"):
         on = torch.ones_like(on)  # quirk 30 there: divided by rows, not by tokens
-    tokens = generalized_jsd(student[on], inputs["teacher_logits"][on], params["beta"], params.get("temperature", 1.0), chunk=4)
+    tokens = generalized_jsd(
+        student[on], inputs["teacher_logits"][on], params["beta"], params.get("temperature", 1.0), chunk=4
+    )
     number = params.get("num_items_in_batch", len(student) if name.endswith("no_labels") else int(on.sum()))
-    loss = tokens.sum() if params.get("reduction") == "sum" else tokens.sum() / max(1, number)  # as in the loop: no token, no loss
+    loss = (
+        tokens.sum() if params.get("reduction") == "sum" else tokens.sum() / max(1, number)
+    )  # as in the loop: no token, no loss
     outputs: Outputs = {"loss": loss}
     if "grad_student_logits" in variant["outputs"]:
         outputs["grad_student_logits"] = gradient(loss, student)
@@ -93,9 +105,13 @@ def opd(variant: Variant) -> Outputs:
         logps = token_logps(student[mask], inputs["completion_ids"][mask])
         advantages = distillation_advantages(own, teacher, 0.0)[mask]
         # the case has no ratio: at ratio 1 value and gradient of ours are -A and -A grad log pi, its value is -A log pi
-        return {"grad_student_logits": gradient(clipped_losses(logps - logps.detach(), advantages, 0.2).mean(), student)}
+        return {
+            "grad_student_logits": gradient(clipped_losses(logps - logps.detach(), advantages, 0.2).mean(), student)
+        }
     if name in ("exact_per_token_reverse_kl", "minillm_single_step_loss"):
-        divergence = generalized_jsd(student.flatten(0, 1), inputs["teacher_logits"].flatten(0, 1), 1.0).view(mask.shape)
+        divergence = generalized_jsd(student.flatten(0, 1), inputs["teacher_logits"].flatten(0, 1), 1.0).view(
+            mask.shape
+        )
         if name == "exact_per_token_reverse_kl":
             return {"reverse_kl": divergence}
         loss = divergence[mask].mean()
@@ -103,5 +119,3 @@ def opd(variant: Variant) -> Outputs:
     if name.startswith("minillm_advantage"):
         raise Skip("quirk 31: gamma to the absolute position, padding unmasked")
     raise Skip(f"not a method of ours: {name.split('_beta')[0]}")
-
-

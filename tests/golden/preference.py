@@ -88,9 +88,13 @@ def b_adpa_dpo_family(variant: Variant) -> Outputs:
     ours = {"aot_pair": "aot_unpaired"}.get(name, name)  # quirk 26: the names changed places
     losses = family_losses(ours, params, *scores, [*policy, *reference], shift)
     outputs = {
-        "losses": losses, "loss": losses.mean(), "grad_chosen_logps": gradient(losses.mean(), policy[0]),
-        "grad_rejected_logps": gradient(losses.mean(), policy[1]), "chosen_rewards": rewards[0], "rejected_rewards": rewards[1],
-    }  # fmt: skip
+        "losses": losses,
+        "loss": losses.mean(),
+        "grad_chosen_logps": gradient(losses.mean(), policy[0]),
+        "grad_rejected_logps": gradient(losses.mean(), policy[1]),
+        "chosen_rewards": rewards[0],
+        "rejected_rewards": rewards[1],
+    }
     return {**outputs, "running_mean_delta": shift} if name == "bco_pair" else outputs
 
 
@@ -102,7 +106,12 @@ def b_cpo_simpo_orpo(variant: Variant) -> Outputs:
         losses = beta * orpo_loss(chosen, rejected)
         grads = {f"grad_{s}_logps": gradient(losses.mean(), x) for s, x in (("chosen", chosen), ("rejected", rejected))}
         odds = log_odds(chosen) - log_odds(rejected)
-        return {"loss_contribution": losses.mean(), "beta_logsigmoid_log_odds": -losses, "mean_log_odds": odds.mean(), **grads}
+        return {
+            "loss_contribution": losses.mean(),
+            "beta_logsigmoid_log_odds": -losses,
+            "mean_log_odds": odds.mean(),
+            **grads,
+        }
     kind = params.get("loss_type", "simpo" if name == "open_instruct_simpo" else "sigmoid")
     gamma = params["gamma_beta_ratio"] * beta if "gamma_beta_ratio" in params else params.get("simpo_gamma", 0.0)
     losses = {
@@ -112,9 +121,11 @@ def b_cpo_simpo_orpo(variant: Variant) -> Outputs:
         "simpo": lambda: simpo_loss(chosen, rejected, beta, gamma, params.get("alpha", 0.0), smoothing),
     }[kind]()
     return {
-        "losses": losses, "loss": losses.mean(), "grad_chosen_logps": gradient(losses.mean(), chosen),
+        "losses": losses,
+        "loss": losses.mean(),
+        "grad_chosen_logps": gradient(losses.mean(), chosen),
         "grad_rejected_logps": gradient(losses.mean(), rejected),
-    }  # fmt: skip
+    }
 
 
 def b_orpo_cpo_full(variant: Variant) -> Outputs:
@@ -155,7 +166,10 @@ def b_trl_dpo(variant: Variant) -> Outputs:
         loss = -logps[rows < len(labels) // 2].mean()
     elif name in ("forward_kl", "js", "alpha", "alpha_coef1_is_reverse_kl"):
         kinds = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
-        divergence, alpha = kinds[params["f_divergence_type"]], 1 - params.get("f_alpha_divergence_coef", 0.0)  # quirk 17
+        divergence, alpha = (
+            kinds[params["f_divergence_type"]],
+            1 - params.get("f_alpha_divergence_coef", 0.0),
+        )  # quirk 17
         divergence = "reverse_kl" if divergence == "alpha" and alpha == 0 else divergence
         loss = dpo_loss(*(divergence_score(x, divergence, alpha) for x in (u, v)), params["beta"]).mean()
     elif name == "wpo":
@@ -175,7 +189,7 @@ def b_trl_dpo(variant: Variant) -> Outputs:
 
 
 def token_ratios(inputs: dict[str, Any], prefix: str, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (policy log-probs, log-ratios, rows) [N] of the labelled tokens, from policy_ and reference_ logits."""
+    """Return (policy log-probs, log-ratios, rows) [N] of the labeled tokens, from policy_ and reference_ logits."""
     flat, targets, rows = response_tokens(inputs[f"policy_{prefix}logits"], labels)
     reference, _, _ = response_tokens(inputs[f"reference_{prefix}logits"], labels)
     logps = token_logps(flat, targets)
@@ -219,7 +233,9 @@ def halos_paired(variant: Variant) -> Outputs:
     return outputs
 
 
-def kto_outputs(variant: Variant, labels: Tensor, other_labels: Tensor, desirable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kto_outputs(
+    variant: Variant, labels: Tensor, other_labels: Tensor, desirable: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (losses [B], z_0, ratios [B]) of a KTO case."""
     params, inputs = variant["params"], variant["inputs"]
     inputs["policy_logits"].requires_grad_()
@@ -241,8 +257,9 @@ def halos_kto(variant: Variant) -> Outputs:
     losses, point, ratios = kto_outputs(variant, inputs["labels"], inputs["KL_labels"], desirable)
     outputs = {
         "losses_chosen_then_rejected": torch.cat([losses[desirable], losses[~desirable]]),
-        "chosen_rewards": ratios[desirable], "rejected_rewards": ratios[~desirable],
-    }  # fmt: skip
+        "chosen_rewards": ratios[desirable],
+        "rejected_rewards": ratios[~desirable],
+    }
     for name, value in (("loss", losses.mean()), ("loss_sum", losses.sum()), ("KL_estimate", point), ("KL", point)):
         if name in variant["outputs"]:
             outputs[name] = value
@@ -279,8 +296,15 @@ def radpo(variant: Variant) -> Outputs:
     size = len(labels)
     margins = row_sums(logps - token_logps(reference, targets), rows, size)
     divergence = row_sums(risk, rows, size).chunk(2)
-    losses = tdpo_loss(*margins.chunk(2), *divergence, params["beta"], 1 if params["alpha"] is None else 2, params["alpha"] or 0.0)
-    outputs = {"losses": losses, "loss_mean": losses.mean(), "logps_margin": margins, "position_kl": row_sums(kl, rows, size)}
+    losses = tdpo_loss(
+        *margins.chunk(2), *divergence, params["beta"], 1 if params["alpha"] is None else 2, params["alpha"] or 0.0
+    )
+    outputs = {
+        "losses": losses,
+        "loss_mean": losses.mean(),
+        "logps_margin": margins,
+        "position_kl": row_sums(kl, rows, size),
+    }
     if "position_risk_ratio" in variant["outputs"]:
         outputs["position_risk_ratio"] = row_sums(risk, rows, size)
     if "grad_policy_logits_of_sum" in variant["outputs"]:
@@ -300,4 +324,8 @@ def halos_bradley_terry(variant: Variant) -> Outputs:
     inputs = variant["inputs"]
     chosen, rejected = inputs["chosen_logits"].requires_grad_(), inputs["rejected_logits"].requires_grad_()
     loss = logistic_loss(chosen[:, 1] - rejected[:, 1]).mean()
-    return {"loss": loss, "grad_chosen_logits": gradient(loss, chosen), "grad_rejected_logits": gradient(loss, rejected)}
+    return {
+        "loss": loss,
+        "grad_chosen_logits": gradient(loss, chosen),
+        "grad_rejected_logits": gradient(loss, rejected),
+    }

@@ -1,8 +1,8 @@
-"""task=summarise: pool the evaluations of several seeds into one table with intervals, and write the report.
+"""task=summarize: pool the evaluations of several seeds into one table with intervals, and write the report.
 
 evaluation.models names the folders of task=evaluate, one a seed. Writes results.json, results.md and report.html.
 Two intervals stand side by side: over prompts (the same models, other prompts) and over seeds (other data, other
-initialisation), which is the wider one and counts for a claim about a method.
+initialization), which is the wider one and counts for a claim about a method.
 """
 
 import json
@@ -62,12 +62,14 @@ def compared(evaluations: list[Evaluation], temperature: str, first: str, second
     }
 
 
-def summarised(evaluations: list[Evaluation]) -> dict[str, Any]:
+def summarized(evaluations: list[Evaluation]) -> dict[str, Any]:
     """Return what results.json holds: scores at temperature 1 on top, greedy beside them, and the comparisons."""
     names, temperatures = list(evaluations[0].results["models"]), list(evaluations[0].scores)
     for e in evaluations[1:]:
         if list(e.results["models"]) != names or list(e.scores) != temperatures:
-            raise ValueError(f"{e.folder} and {evaluations[0].folder} judge other models or temperatures: they cannot be pooled")
+            raise ValueError(
+                f"{e.folder} and {evaluations[0].folder} judge other models or temperatures: they cannot be pooled"
+            )
     main = "1" if "1" in temperatures else temperatures[0]
     models = {name: pooled(evaluations, main, name) for name in names}
     if "0" in temperatures:
@@ -82,7 +84,9 @@ def summarised(evaluations: list[Evaluation]) -> dict[str, Any]:
         "temperature": float(main),
         "comparisons": [compared(evaluations, main, *pair) for pair in pairs],
         "greedy_comparisons": [compared(evaluations, "0", *pair) for pair in pairs] if "0" in temperatures else [],
-        "majority_comparisons": [compared(evaluations, "majority", *p) for p in pairs] if "majority" in temperatures else [],
+        "majority_comparisons": [compared(evaluations, "majority", *p) for p in pairs]
+        if "majority" in temperatures
+        else [],
     }
 
 
@@ -107,7 +111,9 @@ def table(results: dict[str, Any]) -> str:
     for name, row in results["models"].items():
         cells = [name, *([f"{score:.3f}" for score in row["per_seed"].values()] if several else [])]
         for part in (row, *(row[name] for name in extra)):
-            cells += [f"{part['score']:.3f}", _span(part["ci95"])] + ([_span(part["ci95_over_seeds"])] if several else [])
+            cells += [f"{part['score']:.3f}", _span(part["ci95"])] + (
+                [_span(part["ci95_over_seeds"])] if several else []
+            )
         lines.append(cells)
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     titles = ((sampled, "comparisons"), ("greedy", "greedy_comparisons"), ("majority", "majority_comparisons"))
@@ -117,7 +123,8 @@ def table(results: dict[str, Any]) -> str:
             text += f"\nDifferences on the same prompts, {title}:\n\n"
         for row in rows:
             seeds_too = f", over seeds {_span(row['ci95_over_seeds'], '+.3f')}" if several else ""
-            text += f"- {row['first']} - {row['second']}: {row['difference']:+.3f}, 95 % {_span(row['ci95'], '+.3f')}{seeds_too}\n"
+            pair = f"{row['first']} - {row['second']}: {row['difference']:+.3f}"
+            text += f"- {pair}, 95 % {_span(row['ci95'], '+.3f')}{seeds_too}\n"
     return text
 
 
@@ -128,16 +135,20 @@ def run(settings: Settings) -> None:
     """Pool the evaluations and write table and report into the run's folder."""
     folders = [Path(folder).expanduser() for folder in settings.evaluation.models.values()]
     if not folders:
-        raise ValueError("nothing to summarise: evaluation.models.seed_1=FOLDER of a task=evaluate run")
+        raise ValueError("nothing to summarize: evaluation.models.seed_1=FOLDER of a task=evaluate run")
     evaluations = [read_evaluation(folder) for folder in folders]
-    results = summarised(evaluations)
+    results = summarized(evaluations)
     run_dir = settings.run.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (run_dir / "results.md").write_text(table(results), encoding="utf-8")
     print(table(results))
     path = write_report(
-        run_dir, "From a teacher to an aligned small student", curves_of(evaluations), results,
-        samples_of(evaluations[0]), advantages_of(evaluations[0]),
-    )  # fmt: skip
+        run_dir,
+        "From a teacher to an aligned small student",
+        curves_of(evaluations),
+        results,
+        samples_of(evaluations[0]),
+        advantages_of(evaluations[0]),
+    )
     print(path, flush=True)
