@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 import models
 from dataloader import Tokens, collate, load_examples, read_generations
+from engine.environment import join_processes
 from functional import gather_logps, topk_logps
 from models import response_logits
 from settings.schema import Settings
@@ -23,7 +23,7 @@ def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
     if settings.cache.backend == "vllm":
         return _run_with_vllm(settings)
-    state, config = PartialState(), settings.cache
+    state, config = join_processes(), settings.cache
     tokenizer = models.load_tokenizer(settings.model)
     sequences = _sequences(settings, tokenizer)
     dtype = models.resolve_dtype(settings.model.reference_dtype, state.device)

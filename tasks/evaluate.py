@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import models
 from dataloader import Example, Sequences, collate, load_examples
+from engine.environment import join_processes
 from engine.optimizer import check_strategy
 from evaluation.harness import benchmark_metrics, check_benchmarks
 from evaluation.intervals import score_interval
@@ -223,7 +224,8 @@ def run(settings: Settings) -> None:
         vote_of(verifier)  # refuses a module without one
     check_benchmarks(config)
     check_advantages(config)
-    accelerator = Accelerator()
+    join_processes()  # with its timeout: a rank may have no model of its own, and wait
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     check_latency(config, accelerator.num_processes)
     check_strategy(settings.run.strategy, accelerator)
     names = list(config.models)

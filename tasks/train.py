@@ -15,6 +15,7 @@ from engine import export as saving
 from engine import meter as resources
 from engine import preemption as signals
 from engine.compiling import check_compiler
+from engine.environment import join_processes
 from engine.optimizer import check_strategy
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
@@ -27,7 +28,7 @@ from trainers.value_head import add_value_head
 
 def run(settings: Settings) -> None:
     """Train with the method that the loss names; the model lands in run_dir/FINAL."""
-    # Without this accelerate starts every process of a CPU run on its own, unless a variable tells it otherwise.
+    join_processes()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     check_compiler(settings.model, accelerator.device)
     meter = resources.Meter()
