@@ -69,8 +69,9 @@ def check_launcher(environment: Mapping[str, str], model: Mapping[str, Any]) -> 
     clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto").lower()
     if clipping not in ("auto", "none") and float(clipping) != float(model["max_grad_norm"]):
         raise ValueError(
-            f"the launcher sets gradient_clipping={clipping}, the run has model.max_grad_norm={model['max_grad_norm']}: "
-            "set that key, and take gradient_clipping out of deepspeed_config"
+            f"the launcher sets gradient_clipping={clipping}, the run has "
+            f"model.max_grad_norm={model['max_grad_norm']}: set that key, and take "
+            "gradient_clipping out of deepspeed_config"
         )
     for name, (neutral, instead) in NOT_HERE.items():
         value = environment.get(name, neutral).lower()

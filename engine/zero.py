@@ -6,10 +6,11 @@ Stages 1 and 2 shard the optimizer (and gradients) only, so their models are who
 """
 
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,11 @@ class ZeRO:
         """Shard a frozen model as the policy is; stages 1 and 2 keep it whole."""
         model.requires_grad_(False).eval()
         config = self._engine_config(model, 0.0)
+        # Small weights are not kept whole either: `move` writes shards, and whole copies would go stale.
+        config["zero_optimization"] = {**self.zero, "stage3_param_persistence_threshold": 0}
         self._fill(model, config)
         if not self.sharded:
             return model.to(self.device)
-        # A frozen model's small weights are not kept whole either: `move` writes shards, and whole copies would go stale.
-        config["zero_optimization"] = {**config["zero_optimization"], "stage3_param_persistence_threshold": 0}
         engine, *_ = self.deepspeed.initialize(model=model, config=config)
         engine.eval()
         return engine
@@ -71,8 +72,9 @@ class ZeRO:
         dtypes = {parameter.dtype for parameter in model.parameters()}
         if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
             raise ValueError(
-                f"strategy=deepspeed needs a model in one of float32 and bfloat16, this one has {sorted(map(str, dtypes))}"
-                ": set model.master_dtype=float32 (with model.use_peft the adapters are float32)"
+                "strategy=deepspeed needs a model all in float32 or all in bfloat16, this one has "
+                f"{sorted(map(str, dtypes))}: set model.master_dtype=float32 "
+                "(LoRA adapters are float32)"
             )
         stored = dtypes.pop()
         config: dict[str, Any] = {
@@ -101,10 +103,12 @@ class ZeRO:
                 self.deepspeed.zero.Init(module=block, config_dict_or_path=config)
         receive(rest, self.device)
 
-    def precision(self, model: torch.nn.Module) -> ContextManager[Any]:
+    def precision(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
         """Return the context in which a model is run; DeepSpeed's engine enters the same by itself."""
         stored = next(model.parameters()).dtype
-        return nullcontext() if stored in (self.compute, torch.float64) else torch.autocast(self.device.type, self.compute)
+        return (
+            nullcontext() if stored in (self.compute, torch.float64) else torch.autocast(self.device.type, self.compute)
+        )
 
     def unwrapped(self, model: torch.nn.Module) -> Any:
         """Return the model inside the engine."""
@@ -179,7 +183,7 @@ class ZeRO:
         finally:
             offload._register_deepspeed_module(offload.module)
 
-    def _gathered(self, tensors: list[Any]) -> ContextManager[Any]:
+    def _gathered(self, tensors: list[Any]) -> AbstractContextManager[Any]:
         return self.deepspeed.zero.GatheredParameters(tensors) if self.sharded else nullcontext()
 
     def _release(self, model: Any) -> None:
@@ -203,8 +207,8 @@ class ZeRO:
         written = len(list((folder / POLICY).glob("*_optim_states.pt")))
         if written != self.world_size:
             raise ValueError(
-                f"{folder} was written by DeepSpeed with {written} process(es), this run has {self.world_size}: start it "
-                "with as many, or remove the folder to begin again"
+                f"{folder} was written by DeepSpeed with {written} process(es), this run has {self.world_size}: "
+                "start it with as many, or remove the folder to begin again"
             )
         self.policy.load_checkpoint(str(folder), tag=POLICY)
         for name, model in extra_models.items():
@@ -238,6 +242,7 @@ def _deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     # On CPU it would compile an all-reduce through shared memory, for inference only, under a lock that a killed run
     # leaves behind: every later run would wait for it forever.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings as `accelerate launch` hands them on (ACCELERATE_DEEPSPEED_*): honored or refused, none dropped."""
+"""DeepSpeed's settings as `accelerate launch` hands them on (ACCELERATE_DEEPSPEED_*): honored or refused."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,9 @@ AUTO = "auto"
 def check_installed() -> None:
     """ValueError without DeepSpeed, which is an extra."""
     if find_spec("deepspeed") is None:
-        raise ValueError("strategy=deepspeed needs the package deepspeed, which is not installed: ./install.sh --deepspeed")
+        raise ValueError(
+            "strategy=deepspeed needs the package deepspeed, which is not installed: ./install.sh --deepspeed"
+        )
 
 
 def zero_section(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -27,9 +29,12 @@ def zero_section(environment: Mapping[str, str]) -> dict[str, Any]:
         if key.startswith(PREFIX) and value.lower() not in UNSET
     }
     file = given.pop("CONFIG_FILE", None)
-    section = _from_file(Path(file)) if file else {"stage": int(given.pop("ZERO_STAGE", "3"))}
+    stage = int(given.pop("ZERO_STAGE", "3"))
+    section: dict[str, Any] = _from_file(Path(file)) if file else {"stage": stage}
     if section["stage"] not in (1, 2, 3):
-        raise ValueError(f"deepspeed_config.zero_stage={section['stage']} shards nothing: use 1, 2 or 3, or strategy=ddp")
+        raise ValueError(
+            f"deepspeed_config.zero_stage={section['stage']} shards nothing: use 1, 2 or 3, or strategy=ddp"
+        )
     for part in ("optimizer", "param"):
         device = given.pop(f"OFFLOAD_{part.upper()}_DEVICE", None)
         if device is None:

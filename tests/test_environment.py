@@ -79,12 +79,12 @@ def test_a_cpu_build_on_a_machine_with_a_gpu_is_refused(tmp_path, monkeypatch):
 
 WATCH = """
 import os, runpy, sys
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print(*(os.environ.get(key) for key in sys.argv[1].split(",")))
-            os._exit(0)
-sys.meta_path.insert(0, Watch())
+names = sys.argv[1].split(",")
+def watch(event, arguments):
+    if event == "import" and arguments[0] == "torch":
+        print(*(os.environ.get(name) for name in names), flush=True)
+        os._exit(0)
+sys.addaudithook(watch)
 sys.argv = ["launch.py", "loss=sft", "model=tiny", *sys.argv[2:]]
 runpy.run_path("launch.py", run_name="__main__")
 """
