@@ -3,6 +3,7 @@
 This module imports no torch, so that launch.py can ask it first.
 """
 
+import os
 import runpy
 import shutil
 import subprocess
@@ -110,5 +111,8 @@ def join_processes() -> Any:
     import torch
     from accelerate import PartialState
 
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which accelerate imports where it is, else wonders
     # Without cpu=True accelerate starts every process of a CPU run on its own, unless a variable tells it otherwise.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=GROUP_TIMEOUT)
+    return PartialState(cpu=on_cpu, timeout=GROUP_TIMEOUT)

@@ -31,8 +31,6 @@ class ZeRO:
 
     def __init__(self, device: torch.device, model_config: ModelConfig) -> None:
         check_installed()
-        if device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("LOCAL_RANK", "0")
         self.deepspeed = _deepspeed()
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -234,14 +232,9 @@ def _shard(parameter: Any) -> Tensor:
 
 
 def _deepspeed() -> Any:
-    """Import DeepSpeed, without its word on every engine that is made."""
-    import logging
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    """Import DeepSpeed, which takes seconds."""
     import deepspeed
-    from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
     # On CPU it would compile an all-reduce through shared memory, for inference only, under a lock that a killed run
     # leaves behind: every later run would wait for it forever.

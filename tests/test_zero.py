@@ -15,7 +15,21 @@ from tests.helpers import ROOT
 from tests.test_sharding import free_port
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed: ./install.sh --deepspeed")
-CASES = ["sft", "dpo", "dckd", "adpa", "gkd", "kto", "ppo", "lora", "checkpointing", "stage 1", "stage 2", "offload"]
+CASES = [
+    "sft",
+    "dpo",
+    "dckd",
+    "adpa",
+    "gkd",
+    "kto",
+    "ppo",
+    "lora",
+    "checkpointing",
+    "stage 1",
+    "stage 2",
+    "offload",
+    "bfloat16",
+]
 
 
 def section(**variables: str) -> dict:
