@@ -3,19 +3,13 @@
 This module imports no torch, so that launch.py can ask it first.
 """
 
-import os
 import runpy
 import shutil
 import subprocess
 from collections.abc import Mapping, MutableMapping
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-# How long a rank waits for another one that works alone: a 70B FINAL, an uneven cache, fewer models than processes.
-# NCCL's own default is 10 minutes.
-GROUP_TIMEOUT = timedelta(hours=12)
 
 # vLLM forks; a process that has touched CUDA must not. A user's own settings win.
 BEFORE_TORCH = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
@@ -78,13 +72,6 @@ def check_launcher(environment: Mapping[str, str], model: Mapping[str, Any]) -> 
         value = environment.get(name, neutral).lower()
         if value != neutral:
             raise ValueError(f"{name}={value} is not honored: {instead}")
-    fsdp = environment.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
-    version = environment.get("FSDP_VERSION", "1")
-    if fsdp and version != "2":
-        raise ValueError(
-            f"fsdp_version {version} is not supported: write `fsdp_version: 2` into fsdp_config, as accelerate_config/"
-            "fsdp_*.yaml do (fully_shard: same memory, parameters one by one)"
-        )
 
 
 def cuda_of_torch() -> str | None:
@@ -104,15 +91,3 @@ def has_gpu(environment: Mapping[str, str]) -> bool:
         return True
     program = shutil.which("nvidia-smi", path=environment.get("PATH"))
     return program is not None and subprocess.run([program, "-L"], capture_output=True).returncode == 0
-
-
-def join_processes() -> Any:
-    """Open the process group where several processes were started; return accelerate's state of this one."""
-    import torch
-    from accelerate import PartialState
-
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which accelerate imports where it is, else wonders
-    # Without cpu=True accelerate starts every process of a CPU run on its own, unless a variable tells it otherwise.
-    return PartialState(cpu=on_cpu, timeout=GROUP_TIMEOUT)

@@ -10,11 +10,11 @@ from datetime import timedelta
 import pytest
 
 from engine import environment
+from engine.processes import PATIENCE
 from tests.helpers import ROOT, composed, launch
 from tests.test_sharding import free_port
 
 MODEL = {"gradient_accumulation_steps": 2, "policy_dtype": "auto", "max_grad_norm": 1.0}
-FSDP = {"ACCELERATE_USE_FSDP": "true"}
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,6 @@ FSDP = {"ACCELERATE_USE_FSDP": "true"}
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "model.max_grad_norm=1.0"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "model.compile=true"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM=true"),
-        ({**FSDP, "FSDP_VERSION": "1"}, "fsdp_version: 2"),
-        (FSDP, "fsdp_version: 2"),  # accelerate's own default is 1
     ],
 )
 def test_a_launcher_that_contradicts_the_config_is_refused_with_the_key_to_set(variables, words):
@@ -42,7 +40,7 @@ def test_a_launcher_that_contradicts_the_config_is_refused_with_the_key_to_set(v
         {},
         {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_MIXED_PRECISION": "no"},
         {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "ACCELERATE_GRADIENT_CLIPPING": "1.0"},
-        {**FSDP, "FSDP_VERSION": "2", "ACCELERATE_DYNAMO_BACKEND": "NO"},
+        {"ACCELERATE_DYNAMO_BACKEND": "NO"},
     ],
 )
 def test_a_launcher_that_agrees_is_accepted(variables):
@@ -106,21 +104,20 @@ def test_what_vllm_needs_is_set_when_torch_is_imported_and_a_users_setting_wins(
 
 def test_ranks_wait_for_hours():
     program = (
-        "import torch; from engine.environment import join_processes; join_processes();"
+        "import torch; from engine.processes import Processes; processes = Processes();"
         "from torch.distributed import group;"
-        "device = torch.device('cuda' if torch.cuda.is_available() else 'cpu');"
-        "print(group.WORLD._get_backend(device).options._timeout.total_seconds());"
+        "print(group.WORLD._get_backend(processes.device).options._timeout.total_seconds());"
         "torch.distributed.destroy_process_group()"
     )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **alone}, capture_output=True, text=True
     )
-    assert float(done.stdout) == environment.GROUP_TIMEOUT.total_seconds() >= timedelta(hours=2).total_seconds()
+    assert float(done.stdout) == PATIENCE.total_seconds() >= timedelta(hours=2).total_seconds()
 
 
-def test_no_task_opens_a_process_group_of_its_own():
-    for path in (ROOT / "tasks").glob("*.py"):
+def test_one_place_opens_process_groups():
+    for path in [*(ROOT / "tasks").glob("*.py"), *(ROOT / "engine").glob("*.py"), *(ROOT / "trainers").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
-        assert "PartialState(" not in text and "init_process_group(" not in text, path.name
-        assert "Accelerator(" not in text or "join_processes()" in text, path.name
+        opened = any(name in text for name in ("PartialState(", "Accelerator(", "init_process_group("))
+        assert not opened or path.name == "processes.py", path
