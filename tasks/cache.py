@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
 import models
 from dataloader import Tokens, collate, load_examples, read_generations
-from engine.processes import Processes
 from functional import gather_logps, topk_logps
 from models import response_logits
 from settings.schema import Settings
@@ -23,31 +23,34 @@ def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
     if settings.cache.backend == "vllm":
         return _run_with_vllm(settings)
-    processes, config = Processes(), settings.cache
+    state, config = PartialState(), settings.cache
     tokenizer = models.load_tokenizer(settings.model)
     sequences = _sequences(settings, tokenizer)
-    dtype = models.resolve_dtype(settings.model.reference_dtype, processes.device)
+    dtype = models.resolve_dtype(settings.model.reference_dtype, state.device)
     if config.reference:
         check_tokenizers(tokenizer, config.reference, settings)
-    teacher = models.load_model(settings.model, dtype=dtype, trainable=False).to(processes.device)
+    teacher = models.load_model(settings.model, dtype=dtype, trainable=False).to(state.device)
     reference = None
     if config.reference:
         reference = models.load_model(settings.model, source=config.reference, dtype=dtype, trainable=False).to(
-            processes.device
+            state.device
         )
     folder = settings.run.run_dir / "CACHE"
     meta = _meta(settings, tokenizer, sequences)
-    if processes.is_main:  # meta.json first, so that the other writers compare with it
+    if state.is_main_process:  # meta.json first, so that the other writers compare with it
         Writer(folder, meta, 0).close()
-    processes.wait()
-    writer = Writer(folder, meta, processes.rank)
+    state.wait_for_everyone()
+    writer = Writer(folder, meta, state.process_index)
     scorer = Scorer(teacher, reference, tokenizer, config.top_k, config.beta)
-    _score_all(sequences[processes.rank :: processes.world_size], writer, scorer, config.batch_size, processes.is_main)
+    _score_all(
+        sequences[state.process_index :: state.num_processes], writer, scorer, config.batch_size, state.is_main_process
+    )
     writer.close()
-    processes.wait()
-    if processes.is_main:
+    state.wait_for_everyone()
+    if state.is_main_process:
         _finish(folder)
-    processes.close()
+    if state.num_processes > 1:
+        state.destroy_process_group()  # left to the interpreter's end, gloo's threads may abort the process
 
 
 def _run_with_vllm(settings: Settings) -> None:

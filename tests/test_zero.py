@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
+import time
 
+import psutil
 import pytest
 
+import launch
 from engine import zero_settings
 from engine.zero_settings import zero_section
 from scripts.slurm_rank import accelerate_variables
-from tests.helpers import ROOT
-from tests.test_sharding import free_port
+from tests.helpers import ROOT, composed, rows_of, write_pairs
+from tests.test_placement import DEEPSPEED_FILE, needs_deepspeed
+from tests.test_sharding import close, free_port
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed: ./install.sh --deepspeed")
 CASES = [
     "sft",
     "dpo",
@@ -99,3 +101,42 @@ def test_two_processes_under_deepspeed_train_the_model_of_one():
     assert done.returncode == 0, done.stderr[-3000:]
     for name in CASES:
         assert f"equal {name} (" in done.stdout, done.stdout
+
+
+def two(overrides: list[str]) -> subprocess.Popen:
+    """Start launch.py on two processes as accelerate's DeepSpeed file would."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    return subprocess.Popen(
+        [*command, "launch.py", *overrides],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **DEEPSPEED_FILE},
+    )
+
+
+@needs_deepspeed
+@pytest.mark.distributed
+def test_a_killed_run_goes_on_from_deepspeeds_checkpoint(tmp_path):
+    """DPO with a moving reference; the whole run is one of a single process."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 22)
+    overrides = ["loss=dpo", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}"]
+    overrides += ["lr=3e-4", "log_every=1", "n_steps=24", "save_every=4", "sync_reference=3", "sync_reference_rate=0.5"]
+    run, folder, deadline = two([*overrides, "exp_name=two"]), tmp_path / "two", time.time() + 300
+    while not list(folder.glob("checkpoint-*/DONE")) and time.time() < deadline and run.poll() is None:
+        time.sleep(0.02)
+    for process in [*psutil.Process(run.pid).children(recursive=True), run]:  # torchrun's workers have their own groups
+        process.kill()
+    run.communicate()
+    assert list(folder.glob("checkpoint-*/policy/*_optim_states.pt")) and not (folder / "FINAL").exists()
+    with pytest.raises(ValueError, match="written by DeepSpeed"):
+        launch.run_task(composed(*overrides, "exp_name=two"))  # on one process
+    again = two([*overrides, "exp_name=two"])
+    launch.run_task(composed(*overrides, "exp_name=one"))
+    out, errors = again.communicate(timeout=400)
+    assert again.returncode == 0 and "resumed from" in out and "strategy=deepspeed, 2 process(es)" in out, errors[
+        -3000:
+    ]
+    close(folder, tmp_path / "one")
+    assert [row["step"] for row in rows_of(folder / "metrics.jsonl")] == list(range(1, 25))
