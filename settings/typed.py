@@ -3,12 +3,16 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
+
+# Types of keys whose content counts in a stage's digest (pipeline/digests.py), not the words they are written in.
+Place = Annotated[str, "a file or a folder; where none is here, a name of the hub"]
+Code = Annotated[str, "module:function"]
 
 # Spellings of neighboring projects, with ours beside them.
 OTHER_SPELLINGS = {
