@@ -12,7 +12,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.sweeps import as_sweep, job_folder
+from settings.help import help_text
 from settings.methods import config_fields, find_method
 from settings.needs import check_needs
+from settings.paths import CONFIG
 from settings.schema import Settings, nearest, require, settings_from, with_loss
 from settings.tasks import TASKS, check_task, counted
 
@@ -64,6 +65,8 @@ def settings_of(raw: dict[str, Any]) -> Settings:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes the numbers."""
+    from importlib.metadata import version
+
     names = ("torch", "transformers", "accelerate", "datasets", "peft", "hydra-core", "numpy")
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
@@ -176,15 +179,19 @@ def explain(error: Exception) -> str:
 
 
 def known_keys(key: str) -> list[str]:
-    """List the keys beside `key` in config.yaml, or in the group that it belongs to."""
-    base = Path(__file__).parent / "config"
-    parent = key.rpartition(".")[0]
-    if (base / parent).is_dir() and parent:
-        return sorted({str(k) for file in (base / parent).glob("*.yaml") for k in OmegaConf.load(file)} - {"defaults"})
-    root = OmegaConf.load(base / "config.yaml")
-    node = OmegaConf.select(root, parent) if parent else root
-    keys = [str(k) for k in node] if OmegaConf.is_dict(node) else []
-    return [k for k in keys if k != "defaults"] + ([] if parent else ["loss", "model", "datasets", "pipeline"])
+    """List the keys beside `key`: of the run, of a section, or of the group that it belongs to."""
+    section, _, below = key.rpartition(".")[0].partition(".")
+    if not section:
+        sections = [file.stem for file in (CONFIG / "section").glob("*.yaml")]
+        return [*_keys_of(CONFIG / "config.yaml", ""), *sections, "loss", "model", "datasets", "pipeline"]
+    files = [CONFIG / "section" / f"{section}.yaml", *sorted((CONFIG / section).rglob("*.yaml"))]
+    return sorted({name for file in files if file.is_file() for name in _keys_of(file, below)})
+
+
+def _keys_of(file: Path, below: str) -> list[str]:
+    node = OmegaConf.load(file)
+    node = OmegaConf.select(node, below) if below else node
+    return [str(name) for name in node if name != "defaults"] if OmegaConf.is_dict(node) else []
 
 
 def guarded(work: Callable[[], None]) -> None:
@@ -202,5 +209,9 @@ def guarded(work: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(str(__doc__), sys.argv[1:]))
+        sys.exit()
+    sys.path.append(os.getcwd())  # a verifier or a method of one's own lies where the command is typed
     sys.argv[1:] = as_sweep(sys.argv[1:])
     guarded(composed)

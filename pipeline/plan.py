@@ -8,20 +8,17 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
+from pipeline.composing import Choices, Line, composed, merged, spelled
 from pipeline.digests import digest_of
 from settings.paths import CONFIG, ROOT
-from settings.schema import nearest, require, settings_from, typed
+from settings.schema import nearest, require, typed
 from settings.tasks import STAGES, TASKS, reads
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -96,16 +93,6 @@ class Stage(NamedTuple):
 # ---- recipes
 
 
-def merged(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Lay nested mappings over one another, the later ones on top."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            both = isinstance(value, dict) and isinstance(result.get(key), dict)
-            result[key] = merged(result[key], value) if both else value
-    return result
-
-
 def flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ("a.b.c", value) for every leaf."""
     for key, value in section.items():
@@ -138,7 +125,7 @@ def recipes_of(config: PipelineConfig) -> dict[str, Recipe]:
             values["evaluation"] = _evaluated(
                 values["evaluation"], {n for n, other in config.stages.items() if other is None}
             )
-        recipes[name] = typed({**section, "set": values}, Recipe)
+        recipes[name] = replace(recipe, set=values)
     return recipes
 
 
@@ -196,24 +183,6 @@ def check_lineage(recipes: dict[str, Recipe]) -> None:
 # ---- the plan
 
 
-def spelled(value: Any) -> str:
-    """Write a value in the grammar of Hydra's command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(spelled(v) for v in value)}]"
-    if not isinstance(value, str):
-        return repr(value)
-    plain = re.fullmatch(r"[A-Za-z_./][\w./:@-]*", value) and value.lower() not in (
-        "null",
-        "true",
-        "false",
-        "nan",
-        "inf",
-    )
-    return value if plain else "'" + value.replace("'", "\\'") + "'"
-
-
 def key_of(override: str) -> str:
     """Return the key of a command-line override."""
     return override.lstrip("+~").split("=", 1)[0]
@@ -238,75 +207,8 @@ def users_overrides(overrides: list[str], recipes: dict[str, Recipe]) -> list[st
     return kept
 
 
-class Line(NamedTuple):
-    """A stage's command line without exp_name: groups, the values of its recipe, then what the user typed."""
-
-    task: str
-    groups: tuple[str, ...]
-    values: tuple[tuple[str, Any], ...]
-    users: tuple[str, ...]
-
-    def words(self) -> list[str]:
-        """Write it out."""
-        # Without ++ Hydra names an unknown key of a loss before anything runs.
-        own = [f"{'' if key.startswith('loss.') else '++'}{key}={spelled(value)}" for key, value in self.values]
-        return [f"task={self.task}", *self.groups, *own, *self.users]
-
-
-def stage_line(
-    recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str], values: dict[str, Any]
-) -> Line:
-    """Return a stage's command line; what its task does not read is left out."""
-    sections = TASKS[recipe.task].sections
-    chosen = [f"loss={recipe.loss}"] if recipe.loss else []
-    if "model" in sections:
-        chosen.append(f"model={getattr(pipeline, recipe.model)}")
-    if groups and "datasets" in sections:
-        chosen.append(f"datasets={spelled(groups)}")
-    typed_by_user = [o for o in users if _read_by(recipe.task, key_of(o), groups)]
-    overridden = {key_of(o) for o in typed_by_user}
-    own = [(k, v) for k, v in flat(values) if _read_by(recipe.task, k, groups) and k not in overridden]
-    return Line(recipe.task, tuple(chosen), tuple(own), tuple(typed_by_user))
-
-
-def _read_by(task: str, key: str, groups: list[str]) -> bool:
-    section, _, rest = key.partition(".")
-    return reads(task, section) and (section != "datasets" or rest.split(".")[0] in groups)
-
-
-def build_plan(config: dict[str, Any], overrides: list[str]) -> list[Stage]:
-    """Compose, check and digest every stage, in an order in which they can run; nothing is written."""
-    pipeline = typed(config["pipeline"], PipelineConfig, "pipeline.")
-    recipes = recipes_of(pipeline)
-    check_lineage(recipes)
-    order = in_order(recipes)
-    users = users_overrides(overrides, recipes)
-    stages_dir = Path(os.path.abspath(Path(config["cache_dir"]).expanduser())) / "stages"
-    built: dict[tuple[str, int], Stage] = {}
-    outer = GlobalHydra.instance().hydra  # the one that composed launch.py's own config, where there is one
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONFIG), version_base="1.3"):
-            for name in order:
-                for seed in pipeline.seeds[:1] if recipes[name].once else pipeline.seeds:
-                    built[name, seed] = _stage(
-                        name, seed, recipes[name], pipeline, list(config["datasets"] or {}), users, built, stages_dir
-                    )
-    finally:
-        GlobalHydra.instance().hydra = outer
-    return list(built.values())
-
-
-def _stage(
-    name: str,
-    seed: int,
-    recipe: Recipe,
-    pipeline: PipelineConfig,
-    groups: list[str],
-    users: list[str],
-    built: dict[tuple[str, int], Stage],
-    stages_dir: Path,
-) -> Stage:
+def data_groups(name: str, recipe: Recipe, pipeline: PipelineConfig, groups: list[str]) -> list[str]:
+    """Return the choices of `datasets` that a stage's data comes from: its own, or those that the user typed."""
     if recipe.task not in STAGES:
         raise ValueError(
             f"pipeline.stages.{name}.task={recipe.task!r} is not known.{nearest(recipe.task, list(STAGES))}"
@@ -329,12 +231,77 @@ def _stage(
             f"pipeline={pipeline.name} has no data: add e.g. datasets=[dpo_mix], or for files of your own "
             "datasets=[local] datasets.local.train=train.jsonl datasets.local.test=test.jsonl"
         )
+    return groups
+
+
+def stage_groups(recipe: Recipe, pipeline: PipelineConfig, groups: list[str]) -> tuple[str, ...]:
+    """Return the choices of groups of a stage; `groups` are those of its data."""
+    sections = TASKS[recipe.task].sections
+    chosen = [f"loss={recipe.loss}"] if recipe.loss else []
+    if "model" in sections:
+        chosen.append(f"model={getattr(pipeline, recipe.model)}")
+    if groups and "datasets" in sections:
+        chosen.append(f"datasets={spelled(groups)}")
+    return tuple(chosen)
+
+
+def stage_line(
+    recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str], values: dict[str, Any]
+) -> Line:
+    """Return a stage's command line; what its task does not read is left out."""
+    typed_by_user = [o for o in users if _read_by(recipe.task, key_of(o), groups)]
+    overridden = {key_of(o) for o in typed_by_user}
+    own = [(k, v) for k, v in flat(values) if _read_by(recipe.task, k, groups) and k not in overridden]
+    return Line(recipe.task, stage_groups(recipe, pipeline, groups), tuple(own), tuple(typed_by_user))
+
+
+def _read_by(task: str, key: str, groups: list[str]) -> bool:
+    section, _, rest = key.partition(".")
+    return reads(task, section) and (section != "datasets" or rest.split(".")[0] in groups)
+
+
+def build_plan(config: dict[str, Any], overrides: list[str]) -> list[Stage]:
+    """Compose, check and digest every stage, in an order in which they can run; nothing is written."""
+    pipeline = typed(config["pipeline"], PipelineConfig, "pipeline.")
+    recipes = recipes_of(pipeline)
+    check_lineage(recipes)
+    order = in_order(recipes)
+    users = users_overrides(overrides, recipes)
+    stages_dir = Path(os.path.abspath(Path(config["cache_dir"]).expanduser())) / "stages"
+    built: dict[tuple[str, int], Stage] = {}
+    outer = GlobalHydra.instance().hydra  # the one that composed launch.py's own config, where there is one
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG), version_base="1.3"):
+            groups = {n: data_groups(n, recipes[n], pipeline, list(config["datasets"] or {})) for n in order}
+            choices = Choices(stage_groups(recipes[n], pipeline, groups[n]) for n in order)
+            for name in order:
+                for seed in pipeline.seeds[:1] if recipes[name].once else pipeline.seeds:
+                    built[name, seed] = _stage(
+                        name, seed, recipes[name], pipeline, groups[name], users, choices, built, stages_dir
+                    )
+    finally:
+        GlobalHydra.instance().hydra = outer
+    return list(built.values())
+
+
+def _stage(
+    name: str,
+    seed: int,
+    recipe: Recipe,
+    pipeline: PipelineConfig,
+    groups: list[str],
+    users: list[str],
+    choices: Choices,
+    built: dict[tuple[str, int], Stage],
+    stages_dir: Path,
+) -> Stage:
     values = {**recipe.set, "seed": seed}
     if recipe.start:
         values = merged(values, {"model": {"load_from": f"{{{recipe.start}}}/FINAL"}})
     values = _filled(values, seed, recipe, pipeline, built)
     line = stage_line(recipe, pipeline, groups, users, values)
-    raw = _composed(name, line)
+    raw = composed(name, line, choices)
     digest = digest_of(raw, stages_dir)
     folder = stages_dir / f"{name}-{digest[:12]}"
     needed = needs_of(recipe)
@@ -366,67 +333,3 @@ def _filled(
     if values == "{seed}":
         return seed
     return PLACEHOLDER.sub(lambda m: str(seed if m[1] == "seed" else built[m[1], seed].folder), values)
-
-
-def _composed(name: str, line: Line) -> dict[str, Any]:
-    """Compose a stage's config as launch.py will, and check all that can be checked before it runs."""
-    try:
-        plain = _laid_over(_with_groups(line.groups), line)
-        if plain is None:
-            plain = _with_groups(tuple(line.words()))
-    except HydraException as error:
-        raise ValueError(f"stage {name}: {str(error).splitlines()[0]}") from error
-    missing = [key for key, value in plain["loss"].items() if value == "???"]
-    require(not missing, f"pipeline.stages.{name} has no value for loss.{missing[0] if missing else ''}")
-    try:
-        settings_from(plain)
-    except ValueError as error:
-        raise ValueError(f"stage {name}: {error}") from error
-    return plain
-
-
-@cache
-def _with_groups(overrides: tuple[str, ...]) -> dict[str, Any]:
-    raw = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
-    assert isinstance(raw, dict)
-    plain: dict[str, Any] = {str(key): value for key, value in raw.items()}
-    plain["datasets"] = plain.get("datasets") or {}
-    return plain
-
-
-def _laid_over(config: dict[str, Any], line: Line) -> dict[str, Any] | None:
-    """Return a config of groups with a line's values in it, as Hydra would; None for what only Hydra can do.
-
-    Hydra takes 0.2 s to compose, and the stages of a pipeline share few choices of groups.
-    """
-    for key, value in [("task", line.task), *line.values, *_typed_values(line.users)]:
-        known = _has(config, key)
-        if value is ONLY_HYDRA or (isinstance(value, str) and "${" in value) or (not known and key.startswith("loss.")):
-            return None
-        config = merged(config, _nested(key, value))
-    return config
-
-
-ONLY_HYDRA = object()  # in the place of a value: an override that adds, deletes, or names what is not there
-
-
-def _typed_values(users: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """Read the overrides that a user typed."""
-    found = []
-    for override in OverridesParser.create().parse_overrides(list(users)) if users else []:
-        plain = override.is_force_add() and not override.is_sweep_override() and override.package is None
-        found.append((override.key_or_group, override.value() if plain else ONLY_HYDRA))
-    return found
-
-
-def _has(config: Any, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(config, dict) or part not in config:
-            return False
-        config = config[part]
-    return True
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    first, _, rest = key.partition(".")
-    return {first: _nested(rest, value) if rest else value}

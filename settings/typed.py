@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -52,13 +53,18 @@ def typed(section: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     if missing:
         raise ValueError(f"{where}{missing[0]} has no value: set it in the YAML or on the command line")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), dict(section))
+        merged = OmegaConf.merge(_structured(cls), dict(section))  # type: ignore[arg-type]
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (ConfigKeyError, OmegaConfBaseException) as error:
         key = getattr(error, "full_key", None) or "?"
         seen = section.get(str(key).split(".")[0])
         detail = str(error).splitlines()[0]
         raise ValueError(f"{where}{key}: {detail} (value seen: {seen!r})") from error
+
+
+@cache
+def _structured(cls: Any) -> Any:
+    return OmegaConf.structured(cls)  # merge copies it
 
 
 def require(condition: bool, message: str) -> None:
