@@ -18,8 +18,8 @@ def help_text(usage: str, arguments: list[str]) -> str:
             usage.strip(),
             f"task=NAME: {', '.join(TASKS)}",
             *groups,
-            "Keys, as KEY=VALUE or SECTION.KEY=VALUE (`loss=NAME --help` adds those of a loss, `model=NAME --help` those "
-            "of a model; --cfg job prints the composed config, --hydra-help the options of Hydra):",
+            "Keys, as KEY=VALUE or SECTION.KEY=VALUE. `loss=NAME --help` adds those of a loss, `model=NAME --help` "
+            "those of a\nmodel; --cfg job prints the composed config, --hydra-help the options of Hydra.",
             *(shown(file) for file in files),
         ]
     )

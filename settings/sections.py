@@ -260,11 +260,7 @@ class LabelConfig:
         require(self.batch_size >= 1, f"label.batch_size={self.batch_size} must be at least 1")
 
     def check_request(self) -> None:
-        """Refuse a request without responses, or without exactly one who scores them."""
-        require(
-            bool(self.responses),
-            "task=label needs label.responses=FILE: generations.jsonl, or rows with prompt and response",
-        )
+        """Refuse a request without exactly one who scores the responses."""
         given = [key for key in ("verifier", "reward_model", "judge") if getattr(self, key)]
         require(
             len(given) == 1,
