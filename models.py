@@ -34,9 +34,8 @@ from transformers import GenerationConfig as GenerationDefaults
 
 from assets import smollm2
 from dataloader import Sequences, turn_end
+from settings.paths import found
 from settings.schema import ModelConfig, nearest
-
-ROOT = Path(__file__).resolve().parent
 
 # Where a tokenizer has no chat template: "role:", a line break, the text, and the end-of-sequence token after what an
 # assistant says. The prompt ends with a line break, at which no usual tokenizer merges prompt and response.
@@ -99,10 +98,9 @@ def local_source(source: str) -> str:
     """
     if source.startswith("package:"):
         return str(smollm2.converted(source.removeprefix("package:")))
-    path = Path(source).expanduser()
-    for candidate in (path, ROOT / source):
-        if candidate.is_dir():
-            return str(candidate)
+    path, place = Path(source).expanduser(), found(source)
+    if place is not None and place.is_dir():
+        return str(place)
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source.split("/")[0]).is_dir()
     if not looks_local and path.name not in ("FINAL", "CACHE"):
         return source

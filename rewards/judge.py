@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from conversations import resumed_rows
 from generation.server import Server, in_parallel, served_model
-from pipeline.digests import ROOT
+from settings.paths import found
 from settings.schema import JudgeConfig, require
 
 SCORE = re.compile(r"\W*score\W*?:\s*(\d+)\s*(?:/\s*10)?\W*", re.IGNORECASE)
@@ -63,8 +63,9 @@ def filled(template: str, **texts: str) -> str:
 
 def read_template(path: str, places: Sequence[str], key: str) -> str:
     """Read a judge's template; ValueError if it is missing or lacks a place."""
-    file = Path(path) if Path(path).is_absolute() or Path(path).is_file() else ROOT / path
-    require(file.is_file(), f"{key}={path}: no such file")
+    file = found(path)
+    require(file is not None and file.is_file(), f"{key}={path}: no such file")
+    assert file is not None
     text = file.read_text(encoding="utf-8")
     missing = [place for place in places if f"{{{place}}}" not in text]
     require(not missing, f"{key}={path} has no place {{{missing[0] if missing else ''}}}")

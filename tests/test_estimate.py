@@ -11,9 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -189,9 +186,7 @@ def test_checkpointing_takes_less_memory_and_more_flops() -> None:
 
 
 def test_full_sharding_computes_in_bfloat16_without_copies_of_the_weights() -> None:
-    """torch's own tracker (fake tensors, 4 ranks, the shape of Llama-3.1-8B, 8 rows of 1,024 tokens, checkpointing) says
-    23.0 GB without optimizer states, with one micro-batch and with two (scripts in benchmarks/README.md).
-    """
+    """torch's FSDPMemTracker (fake tensors, 4 ranks, 8 rows of 1,024 tokens) says TRACKED without optimizer states."""
     shape, batch = shape_of(settings("model=llama_8b_shape").model), Batch(8, 1024, 512, 4096)
     setup = PLAIN._replace(strategy="fsdp", devices=4, compute=2, states=0, checkpointing=True)
     for micro_batches in (1, 2):
