@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 import models
 from conversations import read_rows
-from dataloader import Example, Tokens, epoch_order, load_examples, local_micro_batches, read_generations
+from dataloader import (
+    Example,
+    Tokens,
+    drawn_rows,
+    epoch_order,
+    load_examples,
+    local_micro_batches,
+    read_generations,
+)
 from estimate.arithmetic import Batch, Work
 from settings.needs import Needs
 from settings.schema import Settings
@@ -73,7 +81,7 @@ def examples_of(settings: Settings, split: str) -> tuple[list[Example], int, int
     run, config = settings.run, settings.model
     limit = run.n_examples if split == "train" else run.n_eval_examples
     total = sum(
-        round(dataset.weight * len(read_rows(source, f"datasets.{name}.{split}")))
+        len(drawn_rows(len(read_rows(source, f"datasets.{name}.{split}")), dataset, split, run.seed, name))
         for name, dataset in settings.datasets.items()
         if (source := getattr(dataset, split))
     )
@@ -129,7 +137,7 @@ def cache_lengths(settings: Settings) -> Lengths | None:
     """Return the lengths of what task=cache scores."""
     config = settings.cache
     if config.generations and Path(config.generations).expanduser().is_file():
-        items = [(slot_of(g.tokens),) for g in read_generations(config.generations) if g.response_ids]
+        items = [(slot_of(g.tokens),) for g in read_generations(config.generations, None) if g.response_ids]
         return scaled(items, len(items), len(items))
     slots = 1 if config.generations else len(config.responses)
     if settings.estimate.tokens is None and is_here(settings, config.split):

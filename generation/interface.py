@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataloader import special_ids
+
 Response = tuple[list[int], str]  # response ids with the end-of-turn token, and "stop" or "length"
 
 
@@ -52,7 +54,7 @@ def forbidden_ids(tokenizer: Any, stop: Sequence[int], vocab_size: int, width: i
     """Mark what no response may hold, [width] bool: padding of the vocabulary, and special tokens that end no turn."""
     forbidden = torch.zeros(width, dtype=torch.bool)
     forbidden[vocab_size:] = True
-    special = {tokenizer.pad_token_id, *tokenizer.all_special_ids} - set(stop)
+    special = {tokenizer.pad_token_id, *special_ids(tokenizer)} - set(stop)
     forbidden[sorted(i for i in special if i is not None and i < width)] = True
     return forbidden
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import models
 from conversations import (
     Conversation,
+    check_one_tokenizer,
     conversation_of,
     find_format,
     key_of,
@@ -55,14 +56,15 @@ class Response(NamedTuple):
 
     def key(self, source: str) -> str:
         """Name what was scored and by whom: a score on disk belongs to that, whatever its place in the file."""
-        facts = [source, self.conversation.prompt, self.text, self.ended]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        facts = [source, self.conversation.prompt, self.text, self.ended, self.conversation.meta]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def read_responses(config: LabelConfig, counts: Counter[str]) -> list[Response]:
     """Read the rows; one that holds no response is an error or, with on_error=skip, counted."""
     assert config.responses is not None
     rows, found = read_rows(config.responses, "label.responses"), []
+    check_one_tokenizer(rows, config.responses)
     for number, row in enumerate(rows):
         where = f"{config.responses}, row {number + 1}"
         try:

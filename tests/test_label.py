@@ -20,6 +20,7 @@ ROWS = [
     {"prompt": "say 3", "response": "b"},
 ]
 CHECKER = "label.verifier=tests.rewards:share_of_e"
+BYTES = models.tokenizer_digest(models.load_tokenizer(launch.settings_of(composed("model=tiny")).model))
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ def test_generated_ids_travel_into_pairs(tmp_path: Path) -> None:
         {
             "prompt": [{"role": "user", "content": "hi"}],
             "prompt_ids": [1, 2],
+            "tokenizer_digest": BYTES,
             "response_ids": ids,
             "response": text,
             "finish_reason": "stop",
@@ -147,6 +149,28 @@ def test_a_killed_run_keeps_its_scores(tmp_path: Path, responses: Path) -> None:
 def test_what_cannot_work_is_one_error(tmp_path: Path, responses: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         label(tmp_path, *overrides)
+
+
+def test_a_resume_takes_no_score_of_a_row_with_another_reference_answer(tmp_path: Path) -> None:
+    """A verifier reads the row's meta, so the score belongs to it, too."""
+    path, check = tmp_path / "responses.jsonl", "label.verifier=worlds.gsm8k:check"
+    row = {"prompt": "2*3?", "response": "six #### 6", "answer": "6"}
+    path.write_text(json.dumps(row) + "\n")
+    assert label(tmp_path, check)[0]["reward"] == 1.0
+    (tmp_path / "label" / "DONE").unlink()
+    path.write_text(json.dumps({**row, "answer": "7"}) + "\n")
+    assert label(tmp_path, check)[0]["reward"] == 0.0
+
+
+def test_ids_of_two_tokenizers_or_of_an_unknown_one_are_refused(tmp_path: Path) -> None:
+    row = {"prompt": "hi", "prompt_ids": [1], "response_ids": [5, 0], "response": "eee", "tokenizer_digest": BYTES}
+    for other, message in (
+        ({**row, "tokenizer_digest": "another"}, "row 2: its ids are of another tokenizer .digest another.*row 1"),
+        ({k: v for k, v in row.items() if k != "tokenizer_digest"}, "row 2: has token ids and no tokenizer_digest"),
+    ):
+        (tmp_path / "responses.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n")
+        with pytest.raises(ValueError, match=message):
+            label(tmp_path, CHECKER)
 
 
 def test_bad_rows_are_an_error_or_counted(tmp_path: Path, responses: Path) -> None:
