@@ -7,7 +7,7 @@ columns unless the config names it (`datasets.NAME.format`).
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -320,20 +320,24 @@ def tokenizer_of(row: Row, where: str) -> str:
     return row["tokenizer_digest"]
 
 
-def check_one_tokenizer(rows: Iterable[Row], source: str) -> None:
-    """Refuse rows with ids of several tokenizers, or of an unknown one; who trains on them compares with his own."""
+def check_one_tokenizer(files: Mapping[str, Iterable[Row]]) -> None:
+    """Refuse files whose rows have ids of several tokenizers, or of an unknown one.
+
+    Whoever computes with the ids compares the digest with his own tokenizer's.
+    """
     first: tuple[str, str] | None = None
-    for number, row in enumerate(rows, 1):
-        if "prompt_ids" not in row:
-            continue
-        where = f"{source}, row {number}"
-        digest = tokenizer_of(row, where)
-        first = first or (digest, where)
-        if digest != first[0]:
-            raise ValueError(
-                f"{where}: its ids are of another tokenizer (digest {digest}) than those of {first[1]} ({first[0]}). "
-                "Keep the responses of different tokenizers in files of their own"
-            )
+    for source, rows in files.items():
+        for number, row in enumerate(rows, 1):
+            if "prompt_ids" not in row:
+                continue
+            where = f"{source}, row {number}"
+            digest = tokenizer_of(row, where)
+            first = first or (digest, where)
+            if digest != first[0]:
+                raise ValueError(
+                    f"{where}: its ids are of another tokenizer (digest {digest}) than those of {first[1]} "
+                    f"({first[0]}). Keep the responses of different tokenizers apart"
+                )
 
 
 def key_of(prompt: list[Message]) -> str:

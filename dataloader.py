@@ -4,6 +4,7 @@ Letters: B rows, T tokens of a padded row, N response tokens of a whole batch (f
 A sequence is tokenized once, here; its ids then travel to the cache, the generator and the losses.
 """
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -207,6 +208,16 @@ def pinned_template(tokenizer: Any) -> str | None:
     return (
         f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{tokenizer.get_chat_template()}"
     )
+
+
+def stopped(tokenizer: Any) -> Any:
+    """Return the tokenizer for a library that renders templates itself, its template's clock stopped, too."""
+    template = pinned_template(tokenizer)
+    if template is None:
+        return tokenizer
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dataloader import stopped
 from settings.schema import EvaluationConfig, Settings, nearest
 
 INSTALL = "./install.sh --lm-eval"
@@ -56,7 +57,7 @@ def benchmark_metrics(settings: Settings, model: Any, tokenizer: Any) -> dict[st
     config, seed = settings.evaluation, settings.run.seed
     wrapped = HFLM(
         pretrained=model,
-        tokenizer=tokenizer,
+        tokenizer=stopped(tokenizer),
         batch_size=settings.model.eval_batch_size,
         max_length=settings.model.max_length,
     )

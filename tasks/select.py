@@ -71,7 +71,7 @@ def read_generated(path: Path) -> list[Row]:
             )
     if not rows:
         raise ValueError(f"select.generations={path} has no rows")
-    check_one_tokenizer(rows, str(path))
+    check_one_tokenizer({str(path): rows})
     return rows
 
 
@@ -227,7 +227,7 @@ def run(settings: Settings) -> None:
         files = {"pairs_train.jsonl": train} | ({"pairs_test.jsonl": test} if config.holdout else {})
     else:
         earlier = [row for path in config.earlier for row in read_generated(Path(path).expanduser())]
-        check_one_tokenizer([*rows[:1], *earlier], f"{config.generations} (1 row) and {', '.join(config.earlier)}")
+        check_one_tokenizer({config.generations: rows[:1], ", ".join(config.earlier): earlier})
         files = {
             "distinct.jsonl": make_distinct(questions, originals_of(settings), earlier, config.max_similarity, counts)
         }

@@ -21,6 +21,7 @@ from dataloader import (
     load_examples,
     local_micro_batches,
     render,
+    stopped,
     template_digest,
     tokenizer_digest,
     turn_end,
@@ -281,6 +282,8 @@ def test_midnight_changes_no_id_and_a_pinned_date_is_part_of_the_digest(config, 
     before = encode_prompt(dated, PROMPT)
     clock(monkeypatch, 2026, 11, 27)
     assert encode_prompt(dated, PROMPT) == before
+    rendered = stopped(dated).apply_chat_template(PROMPT, tokenize=False, add_generation_prompt=True)
+    assert rendered == dated.decode(before)  # lm-evaluation-harness renders for itself
     assert dated.decode(before).startswith("Today is 26 Jul 2024\n")
     other = models.load_tokenizer(replace(config, template_date="2026-11-27"))
     undated_digest = tokenizer_digest(other)

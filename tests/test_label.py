@@ -1,6 +1,8 @@
 """task=label: scores by a verifier, a reward model and a judge; rows that the loaders read back; what goes wrong."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,6 +162,28 @@ def test_a_resume_takes_no_score_of_a_row_with_another_reference_answer(tmp_path
     (tmp_path / "label" / "DONE").unlink()
     path.write_text(json.dumps({**row, "answer": "7"}) + "\n")
     assert label(tmp_path, check)[0]["reward"] == 0.0
+
+
+def test_a_resume_takes_no_score_of_an_edited_verifier(tmp_path: Path, responses: Path, monkeypatch) -> None:
+    module = tmp_path / "own_verifier.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for value in (0.25, 0.75):
+        module.write_text(f"def check(prompt, response):\n    return {value}  # {'x' * int(100 * value)}\n")
+        importlib.invalidate_caches()
+        sys.modules.pop("own_verifier", None)
+        (tmp_path / "label" / "DONE").unlink(missing_ok=True)
+        assert label(tmp_path, "label.verifier=own_verifier:check")[0]["reward"] == value
+
+
+def test_a_resume_takes_no_score_of_an_edited_question(tmp_path: Path, responses: Path, serve) -> None:  # noqa: F811
+    server: Server = serve(longer_wins)
+    template, asked = tmp_path / "score.txt", []
+    for text in ("Rate {prompt} {response}", "Rate again {prompt} {response}"):
+        template.write_text(text)
+        (tmp_path / "label" / "DONE").unlink(missing_ok=True)
+        label(tmp_path, "label.judge=true", f"judge.base_url={server.url}", f"judge.score_template={template}")
+        asked.append(json.loads((tmp_path / "label" / "LABEL" / "summary.json").read_text()))
+    assert [summary["scores taken from an earlier run"] for summary in asked] == [0, 0]
 
 
 def test_ids_of_two_tokenizers_or_of_an_unknown_one_are_refused(tmp_path: Path) -> None:
