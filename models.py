@@ -33,10 +33,11 @@ from transformers import (
 from transformers import GenerationConfig as GenerationDefaults
 
 from assets import smollm2
-from dataloader import Sequences, special_ids, turn_end
-from dataloader import template_digest as template_digest  # beside the other digests, for those who import models
-from dataloader import tokenizer_digest as tokenizer_digest
+from dataloader import Sequences
 from settings.schema import ModelConfig, nearest
+from templates import special_ids, turn_end
+from templates import template_digest as template_digest  # beside the other digests, for those who import models
+from templates import tokenizer_digest as tokenizer_digest
 
 ROOT = Path(__file__).resolve().parent
 
@@ -168,7 +169,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer.chat_template = DEFAULT_TEMPLATE
     if tokenizer.pad_token_id is None:  # padding is masked by position, so sharing eos is harmless
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.template_date = config.template_date  # read by dataloader.render, saved nowhere
+    tokenizer.template_date = config.template_date  # read by templates.render, saved nowhere
     return tokenizer
 
 

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dataloader import stopped
 from settings.schema import EvaluationConfig, Settings, nearest
+from templates import stopped
 
 INSTALL = "./install.sh --lm-eval"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import special_ids
+from templates import special_ids
 
 Response = tuple[list[int], str]  # response ids with the end-of-turn token, and "stop" or "length"
 

@@ -21,11 +21,12 @@ import transformers
 
 import models
 from conversations import resumed_rows
-from dataloader import Example, Tokens, adds_bos, load_examples, special_ids, tokenizer_digest
+from dataloader import Example, Tokens, load_examples
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.hf import HfBackend
 from generation.interface import Answer, Backend, Progress, cut, length_batches
 from settings.schema import ModelConfig, Settings
+from templates import adds_bos, special_ids, tokenizer_digest
 
 __all__ = ["backend_of", "cut", "length_batches", "run"]
 

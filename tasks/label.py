@@ -151,7 +151,7 @@ def source_of(settings: Settings) -> str:
         return f"verifier {config.verifier} {code_of(resolve_verifier(config.verifier, 'label.verifier'))}"
     judge = settings.judge
     template = read_template(judge.score_template, SCORE_PLACES, "judge.score_template")
-    return f"judge {[judge.base_url, judge.model_name, judge.temperature, judge.max_tokens, template]}"
+    return f"judge {[judge.model_name or judge.base_url, judge.temperature, judge.max_tokens, template]}"
 
 
 # ---- rows

@@ -37,6 +37,8 @@ def run(settings: Settings) -> None:
     tokenizer = models.load_tokenizer(settings.model)
     trainer: BasicTrainer = trainer_class(settings, tokenizer, accelerator)
     train, test = _examples(settings, tokenizer)
+    if trainer.needs.data == "pairs":
+        _check_pairs(train + test, settings.raw["loss"]["name"])
     objective = f"loss={settings.raw['loss']['name']}: {trainer.objective()}"
     accelerator.print(f"{objective}\nstrategy={running}, {accelerator.num_processes} process(es)")
     if accelerator.is_main_process:
@@ -73,6 +75,17 @@ def _examples(settings: Settings, tokenizer: object) -> tuple[list[Example], lis
     train = load_examples(settings.datasets, "train", tokenizer, settings.model, run.n_examples, run.seed)
     test = load_examples(settings.datasets, "test", tokenizer, settings.model, run.n_eval_examples, run.seed)
     return train, test
+
+
+def _check_pairs(examples: list[Example], loss: str) -> None:
+    """Refuse a row that holds no pair, by its place."""
+    for example in examples:
+        missing = [name for name in ("chosen", "rejected") if getattr(example, name) is None]
+        if missing:
+            raise ValueError(
+                f"{example.where}: loss={loss} learns from pairs, and this row has no {' and no '.join(missing)}. "
+                "Check datasets= and its format, or remove the row"
+            )
 
 
 def _show(example: Example, tokenizer: object, accelerator: Accelerator) -> None:

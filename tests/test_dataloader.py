@@ -10,6 +10,7 @@ import pytest
 from transformers import AddedToken
 from transformers.utils import chat_template_utils
 
+import launch
 import models
 from conversations import PARSERS, find_format, parse_hh, read_rows, to_conversation
 from dataloader import (
@@ -20,14 +21,10 @@ from dataloader import (
     global_batches,
     load_examples,
     local_micro_batches,
-    render,
-    stopped,
-    template_digest,
-    tokenizer_digest,
-    turn_end,
 )
 from generation.interface import forbidden_ids
 from settings.schema import DatasetConfig, ModelConfig, typed
+from templates import render, stopped, template_digest, tokenizer_digest, turn_end
 from tests.helpers import composed, write_pairs
 
 
@@ -219,6 +216,13 @@ ANSWER = [*PROMPT, {"role": "assistant", "content": "a"}]
 def test_a_null_is_refused_with_file_row_and_column(tmp_path: Path, tokenizer, config, good, column):
     with pytest.raises(ValueError, match=rf"a.jsonl, row 2: {column} must be a .*None.*remove the row"):
         loaded(tmp_path, tokenizer, config, good, {**good, column: None})
+
+
+def test_a_row_without_a_pair_is_refused_by_its_place(tmp_path: Path):
+    source = written(tmp_path / "a.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q"})
+    data = ["datasets=[local]", f"datasets.local.train={source}", f"cache_dir={tmp_path}"]
+    with pytest.raises(ValueError, match="a.jsonl, row 2: loss=dpo learns from pairs, .*no chosen and no rejected"):
+        launch.run_task(composed("loss=dpo", "model=tiny", *data))
 
 
 def test_a_template_that_refuses_a_role_names_the_row(tmp_path: Path, tokenizer, config):

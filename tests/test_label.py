@@ -176,7 +176,7 @@ def test_a_resume_takes_no_score_of_an_edited_verifier(tmp_path: Path, responses
 
 
 def test_a_resume_takes_no_score_of_an_edited_question(tmp_path: Path, responses: Path, serve) -> None:  # noqa: F811
-    server: Server = serve(longer_wins)
+    server: Server = serve(lambda question: (200, "Score: 5"))
     template, asked = tmp_path / "score.txt", []
     for text in ("Rate {prompt} {response}", "Rate again {prompt} {response}"):
         template.write_text(text)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 import launch
-from dataloader import load_examples, tokenizer_digest
+from dataloader import load_examples
 from models import load_tokenizer
 from settings.schema import settings_from
 from tasks import select
+from templates import tokenizer_digest
 from tests.helpers import composed, rows_of
 
 BYTES = tokenizer_digest(load_tokenizer(settings_from(composed("model=tiny"), None).model))  # who claims the ids
