@@ -1,8 +1,7 @@
 """What every backend takes and gives: prompts as token ids in, responses as token ids out.
 
-A backend is an object with `answers(prompts, wanted, seed)`, which yields an Answer for each wanted prompt as soon as
-it
-is there, and `close()`. Everything else (order on disk, resume, rows) is the task's.
+A backend is an object with `answers(prompts, wanted, seed)` and `close()`. The first yields an Answer for each wanted
+prompt as soon as it is there. Everything else (order on disk, resume, rows) is the task's.
 """
 
 import time

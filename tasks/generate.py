@@ -1,10 +1,8 @@
 """task=generate: sample responses of a model to the prompts of the data sets, as token ids.
 
 The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: which prompts, the rows on disk,
-and
-going on where a killed run stopped. A row is written as soon as its response is there; at the end the rows stand in a
-fixed
-order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone.
+and going on where a killed run stopped. A row is written as soon as its response is there. At the end the rows stand
+in a fixed order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone.
 """
 
 import importlib
