@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conversations import Conversation, Message, find_format, read_jsonl, read_rows, to_conversation
+from conversations import Conversation, Message, find_format, read_rows, to_conversation
+from settings.artifacts import read_jsonl
 from settings.schema import DatasetConfig, ModelConfig
 
 

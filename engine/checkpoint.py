@@ -8,7 +8,6 @@ folders of your own). Either can be read by another number of ranks, or by a run
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from engine.sharding import is_sharded
+from settings.artifacts import mark_done, remove_folder, replace_folder, write_json
 
 Models = dict[str, torch.nn.Module]  # "model", and "reference" where it moves with the policy
 
@@ -46,7 +46,7 @@ def save(
     part, whole = run_dir / f"checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}"
     if is_main:
         for folder in (part, whole):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
         part.mkdir(parents=True)
     _wait()
     sharded = is_sharded(models["model"])
@@ -60,14 +60,13 @@ def save(
     if not sharded:
         for name, values in tensors.items():
             torch.save(values, part / f"{name}.pt")
-    (part / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-    (part / "DONE").touch()
-    part.rename(whole)
+    write_json(part / "state.json", {"step": step, **state})
+    mark_done(part)
+    replace_folder(part, whole)
     if keep_last:
         older = sorted(run_dir.glob("checkpoint-*/DONE"), key=lambda p: int(p.parent.name.split("-")[1]))
         for done in older[:-keep_last]:
-            done.unlink()  # no longer whole, whatever happens to the rest
-            shutil.rmtree(done.parent, ignore_errors=True)
+            remove_folder(done.parent)
 
 
 def load(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -99,8 +98,7 @@ def _wait() -> None:
 def remove_all(run_dir: Path) -> None:
     """Remove every checkpoint: the final model stands."""
     for folder in run_dir.glob("checkpoint-*"):
-        (folder / "DONE").unlink(missing_ok=True)  # no longer whole, should a kill leave the rest half removed
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
 
 
 def examples_seen(run_dir: Path) -> int:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from settings.artifacts import write_text
 from settings.schema import Settings
 
 
@@ -50,7 +51,7 @@ def run_id(run_dir: Path, resume_step: int) -> str:
     if resume_step > 0 and file.is_file():
         return file.read_text(encoding="utf-8").strip()
     found = hashlib.sha256(f"{run_dir.resolve()} {time.time_ns()}".encode()).hexdigest()[:16]
-    file.write_text(found + "\n", encoding="utf-8")
+    write_text(file, found + "\n")
     return found
 
 

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from pipeline.digests import ROOT, SECTIONS, digest_of, reads
+from settings.artifacts import is_done
 from settings.schema import nearest, require, settings_from, typed
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -87,7 +88,7 @@ class Stage(NamedTuple):
     @property
     def done(self) -> bool:
         """Tell whether the stage has finished."""
-        return (self.folder / "DONE").is_file()
+        return is_done(self.folder)
 
 
 # ---- recipes

@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from dataloader import read_generations
+from settings.artifacts import DONE
 from teacher.cache import Entry, Reader
 
 NUM_SAMPLES = 12
@@ -27,7 +28,7 @@ class Evaluation(NamedTuple):
 
 def read_evaluation(folder: Path) -> Evaluation:
     """Read an evaluation; ValueError if it is not whole."""
-    for name in ("DONE", "results.json", "scores.json"):
+    for name in (DONE, "results.json", "scores.json"):
         if not (folder / name).is_file():
             raise ValueError(
                 f"{folder} is no finished evaluation with a verifier: {name} is missing. Run task=evaluate there"

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from conversations import resumed_rows
 from generation.server import Server, in_parallel, served_model
 from pipeline.digests import ROOT
+from settings.artifacts import append_row, resumed_rows
 from settings.schema import JudgeConfig, require
 
 SCORE = re.compile(r"\W*score\W*?:\s*(\d+)\s*(?:/\s*10)?\W*", re.IGNORECASE)
@@ -112,8 +112,7 @@ class Judge:
                     self.skipped[str(error)] += 1
                     continue
                 self.known[key] = value
-                out.write(json.dumps({"key": key, "value": value, "text": text}, ensure_ascii=False) + "\n")
-                out.flush()
+                append_row(out, {"key": key, "value": value, "text": text})
         return [self.known.get(self._key(q)) for q in questions]
 
     def _key(self, question: Question) -> str:

@@ -22,6 +22,7 @@ from estimate.shape import shape_of
 from estimate.speed import tokens_per_second
 from estimate.tables import comparison, cost_table, single, table
 from pipeline.plan import ROOT, Stage
+from settings.artifacts import write_json
 from settings.needs import Needs
 from settings.schema import Settings, settings_from
 
@@ -42,7 +43,7 @@ def run(settings: Settings) -> None:
         found = estimated(settings, settings.estimate.of)
         print(single(found))
     path = settings.run.run_dir / "estimate.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(path, found)
 
 
 def compared(settings: Settings) -> dict[str, Any]:

@@ -20,11 +20,11 @@ import torch
 import transformers
 
 import models
-from conversations import resumed_rows
 from dataloader import Example, Tokens, adds_bos, load_examples
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.hf import HfBackend
 from generation.interface import Answer, Backend, Progress, cut, length_batches
+from settings.artifacts import append_row, resumed_rows, write_bytes, write_json
 from settings.schema import ModelConfig, Settings
 
 __all__ = ["backend_of", "cut", "length_batches", "run"]
@@ -150,8 +150,7 @@ def _write(
     with path.open("a", encoding="utf-8") as out:
         for answer in answers:
             row = _row(jobs[answer.number], answer, tokenizer, stop, head)
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            out.flush()
+            append_row(out, row)
             progress.add(answer.ids)
 
 
@@ -243,9 +242,7 @@ def _in_order(path: Path, prompts: list[list[int]], n: int) -> None:
     found = {row["index"] * n + row["sample"]: line for line in lines for row in [json.loads(line)]}
     ordered = [found[i] for batch in length_batches(prompts, 1) for i in batch]
     if ordered != lines:
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(b"".join(ordered))
-        part.replace(path)
+        write_bytes(path, b"".join(ordered))
 
 
 # ---- afterwards
@@ -275,7 +272,7 @@ def _summarize(path: Path, settings: Settings, tokenizer: Any, name: str) -> Non
     gap = _measured_gap(rows, settings, tokenizer)
     if gap is not None:
         summary["logp_gap"] = gap._asdict()
-    (path.parent / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(path.parent / "summary.json", summary)
     if gap is not None:
         print(check_gap(gap, settings.generation.max_logp_gap))
 

@@ -22,13 +22,12 @@ from conversations import (
     key_of,
     pair_row,
     read_rows,
-    resumed_rows,
     to_conversation,
-    write_rows,
 )
 from rewards.judge import Judge
 from rewards.reward_model import RewardModel
 from rewards.verifiers import prompt_text, resolve_verifier, scored
+from settings.artifacts import append_row, resumed_rows, write_json, write_jsonl
 from settings.schema import LabelConfig, Settings
 
 VERSION = 1
@@ -133,8 +132,7 @@ def all_scores(settings: Settings, responses: list[Response], folder: Path, coun
         for response, value in scores_of(settings, todo, folder, counts) if todo else ():
             key = keys[response.number]
             known[key] = value
-            out.write(json.dumps({"key": key, "score": value}) + "\n")
-            out.flush()
+            append_row(out, {"key": key, "score": value})
     return {number: known[key] for number, key in keys.items() if key in known}
 
 
@@ -204,7 +202,7 @@ def run(settings: Settings) -> None:
             f"nothing to write of {config.responses}: {dict(counts)}. Sample more responses (generation.n), or warmer "
             "ones"
         )
-    write_rows(folder / "labeled.jsonl", rows)
+    write_jsonl(folder / "labeled.jsonl", rows)
     values = list(scores.values())
     summary = {
         "responses": len(responses),
@@ -213,6 +211,6 @@ def run(settings: Settings) -> None:
         "mean_score": sum(values) / max(1, len(values)),
         **counts,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary)
     print("\n".join(f"{value:10.4g} {what}" for what, value in summary.items()))
     print(f"{folder / 'labeled.jsonl'}", flush=True)

@@ -17,6 +17,7 @@ from evaluation.comparisons import is_number
 from evaluation.intervals import Interval, seed_interval
 from report.charts import Plotted, interval_chart, read_curves
 from report.page import curves_section, page, section, text
+from settings.artifacts import is_done, write_text
 from settings.schema import Settings
 
 # What a column says of a run, in this order, and whether more is better.
@@ -86,7 +87,7 @@ def read_jobs(sweep: Path) -> list[Job]:
     for file in sorted(sweep.rglob("config.yaml")):
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         if isinstance(config, dict) and {"task", "seed", "loss"} <= config.keys():
-            folder, done = file.parent, (file.parent / "DONE").is_file()
+            folder, done = file.parent, is_done(file.parent)
             jobs.append(Job(folder, str(folder.relative_to(sweep)), config, done, values_of(folder) if done else {}))
     if not jobs:
         raise ValueError(
@@ -246,7 +247,5 @@ def run(settings: Settings) -> None:
     written = table(rows, unfinished)
     print(written)
     for name, content in (("summary.md", written), ("report.html", html(f"Sweep {sweep.name}", rows, unfinished))):
-        part = sweep / f"{name}.{os.getpid()}"
-        part.write_text(content, encoding="utf-8")
-        part.replace(sweep / name)
+        write_text(sweep / name, content)
         print(sweep / name, flush=True)

@@ -12,7 +12,6 @@ loaders read back (nothing is tokenized a second time):
 Questions of the data sets' test split are left out and counted; generations sampled from a test split are refused.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,12 +27,11 @@ from conversations import (
     find_format,
     key_of,
     pair_row,
-    read_jsonl,
     read_rows,
     to_conversation,
-    write_rows,
 )
 from rewards.verifiers import Verifier, resolve_verifier, scored
+from settings.artifacts import read_jsonl, write_json, write_jsonl
 from settings.schema import DatasetConfig, Settings
 
 VERSION = 1
@@ -234,8 +232,8 @@ def run(settings: Settings) -> None:
             "another model"
         )
     for name, selected in files.items():
-        write_rows(folder / name, selected)
+        write_jsonl(folder / name, selected)
         counts[f"rows of {name}"] = len(selected)
-    (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "counts.json", counts)
     print("\n".join(f"{count:8} {what}" for what, count in counts.items()))
     print(f"{', '.join(files)} in {folder}", flush=True)

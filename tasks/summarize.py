@@ -5,13 +5,13 @@ Two intervals stand side by side: over prompts (the same models, other prompts) 
 initialization), which is the wider one and counts for a claim about a method.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from evaluation.intervals import paired_difference, score_interval, seed_interval
 from report.gather import Evaluation, advantages_of, curves_of, read_evaluation, samples_of
 from report.page import write_report
+from settings.artifacts import write_json, write_text
 from settings.schema import Settings
 
 # What the chain promises first; each pair is compared on the same prompts, where both models are there.
@@ -140,8 +140,8 @@ def run(settings: Settings) -> None:
     results = summarized(evaluations)
     run_dir = settings.run.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (run_dir / "results.md").write_text(table(results), encoding="utf-8")
+    write_json(run_dir / "results.json", results)
+    write_text(run_dir / "results.md", table(results))
     print(table(results))
     path = write_report(
         run_dir,

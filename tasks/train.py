@@ -18,6 +18,7 @@ from engine.compiling import check_compiler
 from engine.optimizer import check_strategy
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
+from settings.artifacts import is_done, write_text
 from settings.schema import Settings
 from trainers import reference
 from trainers.basic import BasicTrainer
@@ -40,7 +41,7 @@ def run(settings: Settings) -> None:
     objective = f"loss={settings.raw['loss']['name']}: {trainer.objective()}"
     accelerator.print(f"{objective}\nstrategy={running}, {accelerator.num_processes} process(es)")
     if accelerator.is_main_process:
-        (settings.run.run_dir / "objective.txt").write_text(objective + "\n", encoding="utf-8")
+        write_text(settings.run.run_dir / "objective.txt", objective + "\n")
     _show(train[0], tokenizer, accelerator)
     items = trainer.items(train, "train")
     test_items = trainer.items(test, "test") if test else []
@@ -153,7 +154,7 @@ def _reference(
     meta = reference.meta_of(config, dtype, trainer.tokenizer)
     shared = Path(run.cache_dir).expanduser() / "reference_logprobs"
     folder = Path(run.load_reference_logprobs or reference.folder_of(shared, items + test_items, meta)).expanduser()
-    there = trainer.gathered([(folder / "DONE").is_file()])[0]  # what rank 0 sees: another run may be writing it
+    there = trainer.gathered([is_done(folder)])[0]  # what rank 0 sees: another run may be writing it
     if not run.load_reference_logprobs and not there:
         model = models.load_model(config, dtype=dtype, trainable=False, empty=trainer.is_filled)
         reference.score(trainer, model, items + test_items, folder, meta)
