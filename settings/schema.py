@@ -4,7 +4,7 @@
 refused is refused here, before a model loads: the message names the key, the value seen and what to do.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,18 @@ class ModelConfig:
         require(
             bool(self.name_or_path or self.load_from or self.from_checkpoint or self.build),
             "no model: set model.name_or_path (a folder or hub name), model.load_from, or choose another model=GROUP",
+        )
+
+    def of_folder(self, folder: str) -> "ModelConfig":
+        """Return the same settings for another model: the weights, layers and tokenizer of a folder as they are."""
+        return replace(
+            self,
+            name_or_path=folder,
+            tokenizer_name_or_path=None,
+            load_from=None,
+            from_checkpoint=None,
+            build=None,
+            num_layers=None,
         )
 
 

@@ -30,7 +30,7 @@ from generation.hf import sample
 from generation.interface import Response
 from report.evaluation_page import check_advantages, write_results
 from rewards.verifiers import Verifier, prompt_text, resolve_verifier, scored, vote_of
-from settings.schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
+from settings.schema import EvaluationConfig, GenerationConfig, Settings
 
 
 class HeldOut(NamedTuple):
@@ -168,20 +168,13 @@ def rank_pairs(logps: np.ndarray, reference_logps: np.ndarray | None, reference:
 def evaluate_model(settings: Settings, name: str, accelerator: Accelerator, verifier: Verifier | None) -> Evaluated:
     """Answer the prompts with one model at every temperature, and rank the pairs."""
     config = settings.evaluation
-    own: ModelConfig = replace(
-        settings.model,
-        name_or_path=config.models[name],
-        load_from=None,
-        from_checkpoint=None,
-        build=None,
-        num_layers=None,
-    )
+    own = settings.model.of_folder(config.models[name])
     dtype = models.resolve_dtype(own.policy_dtype, accelerator.device)
-    tokenizer = models.load_tokenizer(replace(own, tokenizer_name_or_path=None))
+    tokenizer = models.load_tokenizer(own)
     data = held_out(settings, tokenizer)
 
     def load(source: str) -> Any:
-        return models.load_model(own, source=source, dtype=dtype, trainable=False).to(accelerator.device)
+        return models.load_model(own.of_folder(source), dtype=dtype, trainable=False).to(accelerator.device)
 
     model = load(config.models[name])
     responses = {}

@@ -2,7 +2,6 @@
 
 import gc
 import importlib
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -118,14 +117,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
         if head == "reward":
             check_reward_model(folder, f"loss.{name}")
         dtype = models.resolve_dtype(settings.model.reference_dtype, trainer.accelerator.device)
-        config = replace(
-            settings.model,
-            name_or_path=folder,
-            tokenizer_name_or_path=None,
-            load_from=None,
-            from_checkpoint=None,
-            build=None,
-        )
+        config = settings.model.of_folder(folder)
         tokenizer = models.load_tokenizer(config)
         if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
             raise ValueError(
@@ -133,9 +125,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
                 "tokens, or other "
                 "words): it would read other text. Use a model of the same family"
             )
-        model = models.load_model(
-            config, source=folder, dtype=dtype, trainable=False, head=head, empty=trainer.is_filled
-        )
+        model = models.load_model(config, dtype=dtype, trainable=False, head=head, empty=trainer.is_filled)
         trainer.frozen_models[name] = trainer.place_reference(model)
 
 
