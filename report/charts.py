@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.comparisons import is_number
+from evaluation.metrics import is_number
 
 WIDTH, HEIGHT = 300, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24

@@ -14,7 +14,7 @@ from evaluation.win_rate import alpaca_eval_rows
 from models import local_source
 from report.gather import NUM_SAMPLES, Evaluation, advantages_of, curves_of, samples_of, tokens_of
 from report.page import write_report
-from report.tables import benchmarks_section, latency_section, pairs_section, text_section
+from report.tables import benchmarks_section, latency_section, metric_sections
 from settings.artifacts import write_json, write_jsonl, write_text
 from settings.schema import EvaluationConfig, Settings
 from teacher.cache import Reader
@@ -83,7 +83,7 @@ def write_artifacts(
     write_text(run_dir / "summary.md", summary_text(table, results, timed))
     evaluation = Evaluation(run_dir, results["seed"], results, {})
     models = results["models"]
-    more = pairs_section(models) + text_section(models) + benchmarks_section(models) + latency_section(timed)
+    more = metric_sections(models) + benchmarks_section(models) + latency_section(timed)
     write_report(
         run_dir,
         TITLE,

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.comparisons import all_pairs, best_model, interval_of, is_number
+from evaluation.comparisons import all_pairs, best_model, interval_of
+from evaluation.metrics import is_number
 from report.charts import Curves, Plotted, Series, interval_chart, line_chart, panel_of, read_curves
 from settings.artifacts import write_text
 

@@ -1,10 +1,10 @@
-"""task=label: score responses by a verifier, a reward model or a judge, and write rows that the loaders read back.
+"""task=label: give every response a score (task=select chooses by right or wrong what to train on instead).
 
-Reads generations.jsonl or plain rows {"prompt", "response"}. Writes LABEL/: scores.jsonl (one score a row, as they
-come: a
-killed run goes on there), then labeled.jsonl: every row with its `reward`, or pairs of the best and the worst response
-to a
-prompt, or rows with a `label`; summary.json counts what was left out.
+A verifier, a reward model or a judge scores. Reads generations.jsonl or plain rows {"prompt", "response"}. Writes
+
+    LABEL/scores.jsonl    one score a row, as they come: a killed run goes on there
+    LABEL/labeled.jsonl   every row with its `reward`; or with a `label`; or pairs of a prompt's best and worst response
+    LABEL/summary.json    what was left out
 """
 
 import hashlib

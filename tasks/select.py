@@ -1,12 +1,11 @@
-"""task=select: from sampled responses and a verifier to preference pairs, or to correct responses unlike each other.
+"""task=select: choose, by right or wrong, what to train on (task=label gives every response a score instead).
 
-Reads a generations.jsonl with n responses to each question and writes JSONL files, with the sampled token ids, that the
-loaders read back (nothing is tokenized a second time):
+Reads a generations.jsonl with n responses to each question. Writes JSONL files that the loaders read back, with the
+sampled token ids (nothing is tokenized a second time):
 
     SELECT/pairs_train.jsonl   make=pairs: a correct (chosen) with an incorrect (rejected) response to the same question
     SELECT/pairs_test.jsonl    make=pairs, holdout > 0: the pairs of other questions, for evaluation only
-    SELECT/distinct.jsonl      make=distinct: correct responses, none too similar to one kept before it or to the data
-    set's own
+    SELECT/distinct.jsonl      make=distinct: correct responses that are unlike those kept before and the data set's own
     SELECT/counts.json         what was kept and dropped
 
 Questions of the data sets' test split are left out and counted; generations sampled from a test split are refused.
@@ -85,8 +84,7 @@ def conversations_of(datasets: Mapping[str, DatasetConfig], split: str) -> Itera
 def verified(rows: Iterable[Row], verifier: Verifier, held_out: set[str], counts: Counter[str]) -> list[Question]:
     """Sort the responses by question and correctness, in order of first appearance.
 
-    Correct means that the verifier says so and that the response has ended; a correct one that was cut is on neither
-    side.
+    Correct means that the verifier says so and that the response has ended. One that was cut is on neither side.
     """
     questions: dict[str, Question] = {}
     seen: set[tuple[str, str]] = set()
