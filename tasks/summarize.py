@@ -194,7 +194,7 @@ def run(settings: Settings) -> None:
     print(table(results))
     path = write_report(
         run_dir,
-        "From a teacher to an aligned small student",
+        "Summary over seeds",
         curves_of(evaluations),
         results,
         samples_of(evaluations[0]),
