@@ -32,8 +32,9 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Return the most that this process ever held. On Linux not from getrusage: a child there begins with its parent's
-    peak.
+    """Return the most that this process ever held.
+
+    On Linux not from getrusage: a child there begins with its parent's peak.
     """
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return _status("VmHWM") or (used if sys.platform == "darwin" else used * 1024)

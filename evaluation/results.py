@@ -31,9 +31,7 @@ def summary(responses: Responses, phrases: Sequence[str]) -> dict[str, Any]:
 
 
 def win_rates(own: Responses, opponent: Responses, name: str, verdict: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the win rate by the verifier's scores (`against`), and by the reward model or judge (`judged`), where
-    there is one.
-    """
+    """Return the win rate by the verifier's scores (`against`) and by the reward model or judge (`judged`), if any."""
     row: dict[str, Any] = {"judged": verdict} if verdict else {}
     if own.scores:
         row["against"] = against(own.scores, opponent.scores, own.num_tokens, opponent.num_tokens, name)

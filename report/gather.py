@@ -1,6 +1,4 @@
-"""What a report shows beside its scores, gathered from run folders: curves, sample responses, advantages token by
-token.
-"""
+"""What a report shows beside its scores, gathered from run folders: curves, responses, advantages token by token."""
 
 import json
 import math

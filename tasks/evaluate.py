@@ -1,9 +1,12 @@
 """task=evaluate: judge several models on the same held-out prompts and pairs.
 
-Writes results.json (scores with 95 % intervals over prompts, comparisons), results.md (a table), scores.json (every
-prompt's score, for paired comparisons later), samples.jsonl (responses side by side), summary.md and report.html (all
-of
-it, tasks/evaluation_report.py), and with evaluation.latency latency.json.
+Writes into the run's folder (report/evaluation_page.py):
+
+    results.json, results.md      metrics with 95 % intervals over prompts, comparisons; the table
+    scores.json, samples.jsonl    every prompt's score, for paired comparisons later; responses side by side
+    summary.md, report.html       all of it, to read
+    latency.json                  with evaluation.latency
+
 With several processes each takes its share of the models; rank 0 writes.
 """
 

@@ -1,9 +1,7 @@
 """task=generate: sample responses of a model to the prompts of the data sets, as token ids.
 
-The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: which prompts, the rows on disk,
-and
-going on where a killed run stopped. A row is written as soon as its response is there; at the end the rows stand in a
-fixed
+The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: prompts, rows on disk, and going on
+where a killed run stopped. A row is written as soon as its response is there. At the end the rows stand in a fixed
 order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone.
 """
 
@@ -249,9 +247,7 @@ def _in_order(path: Path, prompts: list[list[int]], n: int) -> None:
 
 
 def _summarize(path: Path, settings: Settings, tokenizer: Any, name: str) -> None:
-    """Write summary.json beside the rows: counts, and how far the generator's log-probabilities are from the
-    trainer's.
-    """
+    """Write summary.json beside the rows: counts, and how far the generator's log-probs are from the trainer's."""
     with path.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     reasons = Counter(row["finish_reason"] for row in rows)

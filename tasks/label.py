@@ -161,8 +161,9 @@ def labeled(responses: list[Response], scores: dict[int, float], threshold: floa
 def best_against_worst(
     responses: list[Response], scores: dict[int, float], margin: float, counts: Counter[str]
 ) -> list[dict[str, Any]]:
-    """Return a pair for each prompt whose best and worst responses lie more than `margin` apart; the first of equals is
-    taken.
+    """Return a pair for each prompt whose best and worst responses lie more than `margin` apart.
+
+    Of equals the first is taken.
     """
     groups: dict[str, list[Response]] = {}
     for response in responses:

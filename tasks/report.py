@@ -176,9 +176,7 @@ def cell(row: Row, column: str) -> str:
 
 
 def table(rows: list[Row], unfinished: list[Job]) -> str:
-    """Return the sweep as Markdown: a row for each configuration, the best of a column in bold where it is
-    separated.
-    """
+    """Return the sweep as Markdown: a row for each configuration, the separated best of a column in bold."""
     columns = columns_of(rows)
     best = {column: best_rows(rows, column) for column in columns}
     lines = [["run", "seeds", *columns], ["---"] * (len(columns) + 2)]

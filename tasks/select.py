@@ -173,9 +173,7 @@ def make_distinct(
     max_similarity: float,
     counts: Counter[str],
 ) -> list[Row]:
-    """Return earlier rows and then the new correct responses unlike them, unlike the originals and unlike each
-    other.
-    """
+    """Return earlier rows, then the correct responses that are unlike them, the originals and each other."""
     kept: dict[str, list[frozenset[str]]] = {key: [words(text) for text in texts] for key, texts in originals.items()}
     for row in earlier:
         kept.setdefault(key_of(row["prompt"]), []).append(words(row["response"]))

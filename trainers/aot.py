@@ -64,8 +64,9 @@ class AOT(WholeBatchTrainer):
         ]
 
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
-        """Return the logistic cost of a against its rank's b; unpaired, b learns from its rank's a with a value of
-        zero.
+        """Return the logistic cost of a against its rank's b.
+
+        Unpaired, b learns from its rank's a, too; that part has a gradient and the value zero.
         """
         a, b = self.compared(pairs)
         assert batch.shared is not None, "prepared() comes first"

@@ -21,9 +21,7 @@ from trainers.batches import Batch, Item, supervised_sequence
 
 
 class Pairs(NamedTuple):
-    """Sums over response tokens of B pairs, [B] each: log pi_theta, and log pi_theta - log pi_0 (zeros without
-    pi_0).
-    """
+    """Sums over response tokens of B pairs, [B] each: log pi_theta, and its ratio to pi_0 (zeros without pi_0)."""
 
     chosen: Tensor
     rejected: Tensor
