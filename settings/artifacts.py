@@ -28,7 +28,8 @@ def remove_parts(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left half written in a folder and one level below; the folder's owner calls this."""
     for part in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"*/{name}.*.tmp")]:
         found = _PART.fullmatch(part.name)
-        if not found or _works(int(found[1])):
+        own = part.parent == folder or not (part.parent / "config.yaml").is_file()  # else it is another run's
+        if not own or not found or _works(int(found[1])):
             continue
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)

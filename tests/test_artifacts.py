@@ -177,11 +177,14 @@ def test_two_processes_that_replace_one_folder_again_and_again_both_succeed(tmp_
     assert (tmp_path / "shared" / "a").read_text() == (tmp_path / "shared" / "b").read_text()
 
 
-def test_parts_of_a_process_that_still_works_and_files_of_others_stay(tmp_path: Path) -> None:
+def test_parts_of_a_process_that_still_works_and_files_of_others_and_of_another_run_stay(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
+    (tmp_path / "run").mkdir()
     kept = [f"x.{os.getppid()}.tmp", "x.tmp", "own.tmp", f"x.{os.getpid()}.tmp.txt"]
     gone = [f"x.{os.getpid()}.tmp", "sub/y.999999999.tmp"]
-    for name in kept + gone:
+    of_another_run = ["run/config.yaml", "run/y.999999999.tmp"]
+    for name in kept + gone + of_another_run:
         (tmp_path / name).touch()
     artifacts.remove_parts(tmp_path)
-    assert names(tmp_path) == sorted([*kept, "sub"]) and names(tmp_path / "sub") == []
+    assert names(tmp_path) == sorted([*kept, "run", "sub"]) and names(tmp_path / "sub") == []
+    assert names(tmp_path / "run") == ["config.yaml", "y.999999999.tmp"]
