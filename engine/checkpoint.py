@@ -1,13 +1,12 @@
 """Checkpoints to resume from: checkpoint-N/ with model, optimizer and trainer state, DONE written last.
 
-A model that is whole on every rank is written by rank 0 and read back with `weights_only=True`: such a checkpoint runs
-no code.
-A sharded one is written by all ranks, each its part (torch.distributed.checkpoint, whose index is a pickle: resume only
-from
-folders of your own). Either can be read by another number of ranks, or by a run of the other kind.
+A model that is whole on every rank is written by rank 0 and read back with `weights_only=True`: that runs no code.
+A sharded one is written by all ranks, each its part (torch.distributed.checkpoint). Its index is a pickle: resume only
+from folders of your own. Either can be read by another number of ranks, or by a run of the other kind.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,78 +20,100 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from engine.sharding import is_sharded
-from settings.artifacts import mark_done, remove_folder, replace_folder, write_json
+from settings.artifacts import is_done, mark_done, remove_folder, replace_folder, write_json
 
-Models = dict[str, torch.nn.Module]  # "model", and "reference" where it moves with the policy
+Models = Mapping[str, torch.nn.Module]  # "model", and "reference" where it moves with the policy
+
+
+def whole_ones(run_dir: Path) -> list[Path]:
+    """Return the whole checkpoints by step; a `part` is none, even if a kill came between its DONE and its renaming."""
+    steps = {p: p.name.removeprefix("checkpoint-") for p in run_dir.glob("checkpoint-*") if is_done(p)}
+    return sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: int(steps[p]))
 
 
 def newest(run_dir: Path) -> Path | None:
     """Return the whole checkpoint with the highest step, or None."""
-    whole = [p.parent for p in run_dir.glob("checkpoint-*/DONE")]
-    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return next(reversed(whole_ones(run_dir)), None)
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    models: Models,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    is_main: bool,
-    keep_last: int,
-) -> None:
-    """Write checkpoint-{step}; all ranks call it."""
-    part, whole = run_dir / f"checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}"
-    if is_main:
-        for folder in (part, whole):
-            remove_folder(folder)
-        part.mkdir(parents=True)
-    _wait()
-    sharded = is_sharded(models["model"])
-    options = StateDictOptions() if sharded else StateDictOptions(full_state_dict=True, cpu_offload=True)
+def part(run_dir: Path, step: int) -> Path:
+    """Return the folder that becomes checkpoint-{step} when it is whole; it has one name, as all ranks write there."""
+    return run_dir / f"checkpoint-{step}.tmp"
+
+
+def open_folder(run_dir: Path, step: int) -> None:
+    """Make `part`, and remove what an earlier run left of this step; one rank calls it."""
+    for folder in (part(run_dir, step), run_dir / f"checkpoint-{step}"):
+        remove_folder(folder)
+    part(run_dir, step).mkdir(parents=True)
+
+
+def close_folder(run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> None:
+    """Write the trainer's state and DONE, give the folder its name, remove older ones; one rank calls it."""
+    unfinished = part(run_dir, step)
+    write_json(unfinished / "state.json", {"step": step, **state}, indent=None)
+    mark_done(unfinished)
+    replace_folder(unfinished, run_dir / f"checkpoint-{step}")
+    for folder in whole_ones(run_dir)[:-keep_last] if keep_last else ():
+        remove_folder(folder)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """Return the trainer's state of a checkpoint."""
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+# ---- tensors
+
+
+def write_whole(folder: Path, models: Models, optimizer: torch.optim.Optimizer, is_main: bool) -> None:
+    """Write models and optimizer as rank 0 holds them, one file each."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors: dict[str, Any] = {name: get_model_state_dict(model, options=options) for name, model in models.items()}
     tensors["optimizer"] = get_optimizer_state_dict(models["model"], optimizer, options=options)
-    if sharded:
-        dcp.save(tensors, checkpoint_id=part / "shards")
-    if not is_main:
-        return
-    if not sharded:
+    if is_main:
         for name, values in tensors.items():
-            torch.save(values, part / f"{name}.pt")
-    write_json(part / "state.json", {"step": step, **state})
-    mark_done(part)
-    replace_folder(part, whole)
-    if keep_last:
-        older = sorted(run_dir.glob("checkpoint-*/DONE"), key=lambda p: int(p.parent.name.split("-")[1]))
-        for done in older[:-keep_last]:
-            remove_folder(done.parent)
+            torch.save(values, folder / f"{name}.pt")
 
 
-def load(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore models and optimizer in place and return the trainer's state; all ranks call it."""
+def write_shards(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> None:
+    """Write models and optimizer, every rank its part."""
+    dcp.save(_wanted(models, optimizer), checkpoint_id=folder / "shards")
+
+
+def read_tensors(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> None:
+    """Restore models and optimizer in place, whole files or shards; all ranks call it.
+
+    ValueError for a checkpoint that another engine wrote (ZeRO's own format).
+    """
     tensors: dict[str, Any]
+    options = StateDictOptions()
     if (folder / "shards").is_dir():
         # The state dicts say what is wanted and in which layout; every rank reads its part into them.
-        tensors = {name: get_model_state_dict(model) for name, model in models.items()}  # type: ignore[assignment]
-        tensors["optimizer"] = get_optimizer_state_dict(models["model"], optimizer)
+        tensors = _wanted(models, optimizer)
         dcp.load(tensors, checkpoint_id=folder / "shards")
-        options = StateDictOptions()
-    else:
+    elif (folder / "model.pt").is_file():
         tensors = {
             name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
             for name in [*models, "optimizer"]
         }
         options = StateDictOptions(full_state_dict=True)
+    else:
+        raise ValueError(
+            f"{folder} was written by DeepSpeed: go on with strategy=deepspeed, or choose another exp_name"
+        )
     for name, model in models.items():
         set_model_state_dict(model, tensors[name], options=options)
     set_optimizer_state_dict(models["model"], optimizer, tensors["optimizer"], options=options)
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-def _wait() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def _wanted(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    tensors: dict[str, Any] = {name: get_model_state_dict(model) for name, model in models.items()}
+    tensors["optimizer"] = get_optimizer_state_dict(models["model"], optimizer)
+    return tensors
+
+
+# ---- housekeeping
 
 
 def remove_all(run_dir: Path) -> None:
@@ -104,4 +125,4 @@ def remove_all(run_dir: Path) -> None:
 def examples_seen(run_dir: Path) -> int:
     """Return how many examples the newest whole checkpoint has seen; 0 without one."""
     folder = newest(run_dir)
-    return 0 if folder is None else int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["examples"])
+    return 0 if folder is None else int(state_of(folder)["examples"])

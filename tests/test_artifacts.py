@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import checkpoint
 from settings import artifacts
 from tests.helpers import ROOT
 
@@ -103,6 +104,20 @@ def test_a_kill_while_a_folder_is_removed_leaves_it_without_done(tmp_path: Path)
     done = child(f"{code}\nartifacts.remove_folder(folder / 'checkpoint-3')", tmp_path)
     assert done.returncode == -signal.SIGKILL
     assert (folder / "weights").is_file() and not artifacts.is_done(folder)
+
+
+def test_a_checkpoint_that_a_kill_left_between_its_done_and_its_renaming_is_not_resumed_from(tmp_path: Path) -> None:
+    for step in (6, 12):
+        checkpoint.open_folder(tmp_path, step)
+        checkpoint.close_folder(tmp_path, step, {"examples": step}, keep_last=0)
+    checkpoint.open_folder(tmp_path, 18)
+    artifacts.mark_done(checkpoint.part(tmp_path, 18))
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-12" and checkpoint.examples_seen(tmp_path) == 12
+    checkpoint.open_folder(tmp_path, 18)
+    checkpoint.close_folder(tmp_path, 18, {"examples": 18}, keep_last=1)
+    assert names(tmp_path) == ["checkpoint-18"]
+    checkpoint.remove_all(tmp_path)
+    assert names(tmp_path) == [] and checkpoint.newest(tmp_path) is None
 
 
 def test_a_full_disk_keeps_the_old_file_names_it_and_gives_the_space_back(tmp_path: Path) -> None:
