@@ -18,12 +18,13 @@ import torch
 import transformers
 
 import models
-from dataloader import Example, Tokens, adds_bos, load_examples
+from dataloader import Example, Tokens, load_examples
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.hf import HfBackend
 from generation.interface import Answer, Backend, Progress, cut, length_batches
 from settings.artifacts import append_row, resumed_rows, write_bytes, write_json
 from settings.schema import ModelConfig, Settings
+from templates import adds_bos, special_ids, tokenizer_digest
 
 __all__ = ["backend_of", "cut", "length_batches", "run"]
 
@@ -115,7 +116,11 @@ def run(settings: Settings) -> None:
         print(f"note: {note}")
     jobs = _jobs(settings, tokenizer)
     prompts = [job.example.prompt for job in jobs]
-    head = {"sampling": _sampling(settings, name, stop), "model_digest": models.config_digest(config)}
+    head = {
+        "sampling": _sampling(settings, name, stop),
+        "model_digest": models.config_digest(config),
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+    }
     path = settings.run.run_dir / "generations.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     done = _resume(path, jobs, head, generation.n)
@@ -195,7 +200,7 @@ def _notes(tokenizer: Any, length: int, positions: int | None, prompt: list[int]
 
 def _row(job: Job, answer: Answer, tokenizer: Any, stop: list[int], head: dict[str, Any]) -> dict[str, Any]:
     body = answer.ids[:-1] if answer.finish_reason == "stop" else answer.ids
-    strange = set(body) & (set(tokenizer.all_special_ids) | set(stop))
+    strange = set(body) & (special_ids(tokenizer) | set(stop))
     if strange:
         raise ValueError(f"special tokens inside a response: {tokenizer.convert_ids_to_tokens(sorted(strange))}")
     conversation = job.example.conversation

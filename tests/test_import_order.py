@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("settings", "functional"),
     ("conversations", "assets", "pipeline"),
+    ("templates",),
     ("dataloader",),
     ("models",),
     ("engine", "teacher", "generation"),
