@@ -6,7 +6,6 @@ python launch.py pipeline=quickstart
 """
 
 import importlib
-import json
 import os
 import re
 import shlex
@@ -26,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.sweeps import as_sweep, job_folder
+from settings.artifacts import is_done, mark_done, remove_parts, write_json, write_text
 from settings.help import help_text
 from settings.methods import config_fields, find_method
 from settings.needs import check_needs
@@ -89,7 +89,7 @@ def open_run_dir(settings: Settings) -> bool:
     """
     run_dir = settings.run.run_dir
     stored = run_dir / "config.yaml"
-    begun = (run_dir / "DONE").exists() or any(run_dir.glob("checkpoint-*/DONE"))
+    begun = is_done(run_dir) or any(map(is_done, run_dir.glob("checkpoint-*")))
     if begun and stored.is_file():
         old = OmegaConf.to_container(OmegaConf.load(stored))
         assert isinstance(old, dict)
@@ -99,15 +99,14 @@ def open_run_dir(settings: Settings) -> bool:
                 f"{run_dir} holds a run with another configuration: {difference}. "
                 "Choose another exp_name or run_count, or remove that folder"
             )
-        if (run_dir / "DONE").exists():
+        if is_done(run_dir):
             return False
     if os.environ.get("RANK", "0") == "0":
         run_dir.mkdir(parents=True, exist_ok=True)
-        part = run_dir / f"config.yaml.{os.getpid()}"
-        part.write_text(OmegaConf.to_yaml(OmegaConf.create(settings.raw)), encoding="utf-8")
-        part.replace(stored)
-        (run_dir / "command.txt").write_text(shlex.join([sys.executable, *sys.argv]) + "\n", encoding="utf-8")
-        (run_dir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n", encoding="utf-8")
+        remove_parts(run_dir)
+        write_text(stored, OmegaConf.to_yaml(OmegaConf.create(settings.raw)))
+        write_text(run_dir / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
+        write_json(run_dir / "versions.json", versions())
     return True
 
 
@@ -122,7 +121,7 @@ def run_task(raw: dict[str, Any]) -> None:
     if not task.is_done_once:
         return
     if os.environ.get("RANK", "0") == "0":
-        (settings.run.run_dir / "DONE").touch()
+        mark_done(settings.run.run_dir)
         print(f"done: {settings.run.run_dir}", flush=True)
 
 
@@ -162,7 +161,7 @@ def show_costs(stages: list[Any], estimate: dict[str, Any], run_dir: Path | None
         print_plan(stages, estimate)
         return
     path = run_dir / "costs.md"
-    path.write_text(costs(stages, estimate) + "\n", encoding="utf-8")
+    write_text(path, costs(stages, estimate) + "\n")
     print(f"predicted and actual costs: {path}")
 
 

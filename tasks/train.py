@@ -2,7 +2,6 @@
 
 import gc
 import importlib
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from engine.processes import Processes
 from engine.strategy import placement_of
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
+from settings.artifacts import is_done, write_text
 from settings.schema import Settings
 from trainers import reference
 from trainers.basic import BasicTrainer
@@ -38,7 +38,7 @@ def run(settings: Settings) -> None:
     objective = f"loss={settings.raw['loss']['name']}: {trainer.objective()}"
     processes.print(f"{objective}\nstrategy={placement.name}, {processes.world_size} process(es)")
     if processes.is_main:
-        (settings.run.run_dir / "objective.txt").write_text(objective + "\n", encoding="utf-8")
+        write_text(settings.run.run_dir / "objective.txt", objective + "\n")
     _show(train[0], tokenizer, processes)
     items = trainer.items(train, "train")
     test_items = trainer.items(test, "test") if test else []
@@ -124,14 +124,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
         if head == "reward":
             check_reward_model(folder, f"loss.{name}")
         dtype = models.resolve_dtype(settings.model.reference_dtype, trainer.placement.device)
-        config = replace(
-            settings.model,
-            name_or_path=folder,
-            tokenizer_name_or_path=None,
-            load_from=None,
-            from_checkpoint=None,
-            build=None,
-        )
+        config = settings.model.of_folder(folder)
         tokenizer = models.load_tokenizer(config)
         if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
             raise ValueError(
@@ -139,9 +132,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
                 "tokens, or other "
                 "words): it would read other text. Use a model of the same family"
             )
-        model = models.load_model(
-            config, source=folder, dtype=dtype, trainable=False, head=head, empty=trainer.placement.empty
-        )
+        model = models.load_model(config, dtype=dtype, trainable=False, head=head, empty=trainer.placement.empty)
         trainer.frozen_models[name] = trainer.placement.place_frozen(model)
 
 
@@ -160,7 +151,7 @@ def _reference(
     meta = reference.meta_of(config, dtype, trainer.tokenizer)
     shared = Path(run.cache_dir).expanduser() / "reference_logprobs"
     folder = Path(run.load_reference_logprobs or reference.folder_of(shared, items + test_items, meta)).expanduser()
-    there = trainer.gathered([(folder / "DONE").is_file()])[0]  # what rank 0 sees: another run may be writing it
+    there = trainer.gathered([is_done(folder)])[0]  # what rank 0 sees: another run may be writing it
     if not run.load_reference_logprobs and not there:
         model = models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
         reference.score(trainer, model, items + test_items, folder, meta)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from settings.artifacts import is_done, mark_done, read_jsonl, whole_rows, write_json
+
 FORMAT_VERSION = 1
 
 
@@ -130,7 +132,7 @@ class Writer:
                 if stored[key] != getattr(self.meta, key):
                     raise ValueError(_mismatch(self.folder, key, stored[key], getattr(self.meta, key)))
         else:
-            _write_atomically(path, asdict(self.meta))
+            write_json(path, asdict(self.meta))
 
     def _whole_rows(self) -> tuple[list[dict[str, Any]], int]:
         """Return the index rows whose arrays are all there, and their bytes in the index."""
@@ -141,18 +143,12 @@ class Writer:
             return rows, size
         sizes = {n: (self.shard / f"{n}.bin").stat().st_size // d.itemsize for n, d in self.dtypes.items()}
         tokens = length = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):  # torn just before its end
-                break
+        for row, end in whole_rows(path):
             tokens, length = tokens + row["n"], length + row["l"]
             if tokens > sizes["seq_ids"] or length > sizes["tail"] or length * self.meta.k > sizes["values"]:
                 break
             rows.append(row)
-            size += len(line)
+            size = end
         return rows, size
 
     def has(self, key: bytes) -> bool:
@@ -208,23 +204,11 @@ def finish(folder: Path | str) -> Meta:
     """Count the shards into meta.json and write DONE."""
     folder = Path(folder)
     stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    rows = [
-        json.loads(x)
-        for f in sorted(folder.glob("shard-*/index.jsonl"))
-        for x in f.read_text(encoding="utf-8").splitlines()
-    ]
+    rows = [row for file in sorted(folder.glob("shard-*/index.jsonl")) for row in read_jsonl(file)]
     stored.update(num_sequences=len(rows), num_tokens=sum(r["l"] for r in rows))
-    _write_atomically(folder / "meta.json", stored)
-    for part in folder.glob("meta.json.*"):  # of a process that was killed
-        part.unlink()
-    (folder / "DONE").touch()
+    write_json(folder / "meta.json", stored)
+    mark_done(folder)
     return Meta(**stored)
-
-
-def _write_atomically(path: Path, value: object) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    part.replace(path)
 
 
 class _Shard:
@@ -238,8 +222,7 @@ class _Shard:
         }
         self.places: dict[bytes, tuple[int, int, int, int]] = {}
         token = length = 0
-        for line in (folder / "index.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_jsonl(folder / "index.jsonl"):
             self.places[bytes.fromhex(row["key"])] = (token, row["n"], length, row["l"])
             token, length = token + row["n"], length + row["l"]
 
@@ -277,7 +260,7 @@ class Reader:
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.folder, self.decode = Path(folder).expanduser(), decode
-        if not (self.folder / "DONE").is_file():
+        if not is_done(self.folder):
             state = (
                 "is not finished (no DONE): run the same task=cache command again"
                 if self.folder.is_dir()

@@ -6,8 +6,6 @@ meta.json (model, tokenizer, precision, one key a sequence), logps.safetensors (
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from models import config_digest, tokenizer_digest
+from settings.artifacts import is_done, mark_done, whole_folder, write_json
 from settings.schema import ModelConfig
 from teacher.cache import content_key
 from trainers.basic import BasicTrainer
@@ -76,23 +75,19 @@ def score(
 
 
 def _write(folder: Path, scores: Scores, meta: dict[str, str]) -> None:
-    """Write into a folder of this process and rename it: two runs that score the same data do not meet."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    """Write the folder whole: two runs that score the same data do not meet."""
     keys = sorted(scores)
     offsets = np.cumsum([0, *(len(scores[key]) for key in keys)])
     logps = torch.from_numpy(np.concatenate([scores[key] for key in keys]))
-    save_file({"logps": logps, "offsets": torch.from_numpy(offsets)}, part / "logps.safetensors")
-    (part / "meta.json").write_text(json.dumps({**meta, "keys": keys}), encoding="utf-8")
-    (part / "DONE").touch()
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    with whole_folder(folder) as part:
+        save_file({"logps": logps, "offsets": torch.from_numpy(offsets)}, part / "logps.safetensors")
+        write_json(part / "meta.json", {**meta, "keys": keys}, indent=None)
+        mark_done(part)
 
 
 def attach(items: list[Item], folder: Path, meta: dict[str, str]) -> list[Item]:
     """Give every item its cached reference log-probabilities; ValueError on another model, tokenizer or a gap."""
-    if not (folder / "DONE").is_file():
+    if not is_done(folder):
         raise ValueError(f"{folder} is not a finished folder of reference log-probabilities (no DONE)")
     stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     for key, value in meta.items():
