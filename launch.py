@@ -18,6 +18,10 @@ from typing import Any
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from engine import environment
+
+environment.prepare(os.environ)  # before anything imports torch
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -137,6 +141,7 @@ def run(config: DictConfig) -> None:
     assert isinstance(raw, dict)
     plain: dict[str, Any] = {str(k): v for k, v in raw.items()}
     plain["datasets"] = plain.get("datasets") or {}
+    environment.check(os.environ, plain)
     varied = job_folder()
     if varied:
         plain["run_count"] = f"{plain['run_count']}/{varied}" if plain["run_count"] else varied
