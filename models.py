@@ -89,6 +89,21 @@ def last_token_scores(model: torch.nn.Module, sequences: Sequences) -> Tensor:
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
+@contextmanager
+def scoring(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and every part of it back into its own mode afterward.
+
+    For what is scored and not learned from: with dropout two scorings of the same tokens would differ.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 # ---- sources
 
 

@@ -123,7 +123,7 @@ class BasicTrainer:
         if self.reference is not None:
             yield self.reference
         else:
-            with self.accelerator.unwrap_model(self.policy).disable_adapter():
+            with self.accelerator.unwrap_model(self.policy).disable_adapter(), models.scoring(self.policy):
                 yield self.policy
 
     def reference_logps(self, batch: Batch) -> Tensor:
@@ -273,7 +273,8 @@ class BasicTrainer:
         run, accelerator = self.run_config, self.accelerator
         seed_step(run.seed, step, accelerator.process_index)
         self.policy.train()
-        batches = self.prepared([self.batch_of(items) for items in self.micro_items(step)], True)
+        with models.scoring(self.policy):  # what a rollout answers and what `prepared` looks at is not learned from
+            batches = self.prepared([self.batch_of(items) for items in self.micro_items(step)], True)
         counts = self.global_counts(batches)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -320,14 +321,14 @@ class BasicTrainer:
     def evaluate(self) -> dict[str, float]:
         """Return the global means over the test items, `loss/eval` among them."""
         window = Window()
-        self.policy.eval()
         size, world_size = self.model_config.eval_batch_size, self.accelerator.num_processes
         micros: list[list[Item]] = []
         for start in range(0, len(self.test_items), size * world_size):
             indices = list(range(start, min(start + size * world_size, len(self.test_items))))
             micros += self.deal(self.test_items, indices, size, world_size)
-        for batch in self.prepared([self.batch_of(items) for items in self.rollout(micros, 0)], False):
-            window.add(self.terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
+        with models.scoring(self.policy):
+            for batch in self.prepared([self.batch_of(items) for items in self.rollout(micros, 0)], False):
+                window.add(self.terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
         return named(means(window.reduced(self._reduce)), "eval")
 
     def _evaluate_and_log(self, step: int) -> dict[str, float]:

@@ -193,7 +193,6 @@ class RolloutTrainer(BasicTrainer):
     @torch.no_grad()
     def rollout(self, micros: Micros, step: int) -> Micros:
         """Answer, score, and note of each token what the method wants to remember."""
-        self.policy.eval()
         return [self.noted(items) for items in self.rollouts.responded(micros, step)]
 
     def noted(self, items: list[Item]) -> list[Item]:
@@ -227,12 +226,8 @@ def answers(
     model: Any = trainer.accelerator.unwrap_model(trainer.policy)
     stop = models.stop_ids(trainer.tokenizer, model)
     sharded = trainer.own_sharding or trainer.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
-    training = model.training
-    model.eval()
-    with trainer.autocast(model):
-        responses = sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop, sharded)
-    model.train(training)
-    return responses
+    with models.scoring(model), trainer.autocast(model):
+        return sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop, sharded)
 
 
 def with_response(item: Item, prompt: list[int], ids: list[int]) -> Item:
