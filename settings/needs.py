@@ -28,6 +28,13 @@ def check_needs(settings: Settings, needs: Needs, name: str, head: str) -> None:
         "the "
         "response tokens only: leave it out, the reference stays in memory",
     )
+    require(
+        needs.reference == ""
+        or not model.from_checkpoint
+        or bool(model.load_from or model.name_or_path or model.build),
+        f"model.from_checkpoint={model.from_checkpoint}: loss={name} needs a reference, and the model where training "
+        "started is not named. Set model.load_from=FOLDER or model.name_or_path to where training started",
+    )
     if run.sync_reference:
         key = f"sync_reference={run.sync_reference}"
         require(needs.reference != "", f"{key}: loss={name} has no reference model to move")

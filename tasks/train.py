@@ -142,9 +142,9 @@ def _reference(
     settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
 ) -> tuple[torch.nn.Module | None, list[Item], list[Item]]:
     """Return the frozen reference, or None and items that carry its log-probabilities (or LoRA, whose base it is)."""
-    run, config = settings.run, settings.model
+    run, config = settings.run, models.start_of(settings.model)
     cached = run.cache_reference_logprobs or run.load_reference_logprobs
-    if config.use_peft and not cached:
+    if config.use_peft and not cached and not settings.model.from_checkpoint:
         return None, items, test_items
     dtype = models.resolve_dtype(config.reference_dtype, trainer.accelerator.device)
     if not cached:

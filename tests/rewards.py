@@ -9,3 +9,12 @@ def share_of_e(prompt: str, response: str) -> float:
 def raises(prompt: str, response: str) -> float:
     """Fail on every response."""
     raise KeyError("no such order")
+
+
+SEEN: list[str] = []  # what `remembered` was asked about
+
+
+def remembered(prompt: str, response: str) -> float:
+    """Keep the response for the test to look at."""
+    SEEN.append(response)
+    return 0.0

@@ -8,7 +8,7 @@ from transformers import LlamaModel
 
 import launch
 from models import scoring
-from tests.helpers import composed, write_pairs
+from tests.helpers import composed, rows_of, write_pairs
 
 SCORED = ["loss.verifier=tests.rewards:share_of_e", "loss.max_new_tokens=4"]
 METHODS = {
@@ -61,6 +61,26 @@ def test_gradients_and_training_mode_go_together(name, base):
         run.append(f"loss.teacher={base}/start/FINAL")
     lora = ["model.use_peft=true", "model.peft.lora_dropout=0.5", "model.activation_checkpointing=true"]
     assert modes_of([*run, *lora, "n_steps=2", "eval_every=1"]) == {(True, True), (False, False)}
+
+
+def test_a_checkpoint_moves_the_policy_and_not_the_reference(base):
+    """from_checkpoint=: the reference is still the model where training started, load_from= here."""
+    run = [*common(base), "loss=dpo", f"model.load_from={base}/start/FINAL", "n_steps=1", "do_first_eval=true"]
+    launch.run_task(composed(*run, "exp_name=moved", "lr=1e-2", "warmup=0"))
+    on = [*run, f"model.from_checkpoint={base}/moved/FINAL"]
+    ways = {"live": [], "cached": ["cache_reference_logprobs=true"], "lora": ["model.use_peft=true"]}
+    margins = {}
+    for name, way in ways.items():
+        launch.run_task(composed(*on, *way, f"exp_name=on_{name}"))
+        margins[name] = rows_of(base / f"on_{name}" / "metrics.jsonl")[0]["rewards_eval/margins"]
+    last = rows_of(base / "moved" / "metrics.jsonl")[-1]["rewards_eval/margins"]
+    assert abs(last) > 1e-3 and margins == pytest.approx(dict.fromkeys(ways, last), rel=1e-4)
+
+
+def test_a_checkpoint_alone_does_not_say_what_the_reference_is(base):
+    run = [*common(base), "loss=dpo", "model.build=null", f"model.from_checkpoint={base}/start/FINAL", "exp_name=alone"]
+    with pytest.raises(ValueError, match="Set model.load_from=FOLDER or .* where training started"):
+        launch.run_task(composed(*run, "n_steps=1"))
 
 
 def test_scoring_gives_back_the_modes_it_found():

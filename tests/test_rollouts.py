@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 import launch
 import models
+from engine.export import save_model
 from generation.on_policy import RowSampler, sample_rows
+from tests import rewards
 from tests.helpers import composed, rows_of, write_pairs
 from tests.test_sharding import two
 from trainers.basic import BasicTrainer
@@ -201,6 +203,47 @@ def test_offline_methods_learn_from_rewards_in_the_data(base):
         logged = rows_of(base / f"offline_{name}" / "metrics.jsonl")
         assert logged[0]["reward/train"] == pytest.approx(1.0)
         assert logged[-1]["loss/train"] < logged[0]["loss/train"]
+
+
+def test_a_reward_model_gives_rollouts_the_scores_that_task_label_gives(base):
+    """One of a third party, whose padding is its end of turn: the score is taken at the end of turn all the same."""
+    tokenizer = models.load_tokenizer(launch.settings_of(composed(*common(base))).model)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"num_labels": 1, "pad_token_id": tokenizer.eos_token_id}
+    with models.seeded(5):
+        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special))
+    tokenizer.pad_token = tokenizer.eos_token
+    model.save_pretrained(base / "third_party")
+    tokenizer.save_pretrained(base / "third_party")
+    texts = ("ant", "beebee", "catcatcat")
+    given = base / "given.jsonl"
+    given.write_text(
+        "".join(json.dumps({"prompt": f"say {text}", "response": text, "reward": 0}) + "\n" for text in texts)
+    )
+    label = ["task=label", f"label.responses={given}", f"label.reward_model={base}/third_party", "exp_name=labels"]
+    launch.run_task(composed(*common(base), *label))
+    scores = [row["reward"] for row in rows_of(base / "labels" / "LABEL" / "labeled.jsonl")]
+    run = ["loss=ppo", "loss.online=false", f"loss.reward_model={base}/third_party", "exp_name=scored", "n_steps=1"]
+    launch.run_task(composed(*online(base, *run, f"datasets.local.train={given}")))
+    logged = rows_of(base / "scored" / "metrics.jsonl")[0]["reward/train"]
+    assert logged == pytest.approx(sum(scores) / 3, abs=1e-6) and len(set(scores)) == 3
+
+
+def test_a_verifier_sees_no_token_that_ends_the_turn(base):
+    """A model may name a second end of turn that its tokenizer does not know as one."""
+    config = launch.settings_of(composed(*common(base), f"model.load_from={base}/start/FINAL")).model
+    tokenizer = models.load_tokenizer(config)
+    ends = list(range(ord("a"), ord("z") + 1))  # bytes: nearly every response ends at its first letter
+    model = models.load_model(config, trainable=True)
+    model.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        *tokenizer.convert_tokens_to_ids(list(map(chr, ends))),
+    ]
+    save_model(model, tokenizer, base / "many_ends")
+    rewards.SEEN.clear()
+    run = ["loss=ppo", "loss.verifier=tests.rewards:remembered", "exp_name=ends", "n_steps=1"]
+    launch.run_task(composed(*online(base, *run, f"model.load_from={base}/many_ends")))
+    assert rewards.SEEN and not any(letter in text for text in rewards.SEEN for letter in map(chr, ends))
 
 
 @pytest.mark.parametrize(

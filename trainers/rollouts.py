@@ -157,7 +157,7 @@ class Rollouts:
     def _checked(self, item: Item, split: str) -> float:
         assert self.verifier is not None
         conversation = self.examples[split][item.source].conversation
-        text = response_text(self.trainer.tokenizer, item.sequences[0], models.stop_ids(self.trainer.tokenizer))
+        text = response_text(self.trainer.tokenizer, item.sequences[0], stop_ids(self.trainer))
         try:
             return scored(self.verifier, conversation, text)
         except Exception as error:
@@ -219,15 +219,19 @@ def row_seed(seed: int, step: int, source: int, number: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
+def stop_ids(trainer: BasicTrainer) -> list[int]:
+    """Return the ids that end a turn of the policy: its tokenizer's and its own."""
+    return models.stop_ids(trainer.tokenizer, trainer.accelerator.unwrap_model(trainer.policy))
+
+
 def answers(
     trainer: BasicTrainer, prompts: list[list[int]], seeds: list[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
     """Response to each prompt with the policy as it stands; all ranks call it."""
     model: Any = trainer.accelerator.unwrap_model(trainer.policy)
-    stop = models.stop_ids(trainer.tokenizer, model)
     sharded = trainer.own_sharding or trainer.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
     with models.scoring(model), trainer.autocast(model):
-        return sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop, sharded)
+        return sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop_ids(trainer), sharded)
 
 
 def with_response(item: Item, prompt: list[int], ids: list[int]) -> Item:
