@@ -205,6 +205,20 @@ def test_offline_methods_learn_from_rewards_in_the_data(base):
         assert logged[-1]["loss/train"] < logged[0]["loss/train"]
 
 
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_lineages_command_line_learns_from_the_labels_of_the_data(name, base):
+    """`loss=ppo` alone: chosen responses are worth 1, rejected ones 0; a verifier makes the same method answer itself."""
+    test = f"datasets.local.test={base}/pairs.jsonl"
+    run = [*common(base), f"model.load_from={base}/start/FINAL", f"loss={name}", "model.batch_size=24", "log_every=1"]
+    launch.run_task(composed(*run, f"exp_name={name}_typed", "n_steps=1", test))
+    assert rows_of(base / f"{name}_typed" / "metrics.jsonl")[0]["reward/train"] == pytest.approx(0.5)
+    assert "; responses: the data's\n" in (base / f"{name}_typed" / "objective.txt").read_text()
+    judged = ["loss.verifier=tests.rewards:share_of_e", "loss.max_new_tokens=4", f"exp_name={name}_judged", "n_steps=1"]
+    launch.run_task(composed(*run, *judged))
+    objective = (base / f"{name}_judged" / "objective.txt").read_text()
+    assert "; responses: the policy's own, rewards by tests.rewards:share_of_e\n" in objective
+
+
 def test_a_reward_model_gives_rollouts_the_scores_that_task_label_gives(base):
     """One of a third party, whose padding is its end of turn: the score is taken at the end of turn all the same."""
     tokenizer = models.load_tokenizer(launch.settings_of(composed(*common(base))).model)
@@ -249,7 +263,8 @@ def test_a_verifier_sees_no_token_that_ends_the_turn(base):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["loss=ppo"], "loss.online=true needs somebody who scores"),
+        (["loss=ppo", "loss.online=true"], "loss.online=true needs somebody who scores"),
+        (["loss=ppo", "loss.online=perhaps"], "loss.online='perhaps' is not known; choose one of auto, true, false"),
         (["loss=grpo", "loss.verifier=tests.rewards:share_of_e", "loss.n=1"], "a group needs at least 2 responses"),
         (
             [*ONLINE["ppo"], "loss.rollout_batches=3", "save_every=4"],

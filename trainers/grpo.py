@@ -48,7 +48,7 @@ class GRPOConfig(RewardedConfig):
         require(self.beta >= 0, f"loss.beta={self.beta} must not be negative")
         require(0 < self.clip < 1, f"loss.clip={self.clip} must be in (0, 1)")
         require(self.std_epsilon > 0, f"loss.std_epsilon={self.std_epsilon} must be above 0")
-        require(not self.online or self.n >= 2, f"loss.n={self.n}: a group needs at least 2 responses to compare")
+        require(not self.is_online or self.n >= 2, f"loss.n={self.n}: a group needs at least 2 responses to compare")
         check_humanline(self)
 
 
@@ -98,11 +98,11 @@ class GRPO(RolloutTrainer):
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Take prompts, or given responses with their rewards."""
         items = super().items(examples, split)
-        if self.config.online or split == "test":
+        if self.config.is_online or split == "test":
             return items
         require(
-            not self.rollouts.has_rewards,
-            "loss=grpo with loss.online=false compares all responses to a prompt at once, before training: let "
+            not self.config.has_rewards,
+            "loss=grpo on responses of the data compares all responses to a prompt at once, before training: let "
             "task=label write their "
             "rewards into the data, and leave out loss.verifier and loss.reward_model",
         )
@@ -128,13 +128,13 @@ class GRPO(RolloutTrainer):
         batch = self.batch_of(items)
         reference = self.reference_logps(batch)
         # Offline, the policy that responded is the start, whose log-probabilities the reference has.
-        old = self.token_logps_of(self.policy, batch.sequences) if self.config.online else reference
+        old = self.token_logps_of(self.policy, batch.sequences) if self.config.is_online else reference
         pairs = (
             torch.stack([old.float(), reference.float()], dim=1)
             .cpu()
             .split(batch.sequences.response.sum(dim=1).tolist())
         )
-        if self.config.online:
+        if self.config.is_online:
             advantages = self.advantages([item.label or 0.0 for item in items], [item.source for item in items])
         else:  # a held-out response is compared with nothing
             advantages = [

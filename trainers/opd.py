@@ -29,7 +29,8 @@ class OPDConfig(RolloutConfig):
     teacher: str
     discount: float
     clip: float
-    online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
+    is_online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
+    has_rewards = False
     verifier = None
     reward_model = None
 

@@ -19,7 +19,7 @@ from dataloader import Example, Tokens
 from generation.on_policy import sample_rows
 from models import last_token_scores
 from rewards.verifiers import resolve_verifier, scored
-from settings.schema import require
+from settings.schema import one_of, require
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
 
@@ -49,22 +49,33 @@ class RolloutConfig:
 class RewardedConfig(RolloutConfig):
     """Values of config/loss/shared/rewarded.yaml."""
 
-    online: bool
+    online: str
     verifier: str | None
     reward_model: str | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("loss.online", self.online.lower(), ("auto", "true", "false"))
         require(
             not (self.verifier and self.reward_model),
             f"loss.verifier={self.verifier} and loss.reward_model={self.reward_model} both give rewards: keep one",
         )
         require(
-            not self.online or bool(self.verifier or self.reward_model),
+            not self.is_online or self.has_rewards,
             "loss.online=true needs somebody who scores new responses: set loss.verifier=module:function or "
             "loss.reward_model=FOLDER "
-            "(or loss.online=false, to learn from responses and rewards in the data)",
+            "(or leave loss.online out, to learn from responses and rewards in the data)",
         )
+
+    @property
+    def has_rewards(self) -> bool:
+        """Tell whether a verifier or a reward model gives the rewards."""
+        return bool(self.verifier or self.reward_model)
+
+    @property
+    def is_online(self) -> bool:
+        """Tell whether the policy answers while it trains; auto: where somebody scores what it says."""
+        return self.has_rewards if self.online.lower() == "auto" else self.online.lower() == "true"
 
 
 class Rollouts:
@@ -84,8 +95,8 @@ class Rollouts:
         )
         cached = run.cache_reference_logprobs or run.load_reference_logprobs
         require(
-            not (config.online and cached),
-            "reference log-probabilities cannot be cached: with loss.online=true every response is new",
+            not (config.is_online and cached),
+            "reference log-probabilities cannot be cached: every response is new where the policy answers (loss.online)",
         )
 
     # ---- items
@@ -93,7 +104,7 @@ class Rollouts:
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Make an item of each prompt (online) or of each response with its reward (offline)."""
         self.examples[split] = examples
-        if self.config.online:
+        if self.config.is_online:
             return [
                 Item((Tokens(e.prompt, [False] * len(e.prompt)),), label=0.0, source=i) for i, e in enumerate(examples)
             ]
@@ -109,14 +120,13 @@ class Rollouts:
             (tokens, label) for tokens, label in ((example.chosen, 1.0), (example.rejected, 0.0)) if tokens is not None
         ]
         if example.response is not None:
-            responses.append((example.response, 0.0 if self.has_rewards else reward_of(example)))
-        require(bool(responses), "a row has a prompt and no response: loss.online=true lets the policy answer")
+            responses.append((example.response, 0.0 if self.config.has_rewards else reward_of(example)))
+        require(
+            bool(responses),
+            "a row has a prompt and no response: let the policy answer, with loss.verifier=module:function or "
+            "loss.reward_model=FOLDER to score what it says",
+        )
         return responses
-
-    @property
-    def has_rewards(self) -> bool:
-        """Tell whether a verifier or a reward model gives the rewards."""
-        return bool(self.config.verifier or self.config.reward_model)
 
     # ---- steps
 
@@ -131,9 +141,9 @@ class Rollouts:
     def responded(self, micros: Micros, step: int) -> Micros:
         """Return items with responses and rewards; held-out prompts (step 0) are answered once."""
         split = "train" if step else "test"
-        if self.config.online:
+        if self.config.is_online:
             micros = [self._answered(items, step, self.config.n if step else 1) for items in micros]
-        return [self._rewarded(items, split) for items in micros] if self.has_rewards else micros
+        return [self._rewarded(items, split) for items in micros] if self.config.has_rewards else micros
 
     def _answered(self, items: list[Item], step: int, n: int) -> list[Item]:
         repeated = [(item, k) for item in items for k in range(n)]
@@ -177,6 +187,12 @@ class RolloutTrainer(BasicTrainer):
     def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
         """Return the reward model, if one scores."""
         return {"reward_model": (self.config.reward_model, "reward")} if self.config.reward_model else {}
+
+    def objective(self) -> str:
+        """Return the formula with the run's numbers, whose responses are learned from, and who scores them."""
+        whose = "the policy's own" if self.config.is_online else "the data's"
+        scorer = self.config.verifier or self.config.reward_model
+        return f"{super().objective()}; responses: {whose}" + (f", rewards by {scorer}" if scorer else "")
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Take prompts, or given responses with their rewards."""
