@@ -144,11 +144,22 @@ def _reference(
     """Return the frozen reference, or None and items that carry its log-probabilities (or LoRA, whose base it is)."""
     run, config = settings.run, models.start_of(settings.model)
     cached = run.cache_reference_logprobs or run.load_reference_logprobs
+    if trainer.keeps_start and not cached:
+        items, test_items = _scored(settings, trainer, items, test_items)
     if config.use_peft and not cached and not settings.model.from_checkpoint:
         return None, items, test_items
     dtype = models.resolve_dtype(config.reference_dtype, trainer.accelerator.device)
     if not cached:
         return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.is_filled), items, test_items
+    return None, *_scored(settings, trainer, items, test_items)
+
+
+def _scored(
+    settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
+) -> tuple[list[Item], list[Item]]:
+    """Return the items with the reference's log-probabilities, scored once and shared between runs."""
+    run, config = settings.run, models.start_of(settings.model)
+    dtype = models.resolve_dtype(config.reference_dtype, trainer.accelerator.device)
     # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
     meta = reference.meta_of(config, dtype, trainer.tokenizer)
     shared = Path(run.cache_dir).expanduser() / "reference_logprobs"
@@ -159,4 +170,4 @@ def _reference(
         reference.score(trainer, model, items + test_items, folder, meta)
         del model
     trainer.accelerator.print(f"reference log-probabilities: {folder}")
-    return None, reference.attach(items, folder, meta), reference.attach(test_items, folder, meta)
+    return reference.attach(items, folder, meta), reference.attach(test_items, folder, meta)

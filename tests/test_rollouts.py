@@ -207,7 +207,7 @@ def test_offline_methods_learn_from_rewards_in_the_data(base):
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_lineages_command_line_learns_from_the_labels_of_the_data(name, base):
-    """`loss=ppo` alone: chosen responses are worth 1, rejected ones 0; a verifier makes the same method answer itself."""
+    """`loss=ppo` alone: chosen responses are worth 1, rejected ones 0; with a verifier the policy answers."""
     test = f"datasets.local.test={base}/pairs.jsonl"
     run = [*common(base), f"model.load_from={base}/start/FINAL", f"loss={name}", "model.batch_size=24", "log_every=1"]
     launch.run_task(composed(*run, f"exp_name={name}_typed", "n_steps=1", test))

@@ -65,6 +65,7 @@ class BasicTrainer:
         self.reference: torch.nn.Module | None = None
         self.frozen_models: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
+        self.keeps_start = False  # items carry the start's log-probabilities even beside a live reference, which moves
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
     # ---- what a method defines

@@ -95,6 +95,11 @@ class GRPO(RolloutTrainer):
     )
     source = "2402.03300"
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # Offline, the policy that responded is taken to be the start, wherever the reference has moved since.
+        self.keeps_start = bool(self.run_config.sync_reference) and not self.config.is_online
+
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Take prompts, or given responses with their rewards."""
         items = super().items(examples, split)
@@ -126,9 +131,10 @@ class GRPO(RolloutTrainer):
     def noted(self, items: list[Item]) -> list[Item]:
         """Return the items with their notes [n, 3]."""
         batch = self.batch_of(items)
-        reference = self.reference_logps(batch)
-        # Offline, the policy that responded is the start, whose log-probabilities the reference has.
-        old = self.token_logps_of(self.policy, batch.sequences) if self.config.is_online else reference
+        old = (
+            self.token_logps_of(self.policy, batch.sequences) if self.config.is_online else self.reference_logps(batch)
+        )
+        reference = self.reference_logps(batch._replace(reference_logps=None) if self.keeps_start else batch)
         pairs = (
             torch.stack([old.float(), reference.float()], dim=1)
             .cpu()

@@ -8,6 +8,7 @@ same, and a run resumes between rollouts. Offline the responses, and maybe their
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,7 @@ class Rollouts:
         cached = run.cache_reference_logprobs or run.load_reference_logprobs
         require(
             not (config.is_online and cached),
-            "reference log-probabilities cannot be cached: every response is new where the policy answers (loss.online)",
+            "reference log-probabilities cannot be cached where the policy answers: every response is new",
         )
 
     # ---- items
@@ -197,6 +198,12 @@ class RolloutTrainer(BasicTrainer):
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Take prompts, or given responses with their rewards."""
         return self.rollouts.items(examples, split)
+
+    def data_digest(self) -> str:
+        """Hash also what a verifier may read beside a prompt, such as a reference answer."""
+        metas = [example.conversation.meta for example in self.rollouts.examples["train"]]
+        told = json.dumps(metas, sort_keys=True, default=str) if self.rollouts.verifier else ""
+        return hashlib.sha256(f"{super().data_digest()} {told}".encode()).hexdigest()[:16]
 
     def micro_items(self, step: int) -> Micros:
         """Return the micro-batches of the rollout that this step learns from."""
