@@ -14,12 +14,11 @@ from engine.export import save_model
 from generation.on_policy import RowSampler, sample_rows
 from tests import rewards
 from tests.helpers import composed, rows_of, write_pairs
-from tests.test_sharding import two
+from tests.test_sharding import SGD, SGD_ATOL, two
 from trainers.basic import BasicTrainer
 from trainers.grpo import group_advantages
 from trainers.rollouts import row_seed
 
-ATOL = 2e-5  # as in test_layout.py
 ONLINE = {
     "ppo": ["loss=ppo", "loss.verifier=tests.rewards:share_of_e"],
     "grpo": ["loss=grpo", "loss.n=4", "loss.verifier=tests.rewards:share_of_e"],
@@ -113,11 +112,11 @@ def test_a_group_is_compared_with_itself():
 def test_micro_batches_change_neither_responses_nor_parameters(name, base):
     for parts in (1, 4):
         run = [*ONLINE[name], f"exp_name={name}_by_{parts}", "n_steps=3", f"model.gradient_accumulation_steps={parts}"]
-        run += ["optimizer=SGD", "lr=0.1"]  # AdamW would blow up the rounding of gradients near zero
+        run += SGD  # AdamW would blow up the rounding of gradients near zero
         launch.run_task(composed(*online(base, *run)))
     one, four = (weights(base / f"{name}_by_{parts}") for parts in (1, 4))
     for key, value in one.items():
-        torch.testing.assert_close(value, four[key], atol=1e-6, rtol=0)  # measured: 1.2e-7
+        torch.testing.assert_close(value, four[key], atol=SGD_ATOL, rtol=0)  # measured: 1.2e-7
     rewards = [
         [row["reward/train"] for row in rows_of(base / f"{name}_by_{parts}" / "metrics.jsonl")] for parts in (1, 4)
     ]
@@ -127,12 +126,13 @@ def test_micro_batches_change_neither_responses_nor_parameters(name, base):
 
 @pytest.mark.distributed
 def test_two_shards_response_and_learn_as_one_process(base):
-    sharded = two(online(base, *ONLINE["ppo"], "exp_name=two", "n_steps=2"))
-    launch.run_task(composed(*online(base, *ONLINE["ppo"], "exp_name=one", "n_steps=2")))
+    run = [*ONLINE["ppo"], "n_steps=2", *SGD]
+    sharded = two(online(base, *run, "exp_name=two"))
+    launch.run_task(composed(*online(base, *run, "exp_name=one")))
     _, errors = sharded.communicate(timeout=240)
     assert sharded.returncode == 0, errors[-3000:]
     for key, value in weights(base / "one").items():
-        torch.testing.assert_close(value, weights(base / "two")[key], atol=ATOL, rtol=0)
+        torch.testing.assert_close(value, weights(base / "two")[key], atol=SGD_ATOL, rtol=0)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(base, monkeypatch):
