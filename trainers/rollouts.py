@@ -244,17 +244,18 @@ def row_seed(seed: int, step: int, source: int, number: int) -> int:
 
 def stop_ids(trainer: BasicTrainer) -> list[int]:
     """Return the ids that end a turn of the policy: its tokenizer's and its own."""
-    return models.stop_ids(trainer.tokenizer, trainer.accelerator.unwrap_model(trainer.policy))
+    return models.stop_ids(trainer.tokenizer, trainer.placement.unwrapped(trainer.policy))
 
 
 def answers(
     trainer: BasicTrainer, prompts: list[list[int]], seeds: list[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
     """Response to each prompt with the policy as it stands; all ranks call it."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.policy)
-    sharded = trainer.own_sharding or trainer.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
-    with models.scoring(model), trainer.autocast(model):
-        return sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop_ids(trainer), sharded)
+    placement, model = trainer.placement, trainer.placement.unwrapped(trainer.policy)
+    with models.scoring(trainer.policy), placement.generating(trainer.policy):
+        return sample_rows(
+            model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop_ids(trainer), placement.in_step
+        )
 
 
 def with_response(item: Item, prompt: list[int], ids: list[int]) -> Item:
