@@ -6,7 +6,7 @@ backward pass: no float32 [N, V] tensor is ever held.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -212,18 +212,6 @@ def chunked_risk(
         return risk(*log_ratios(part, reference))
 
     return _chunked(of_chunk, logits, (reference_logits,), chunk, held=12)
-
-
-def moved(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
-    """Return old + rate (new - old) of every tensor of `old`, matched by name, in float32 (float64 stays float64).
-
-    Keep the result: written into bfloat16 and read back, small steps are lost and the average stands still. What `new`
-    has beside (a value head) is left out. ValueError names a tensor that it lacks.
-    """
-    missing = [name for name in old if name not in new]
-    if missing:
-        raise ValueError(f"the policy has no {missing[0]!r}: its reference is another architecture")
-    return {name: torch.lerp(_wide(value), new[name].to(_wide(value)), rate) for name, value in old.items()}
 
 
 def row_sums(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

@@ -41,6 +41,12 @@ def check_needs(settings: Settings, needs: Needs, name: str, head: str) -> None:
         require(
             not cached, f"{key} moves the reference while training, cached log-probabilities stand still: choose one"
         )
+        rate = run.sync_reference_rate
+        require(
+            rate == 1 or model.master_dtype != "bfloat16",
+            f"sync_reference_rate={rate} with model.master_dtype=bfloat16: the average is stored as the policy is, and "
+            "in bfloat16 it does not move. Leave model.master_dtype=auto, or copy with sync_reference_rate=1",
+        )
         require(
             not model.use_peft,
             f"{key}: with model.use_peft=true the reference is the model without its adapter, which does not move",
