@@ -32,7 +32,7 @@ from trainers.value_head import VALUE_HEAD
 class BasicTrainer:
     """Train a policy on items. Subclasses set Config, needs, formula and source, and define items, counts and sums."""
 
-    VERSION: ClassVar[int] = 1  # raise it when a method's numbers change: pipelines then run its stages again
+    VERSION: ClassVar[int] = 2  # raise it when a method's numbers change: pipelines then run its stages again
     Config: ClassVar[type]  # the dataclass of config/loss/NAME.yaml
     needs: ClassVar[Needs]
     formula: ClassVar[str]  # what is minimized, with the config's keys in {braces}

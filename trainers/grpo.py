@@ -85,6 +85,7 @@ def reference_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
 class GRPO(RolloutTrainer):
     """Unit: responses (token_mean: tokens). Slot: the response; label: its reward."""
 
+    VERSION = 2
     config: GRPOConfig
     Config = GRPOConfig
     needs = Needs("prompts", reference="logps")

@@ -50,6 +50,7 @@ def distillation_advantages(logps: Tensor, teacher_logps: Tensor, discount: floa
 class OPD(RolloutTrainer):
     """Unit: tokens. Slot: the student's response."""
 
+    VERSION = 2
     config: OPDConfig
     Config = OPDConfig
     needs = Needs("prompts", teacher="live")
