@@ -15,6 +15,7 @@ from functional import entropies, generalized_jsd
 from models import ResponseLogits, response_logits
 from settings.needs import Needs
 from settings.schema import require
+from settings.typed import Place
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item
 from trainers.rollouts import Micros, answers, row_seed, with_response
@@ -24,7 +25,7 @@ from trainers.rollouts import Micros, answers, row_seed, with_response
 class GKDConfig:
     """Values of config/loss/gkd.yaml."""
 
-    teacher: str
+    teacher: Place
     on_policy: float
     beta: float
     temperature: float
