@@ -48,7 +48,10 @@ def merged(model: Any, state_dict: dict[str, Tensor] | None = None) -> PreTraine
     whole = {name: value.detach().cpu().clone() for name, value in (state_dict or model.state_dict()).items()}
     twin.load_state_dict(whole, assign=True)
     twin.get_base_model().tie_weights()
-    return twin.merge_and_unload()
+    whole_model = twin.merge_and_unload()
+    if whole_model.can_generate():  # its own ends of turn and defaults: the architecture alone does not hold them
+        whole_model.generation_config = model.get_base_model().generation_config
+    return whole_model
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:

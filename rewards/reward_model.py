@@ -41,7 +41,6 @@ class RewardModel:
         dtype = models.resolve_dtype(self.config.policy_dtype, self.device)
         loaded: Any = models.load_model(self.config, dtype=dtype, trainable=False, head="reward")
         self.model = loaded.to(self.device)
-        models.set_padding(self.model, self.tokenizer)
         self.shortened: Counter[str] = Counter()
 
     def tokens(self, prompt: list[Message], response: str, ended: bool) -> Tokens:

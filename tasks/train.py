@@ -140,13 +140,24 @@ def _reference(
     settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
 ) -> tuple[torch.nn.Module | None, list[Item], list[Item]]:
     """Return the frozen reference, or None and items that carry its log-probabilities (or LoRA, whose base it is)."""
-    run, config = settings.run, settings.model
+    run, config = settings.run, models.start_of(settings.model)
     cached = run.cache_reference_logprobs or run.load_reference_logprobs
-    if config.use_peft and not cached:
+    if trainer.keeps_start and not cached:
+        items, test_items = _scored(settings, trainer, items, test_items)
+    if config.use_peft and not cached and not settings.model.from_checkpoint:
         return None, items, test_items
     dtype = trainer.placement.reference_dtype(moving=bool(run.sync_reference))
     if not cached:
         return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty), items, test_items
+    return None, *_scored(settings, trainer, items, test_items)
+
+
+def _scored(
+    settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
+) -> tuple[list[Item], list[Item]]:
+    """Return the items with the reference's log-probabilities, scored once and shared between runs."""
+    run, config = settings.run, models.start_of(settings.model)
+    dtype = trainer.placement.reference_dtype(moving=False)
     # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
     meta = reference.meta_of(config, dtype, trainer.tokenizer)
     shared = Path(run.cache_dir).expanduser() / "reference_logprobs"
@@ -157,4 +168,4 @@ def _reference(
         reference.score(trainer, model, items + test_items, folder, meta)
         del model
     trainer.processes.print(f"reference log-probabilities: {folder}")
-    return None, reference.attach(items, folder, meta), reference.attach(test_items, folder, meta)
+    return reference.attach(items, folder, meta), reference.attach(test_items, folder, meta)
