@@ -72,12 +72,12 @@ def examples_of(settings: Settings, split: str) -> tuple[list["Example"], int, i
     are.
     """
     import models
-    from dataloader import load_examples
+    from dataloader import drawn_rows, load_examples
 
     run, config = settings.run, settings.model
     limit = run.n_examples if split == "train" else run.n_eval_examples
     total = sum(
-        round(dataset.weight * len(read_rows(source, f"datasets.{name}.{split}")))
+        len(drawn_rows(len(read_rows(source, f"datasets.{name}.{split}")), dataset, split, run.seed, name))
         for name, dataset in settings.datasets.items()
         if (source := getattr(dataset, split))
     )
@@ -135,7 +135,7 @@ def cache_lengths(settings: Settings) -> Lengths | None:
     if config.generations and Path(config.generations).expanduser().is_file():
         from dataloader import read_generations
 
-        items = [(slot_of(g.tokens),) for g in read_generations(config.generations) if g.response_ids]
+        items = [(slot_of(g.tokens),) for g in read_generations(config.generations, None) if g.response_ids]
         return scaled(items, len(items), len(items))
     slots = 1 if config.generations else len(config.responses)
     if settings.estimate.tokens is None and is_here(settings, config.split):

@@ -32,6 +32,9 @@ class Question(NamedTuple):
     kind: str  # score | verdict
 
 
+SCORE_PLACES = ("prompt", "response")  # what a question for a score must have room for
+
+
 class Unparsed(ValueError):
     """The judge answered, and its answer holds no verdict."""
 
@@ -78,7 +81,7 @@ class Judge:
     def __init__(self, config: JudgeConfig, store: Path, on_error: str) -> None:
         require(bool(config.base_url), "a judge needs judge.base_url=http://HOST:PORT/v1")
         self.config, self.store, self.on_error = config, store, on_error
-        self.single = read_template(config.score_template, ("prompt", "response"), "judge.score_template")
+        self.single = read_template(config.score_template, SCORE_PLACES, "judge.score_template")
         self.pair = read_template(config.pair_template, ("prompt", "first", "second"), "judge.pair_template")
         self.server = Server(config.base_url or "", config.timeout, config.retries, "judge")
         self.model = served_model(self.server, config.model_name)

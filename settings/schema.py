@@ -7,6 +7,7 @@ refused is refused here, before a model loads: the message names the key, the va
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,12 +91,21 @@ class RunConfig:
         return base / self.run_count if self.run_count else base
 
 
+def is_day(text: str) -> bool:
+    """Tell whether a text is a day as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The `model` group: what to load, in which precision, and how it is batched."""
 
     name_or_path: Place | None
     tokenizer_name_or_path: Place | None
+    template_date: str
     load_from: Place | None
     from_checkpoint: Place | None
     policy_dtype: str
@@ -122,6 +132,10 @@ class ModelConfig:
             one_of(f"model.{key}", getattr(self, key), ("auto", "float32", "bfloat16"))
         for key in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length"):
             require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
+        require(
+            is_day(self.template_date),
+            f"model.template_date={self.template_date!r} must be a day written YEAR-MONTH-DAY, e.g. 2024-07-26",
+        )
         require(self.max_grad_norm > 0, f"model.max_grad_norm={self.max_grad_norm} must be above 0")
         require(
             0 < self.max_prompt_length < self.max_length,
@@ -153,7 +167,6 @@ class DatasetConfig:
     supervise: str = "last"
 
     def __post_init__(self) -> None:
-        one_of("datasets.*.format", self.format, ("auto", "messages", "strings", "hh", "shp", "gsm8k"))
         one_of("datasets.*.supervise", self.supervise, ("last", "all"))
         require(self.weight > 0, f"datasets.*.weight={self.weight} must be above 0")
 

@@ -66,7 +66,7 @@ class ADPA(BasicTrainer):
             return [Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ()) for e in examples]
         reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
         generations = generations_by_prompt(
-            read_generations(self.config.generations), examples, self.config.generations
+            read_generations(self.config.generations, self.tokenizer), examples, self.config.generations
         )
         items = []
         for example in examples:

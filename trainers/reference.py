@@ -53,9 +53,8 @@ def score(
     trainer: BasicTrainer, reference: torch.nn.Module, items: list[Item], folder: Path, meta: dict[str, str]
 ) -> None:
     """Score every sequence of the items with the reference and write the folder, DONE last; ranks share the work."""
-    reference = trainer.place_reference(reference)
-    accelerator = trainer.accelerator
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    reference = trainer.placement.place_reference(reference)
+    rank, world_size = trainer.processes.rank, trainer.processes.world_size
     size = trainer.model_config.eval_batch_size
     rows = {key: tokens for item in items for key, tokens in zip(_keys(item), _sequences(item), strict=True)}
     work = sorted(rows.items(), key=lambda row: (len(row[1].ids), row[0]))  # like lengths together: little padding
@@ -73,7 +72,7 @@ def score(
         scores = {key: value for part in gathered for key, value in part.items()}
     if rank == 0:
         _write(folder, scores, meta)
-    accelerator.wait_for_everyone()
+    trainer.processes.wait()
 
 
 def _write(folder: Path, scores: Scores, meta: dict[str, str]) -> None:
