@@ -38,15 +38,19 @@ from settings.schema import Settings, nearest, require, settings_from, with_loss
 from settings.tasks import TASKS, check_task, counted
 
 
-def method_of(raw: dict[str, Any]) -> Any:
-    """Return the trainer class that loss.trainer names; a wrong key of its section is refused before it is imported."""
-    name, section = raw["loss"].get("trainer", ""), raw["loss"]
+def check_loss(section: dict[str, Any]) -> None:
+    """Refuse a loss section without its inputs or with a wrong key; its method is read for that and not imported."""
     missing = [key for key, value in section.items() if value == "???"]
     require(not missing, f"loss={section['name']} needs loss.{missing[0] if missing else ''}=PATH on the command line")
+    known = list(config_fields(section.get("trainer", "")))
+    for key in section if known else ():
+        require(key in (*known, "name", "trainer"), f"unknown key 'loss.{key}'.{nearest(key, known)}")
+
+
+def method_of(raw: dict[str, Any]) -> Any:
+    """Return the trainer class that loss.trainer names: one of trainers/, or of a package of the user's own."""
+    name = raw["loss"].get("trainer", "")
     find_method(name)
-    known = [*config_fields(name), "name", "trainer"]
-    for key in section:
-        require(len(known) == 2 or key in known, f"unknown key 'loss.{key}'.{nearest(str(key), known)}")
     module, _, cls = name.rpartition(".")
     method = getattr(importlib.import_module(module), cls)
     basic = importlib.import_module("trainers.basic").BasicTrainer
@@ -61,6 +65,7 @@ def settings_of(raw: dict[str, Any]) -> Settings:
     settings = settings_from(raw)
     if raw["task"] != "train":
         return settings
+    check_loss(raw["loss"])
     method = method_of(raw)
     settings = with_loss(settings, method.Config)
     check_needs(settings, method.needs, raw["loss"]["name"], method.head)
