@@ -109,6 +109,11 @@ def _float32_head(model: Any, response: Tensor) -> Iterator[None]:
 
 def _float32_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return hidden [N, H] times weight [V, H] in float32; the weight is widened by pieces, never as a whole."""
+    if not bool(hidden.isfinite().all()):
+        raise ValueError(
+            f"the teacher's hidden states are not finite in {hidden.dtype}: set model.reference_dtype=bfloat16, which "
+            "is coarser, or float32, which takes twice the memory"
+        )
     wide, num_rows = hidden.float(), max(1, CHUNK_ELEMENTS // weight.shape[1])
     logits = torch.empty(len(wide), len(weight), dtype=torch.float32, device=wide.device)
     for start in range(0, len(weight), num_rows):
@@ -222,11 +227,46 @@ def load_tokenizer(config: ModelConfig) -> Any:
 # ---- models
 
 
-def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
-    """Return the torch dtype; auto is bfloat16 on a GPU and float32 on CPU, where bfloat16 is ten times slower."""
+def resolve_dtype(name: str, device: torch.device | str, on_gpu: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """Return the torch dtype; auto is `on_gpu` on a GPU and float32 on CPU, where bfloat16 is ten times slower."""
     if name == "auto":
-        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        return torch.float32 if torch.device(device).type == "cpu" else on_gpu
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def teacher_dtype(config: ModelConfig, device: torch.device | str) -> torch.dtype:
+    """Return the precision of a teacher; auto is float16 on a GPU: its advantages have an eighth of bfloat16's error.
+
+    Most of that error is in the weights, which bfloat16 rounds to 8 bits (docs/cache_format.md).
+    """
+    return resolve_dtype(config.reference_dtype, device, on_gpu=torch.float16)
+
+
+class NumericPath(NamedTuple):
+    """In which precision a model is asked: its weights, its computing, its last layer; and by which attention."""
+
+    weights: torch.dtype
+    compute: torch.dtype
+    head: torch.dtype
+    attention: str
+
+    def __str__(self) -> str:
+        """Return what a cache's meta.json has."""
+        parts = (f"{name}={str(part).removeprefix('torch.')}" for name, part in self._asdict().items())
+        return " ".join(parts)
+
+
+def teacher_path(config: ModelConfig, device: torch.device | str) -> NumericPath:
+    """Return how teacher_logits asks a teacher."""
+    dtype = teacher_dtype(config, device)
+    return NumericPath(dtype, dtype, torch.float32, config.attn_implementation or "default")
+
+
+def reference_path(config: ModelConfig, device: torch.device | str) -> NumericPath:
+    """Return how a trainer asks a policy's reference."""
+    compute = resolve_dtype(config.policy_dtype, device)
+    stored = resolve_dtype(config.reference_dtype, device)
+    return NumericPath(stored, compute, compute, config.attn_implementation or "default")
 
 
 def load_model(

@@ -10,6 +10,8 @@ Source of the FLOPs: arXiv 2204.02311, appendix B (6 N a token and attention), w
 import json
 from typing import NamedTuple
 
+from teacher.quantities import Quantity
+
 CHUNK_ELEMENTS = 2**25  # of functional.py: entries of logits that are widened to float32 at a time
 FLOAT32 = 4
 
@@ -322,10 +324,9 @@ def generation_memory(model: Model, rows: int, length: int, width: int) -> Memor
 # ---- teacher cache
 
 
-def cache_bytes(k: int, vocab: int, advantages: bool, work: Work) -> int:
+def cache_bytes(quantity: Quantity, k: int, vocab: int, work: Work) -> int:
     """Return the bytes of CACHE/ on disk but for meta.json (docs/cache_format.md), index row included."""
-    entry = (2 if vocab <= 65536 else 4) + 2 + (2 if advantages else 0)
-    per_response = k * entry + 2
+    per_response = sum(a.dtype_for(vocab).itemsize * (k if a.wide else 1) for a in quantity.arrays)
     mean = [round(total / max(1.0, work.sequences)) for total in (work.tokens, work.responses)]
     row = len(json.dumps({"key": "0" * 32, "n": mean[0], "l": mean[1]})) + 1
     return round(work.responses * per_response + work.tokens * 5 + work.sequences * row)

@@ -11,7 +11,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from dataloader import read_generations
-from teacher.cache import Entry, Reader
+from teacher.cache import Reader
+from teacher.quantities import Entry
 
 NUM_SAMPLES = 12
 
@@ -79,7 +80,7 @@ def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
         return [
             {
                 "prompt": g.prompt[-1]["content"],
-                "tokens": tokens_of(tokenizer, g.response_ids, reader.get(g.tokens.ids, g.tokens.response)),
+                "tokens": tokens_of(tokenizer, g.response_ids, Entry(**reader.get(g.tokens.ids, g.tokens.response))),
             }
             for g in generations
         ]

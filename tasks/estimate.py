@@ -24,8 +24,9 @@ from estimate.tables import comparison, cost_table, single, table
 from pipeline.plan import ROOT, Stage
 from settings.needs import Needs
 from settings.schema import Settings, settings_from
+from teacher.quantities import quantity_of
 
-BYTES = {torch.float32: 4, torch.bfloat16: 2}
+BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
 OPTIMIZER_STATES = {"AdamW": 2, "Adam": 2, "RMSprop": 1, "SGD": 0}
 
 
@@ -241,13 +242,14 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
     if batch is None:
         known = lengths or counting.Lengths([], 1, Work(1, 1, 1, settings.estimate.response_share), "")
         batch = counting.full_batch(settings, known, config.batch_size)
-    teachers = 2 if config.reference else 1
+    quantity = quantity_of(config)
+    teachers = quantity.num_models
     width = width_of(settings.model.reference_dtype, settings)
     memory = arithmetic.scoring_memory(model, batch, width, teachers)
     flops = disk = None
     if lengths is not None:
         flops = arithmetic.Flops(teachers * arithmetic.forward_flops(model, lengths.work))
-        disk = arithmetic.cache_bytes(config.top_k, model.vocab, teachers == 2, lengths.work)
+        disk = arithmetic.cache_bytes(quantity, config.top_k, model.vocab, lengths.work)
     work = None if lengths is None else lengths.work
     return report(settings, "cache", model, memory, devices, whole(devices), lengths, work, flops, disk)
 

@@ -3,7 +3,6 @@
 import gc
 import importlib
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -116,7 +115,11 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
     for name, (folder, head) in trainer.frozen_model_folders().items():
         if head == "reward":
             check_reward_model(folder, f"loss.{name}")
-        dtype = models.resolve_dtype(settings.model.reference_dtype, trainer.accelerator.device)
+        device = trainer.accelerator.device
+        if head == "lm":
+            dtype = models.teacher_dtype(settings.model, device)
+        else:
+            dtype = models.resolve_dtype(settings.model.reference_dtype, device)
         config = replace(
             settings.model,
             name_or_path=folder,
@@ -146,17 +149,14 @@ def _reference(
     cached = run.cache_reference_logprobs or run.load_reference_logprobs
     if config.use_peft and not cached:
         return None, items, test_items
-    dtype = models.resolve_dtype(config.reference_dtype, trainer.accelerator.device)
+    dtype = models.reference_path(config, trainer.accelerator.device).weights
+
+    def load() -> torch.nn.Module:
+        return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.is_filled)
+
     if not cached:
-        return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.is_filled), items, test_items
+        return load(), items, test_items
     # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
-    meta = reference.meta_of(config, dtype, trainer.tokenizer)
-    shared = Path(run.cache_dir).expanduser() / "reference_logprobs"
-    folder = Path(run.load_reference_logprobs or reference.folder_of(shared, items + test_items, meta)).expanduser()
-    there = trainer.gathered([(folder / "DONE").is_file()])[0]  # what rank 0 sees: another run may be writing it
-    if not run.load_reference_logprobs and not there:
-        model = models.load_model(config, dtype=dtype, trainable=False, empty=trainer.is_filled)
-        reference.score(trainer, model, items + test_items, folder, meta)
-        del model
+    folder = reference.cached(trainer, items + test_items, load)
     trainer.accelerator.print(f"reference log-probabilities: {folder}")
-    return None, reference.attach(items, folder, meta), reference.attach(test_items, folder, meta)
+    return None, reference.attach(trainer, items, folder), reference.attach(trainer, test_items, folder)

@@ -16,6 +16,7 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from teacher.lookup import generations_by_prompt, open_cache
+from teacher.quantities import Entry
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
 
@@ -72,7 +73,7 @@ class ADPA(BasicTrainer):
             chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
             for generation in generations[tuple(example.prompt)]:
                 tokens = generation.tokens
-                items.append(Item((chosen, tokens), (None, reader.get(tokens.ids, tokens.response))))
+                items.append(Item((chosen, tokens), (None, Entry(**reader.get(tokens.ids, tokens.response)))))
         return items
 
     def counts(self, batch: Batch) -> dict[str, int]:

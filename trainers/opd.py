@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.metrics import Mean
 from functional import entropies, token_logps
-from models import ResponseLogits
+from models import ResponseLogits, teacher_logits
 from settings.needs import Needs
 from settings.schema import require
 from trainers.batches import Batch, Item
@@ -66,10 +66,9 @@ class OPD(RolloutTrainer):
         """Return the items with their notes [n, 2]."""
         batch = self.batch_of(items)
         response = batch.sequences.response
-        own, teacher = (
-            by_row(self.token_logps_of(model, batch.sequences).float(), response)
-            for model in (self.policy, self.frozen_models["teacher"])
-        )
+        asked = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size)
+        logps = self.token_logps_of(self.policy, batch.sequences), token_logps(asked.logits, asked.targets)
+        own, teacher = (by_row(values.float(), response) for values in logps)
         notes = torch.stack([own, distillation_advantages(own, teacher, self.config.discount)], dim=-1).cpu().numpy()
         lengths = response.sum(dim=1).tolist()
         return [
