@@ -1,7 +1,10 @@
 """What a teacher is asked and in which precision, who shares the work, and what a reference's numbers depend on."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import models
 from dataloader import Tokens, collate
 from models import response_logits, teacher_logits
 from teacher.cache import Reader, Writer
-from tests.helpers import composed, rows_of, write_pairs
+from tests.helpers import ROOT, composed, rows_of, write_pairs
 
 PAD = 0
 
@@ -267,3 +270,37 @@ def test_a_teachers_precision_is_its_own_key_and_a_references_the_policys():
     assert models.teacher_path(config, "cpu").weights == models.reference_path(config, "cpu").weights == torch.float32
     narrow = replace(config, policy_dtype="bfloat16")
     assert models.reference_path(narrow, "cpu") != models.reference_path(config, "cpu")
+
+
+# ---- two processes
+
+
+@pytest.mark.distributed
+def test_two_processes_share_a_cache_and_a_sharded_reference(world):
+    base, common, cache = world
+
+    def two(*overrides: str) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run(
+            [*launcher, "launch.py", *common, *overrides],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    few = ["n_examples=5", "cache.batch_size=3", "cache.quantity=token_logp"]
+    two("exp_name=by_two", "task=cache", *few)
+    found, expected = contents(base / "by_two" / "CACHE"), contents(cache("by_one", *few))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in found)
+    dpo = ["loss=dpo", "n_steps=2", "log_every=1", "lr=1e-3", "n_examples=5", "++cache_reference_logprobs=true"]
+    dpo += ["model.batch_size=4", "model.eval_batch_size=3"]
+    two(*dpo, "exp_name=dpo_by_two", "strategy=fsdp", "seed=3")
+    (folder,) = (base / "reference_logprobs").iterdir()  # renamed when whole
+    assert len(list(folder.glob("shard-*"))) == 2
+    launch.run_task(composed(*common, *dpo, "exp_name=dpo_by_one", "seed=3"))
+    # gradients are summed in another order, as in test_sharding.py; the log-probabilities are the same file's
+    assert losses(base / "dpo_by_two") == pytest.approx(losses(base / "dpo_by_one"), abs=2e-5)
