@@ -262,13 +262,6 @@ def teacher_path(config: ModelConfig, device: torch.device | str) -> NumericPath
     return NumericPath(dtype, dtype, torch.float32, config.attn_implementation or "default")
 
 
-def reference_path(config: ModelConfig, device: torch.device | str) -> NumericPath:
-    """Return how a trainer asks a policy's reference."""
-    compute = resolve_dtype(config.policy_dtype, device)
-    stored = resolve_dtype(config.reference_dtype, device)
-    return NumericPath(stored, compute, compute, config.attn_implementation or "default")
-
-
 def load_model(
     config: ModelConfig,
     *,

@@ -20,7 +20,6 @@ from typing import Any
 import datasets
 import torch
 import trl
-from accelerate import Accelerator
 from datasets import Dataset
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -29,6 +28,8 @@ from transformers import PreTrainedTokenizerFast
 import launch
 import models
 from dataloader import Example, Tokens
+from engine.placement import Replicated
+from engine.processes import Processes
 from trainers.batches import Item
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +105,9 @@ def ours(
 ) -> tuple[float, dict[str, torch.Tensor], list[Item]]:
     """Return our loss and gradients, and the items that they are of."""
     settings = settings_of(*overrides)
-    trainer = launch.method_of(settings.raw)(settings, models.load_tokenizer(settings.model), Accelerator(cpu=True))
+    trainer = launch.method_of(settings.raw)(
+        settings, models.load_tokenizer(settings.model), Replicated(Processes(), settings.model)
+    )
     trainer.policy, trainer.reference = policy, reference
     items: list[Item] = trainer.items(examples(), "train")
     batches = trainer.prepared([trainer.batch_of(items)], True)

@@ -9,6 +9,7 @@ folders of your own). Either can be read by another number of ranks, or by a run
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from engine.sharding import is_sharded
-
-Models = dict[str, torch.nn.Module]  # "model", and "reference" where it moves with the policy
+Models = Mapping[str, torch.nn.Module]  # "model", and "reference" where it moves with the policy
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -33,67 +32,87 @@ def newest(run_dir: Path) -> Path | None:
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    models: Models,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    is_main: bool,
-    keep_last: int,
-) -> None:
-    """Write checkpoint-{step}; all ranks call it."""
-    part, whole = run_dir / f"checkpoint-{step}.tmp", run_dir / f"checkpoint-{step}"
-    if is_main:
-        for folder in (part, whole):
-            shutil.rmtree(folder, ignore_errors=True)
-        part.mkdir(parents=True)
-    _wait()
-    sharded = is_sharded(models["model"])
-    options = StateDictOptions() if sharded else StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors: dict[str, Any] = {name: get_model_state_dict(model, options=options) for name, model in models.items()}
-    tensors["optimizer"] = get_optimizer_state_dict(models["model"], optimizer, options=options)
-    if sharded:
-        dcp.save(tensors, checkpoint_id=part / "shards")
-    if not is_main:
-        return
-    if not sharded:
-        for name, values in tensors.items():
-            torch.save(values, part / f"{name}.pt")
-    (part / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-    (part / "DONE").touch()
-    part.rename(whole)
+def part(run_dir: Path, step: int) -> Path:
+    """Return the folder that becomes checkpoint-{step} when it is whole."""
+    return run_dir / f"checkpoint-{step}.tmp"
+
+
+def open_folder(run_dir: Path, step: int) -> None:
+    """Make `part`, and remove what an earlier run left of this step; one rank calls it."""
+    for folder in (part(run_dir, step), run_dir / f"checkpoint-{step}"):
+        shutil.rmtree(folder, ignore_errors=True)
+    part(run_dir, step).mkdir(parents=True)
+
+
+def close_folder(run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> None:
+    """Write the trainer's state and DONE, give the folder its name, remove older ones; one rank calls it."""
+    unfinished = part(run_dir, step)
+    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+    (unfinished / "DONE").touch()
+    unfinished.rename(run_dir / f"checkpoint-{step}")
     if keep_last:
         older = sorted(run_dir.glob("checkpoint-*/DONE"), key=lambda p: int(p.parent.name.split("-")[1]))
-        for done in older[:-keep_last]:
-            done.unlink()  # no longer whole, whatever happens to the rest
-            shutil.rmtree(done.parent, ignore_errors=True)
+        for mark in older[:-keep_last]:
+            mark.unlink()  # no longer whole, whatever happens to the rest
+            shutil.rmtree(mark.parent, ignore_errors=True)
 
 
-def load(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore models and optimizer in place and return the trainer's state; all ranks call it."""
+def state_of(folder: Path) -> dict[str, Any]:
+    """Return the trainer's state of a checkpoint."""
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+# ---- tensors
+
+
+def write_whole(folder: Path, models: Models, optimizer: torch.optim.Optimizer, is_main: bool) -> None:
+    """Write models and optimizer as rank 0 holds them, one file each."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors: dict[str, Any] = {name: get_model_state_dict(model, options=options) for name, model in models.items()}
+    tensors["optimizer"] = get_optimizer_state_dict(models["model"], optimizer, options=options)
+    if is_main:
+        for name, values in tensors.items():
+            torch.save(values, folder / f"{name}.pt")
+
+
+def write_shards(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> None:
+    """Write models and optimizer, every rank its part."""
+    dcp.save(_wanted(models, optimizer), checkpoint_id=folder / "shards")
+
+
+def read_tensors(folder: Path, models: Models, optimizer: torch.optim.Optimizer) -> None:
+    """Restore models and optimizer in place, whole files or shards; all ranks call it.
+
+    ValueError for a checkpoint that another engine wrote (ZeRO's own format).
+    """
     tensors: dict[str, Any]
+    options = StateDictOptions()
     if (folder / "shards").is_dir():
         # The state dicts say what is wanted and in which layout; every rank reads its part into them.
-        tensors = {name: get_model_state_dict(model) for name, model in models.items()}  # type: ignore[assignment]
-        tensors["optimizer"] = get_optimizer_state_dict(models["model"], optimizer)
+        tensors = _wanted(models, optimizer)
         dcp.load(tensors, checkpoint_id=folder / "shards")
-        options = StateDictOptions()
-    else:
+    elif (folder / "model.pt").is_file():
         tensors = {
             name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
             for name in [*models, "optimizer"]
         }
         options = StateDictOptions(full_state_dict=True)
+    else:
+        raise ValueError(
+            f"{folder} was written by DeepSpeed: go on with strategy=deepspeed, or choose another exp_name"
+        )
     for name, model in models.items():
         set_model_state_dict(model, tensors[name], options=options)
     set_optimizer_state_dict(models["model"], optimizer, tensors["optimizer"], options=options)
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-def _wait() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def _wanted(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    tensors: dict[str, Any] = {name: get_model_state_dict(model) for name, model in models.items()}
+    tensors["optimizer"] = get_optimizer_state_dict(models["model"], optimizer)
+    return tensors
+
+
+# ---- housekeeping
 
 
 def remove_all(run_dir: Path) -> None:
@@ -106,4 +125,4 @@ def remove_all(run_dir: Path) -> None:
 def examples_seen(run_dir: Path) -> int:
     """Return how many examples the newest whole checkpoint has seen; 0 without one."""
     folder = newest(run_dir)
-    return 0 if folder is None else int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["examples"])
+    return 0 if folder is None else int(state_of(folder)["examples"])

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from engine.sharding import blocks_of
 from settings.schema import ModelConfig, require
 
 
@@ -40,3 +39,22 @@ def compile_blocks(model: torch.nn.Module, config: ModelConfig) -> None:
     if config.compile:
         for block in blocks_of(model, config.block_class):
             block.compile()
+
+
+def blocks_of(model: torch.nn.Module, class_name: str | None = None) -> list[torch.nn.Module]:
+    """Return the modules that are sharded (or compiled) one by one: the decoder's blocks, as the model names them, or
+    `class_name`.
+
+    ValueError if the model has none of them.
+    """
+    named = {class_name} if class_name else set(getattr(model, "_no_split_modules", None) or [])
+    found = [module for module in model.modules() if type(module).__name__ in named]
+    if not found:
+        layers = sorted(
+            {type(m).__name__ for parent in model.modules() if isinstance(parent, torch.nn.ModuleList) for m in parent}
+        )
+        raise ValueError(
+            f"no block to shard or compile: {sorted(named) or 'the model names none'} is not in it. Set "
+            f"model.block_class to one of {layers}"
+        )
+    return found

@@ -1,14 +1,9 @@
-"""How a run is laid out: the strategy that runs against the one asked for, the optimizer, the learning rate over
-steps.
-"""
+"""How a run steps: the optimizer, the learning rate over steps, the seed of a step."""
 
 import math
-import os
 
 import torch
-from accelerate import Accelerator
 
-from engine.sharding import is_ours
 from settings.schema import RunConfig
 
 
@@ -30,31 +25,6 @@ def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> fl
     if schedule == "cosine":
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
     return max(0.0, 1.0 - progress) if schedule == "linear" else 1.0
-
-
-def check_strategy(asked: str, accelerator: Accelerator) -> str:
-    """Return the strategy that runs; raise ValueError if another one was asked for (accelerate drops FSDP on CPU)."""
-    kind = accelerator.distributed_type.value
-    running = {"NO": "none", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}.get(kind, "ddp")
-    if is_ours(asked, accelerator):
-        running = "fsdp"  # trainers/sharding.py
-    asks_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    wanted = "fsdp" if asked == "auto" and asks_fsdp else asked
-    if wanted not in ("auto", running):
-        raise ValueError(
-            f"strategy {wanted!r} was asked for, {running!r} is running ({accelerator.num_processes} processes on "
-            f"{accelerator.device.type}). accelerate runs FSDP on GPUs only; anywhere, `torchrun --nproc_per_node N "
-            "launch.py "
-            "strategy=fsdp ...` shards by itself"
-        )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != accelerator.num_processes:
-        raise ValueError(
-            f"{world_size} processes were started but each runs alone and would write the same folder. On CPU start "
-            "with "
-            "torchrun --nproc_per_node N launch.py ..., not `use_cpu: true`"
-        )
-    return running
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

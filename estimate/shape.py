@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import models
-from engine import export as saving
+from engine import export
 from estimate.arithmetic import Model
 from settings.schema import ModelConfig
 
@@ -85,7 +85,7 @@ def _counted(key: str, made_from: _Once) -> Model:
         block = blocks_of(model, layers)
         adapters = inputs = ranks = 0
         if config.use_peft:
-            adapted = saving.add_lora(model, config)
+            adapted = export.add_lora(model, config)
             lora = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
             adapters = sum(p.numel() for p in lora.values())
             inputs = sum(p.shape[1] for n, p in lora.items() if "lora_A" in n) // layers

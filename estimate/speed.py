@@ -7,7 +7,7 @@ import torch
 
 import models
 from dataloader import Sequences
-from engine import export as saving
+from engine import export
 from functional import token_logps
 from settings.schema import Settings
 
@@ -31,7 +31,7 @@ def tokens_per_second(settings: Settings, rows: int, length: int, responses: int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load_model(config, dtype=torch.float32, trainable=True).to(device)
     if config.use_peft:
-        model = saving.add_lora(model, config)
+        model = export.add_lora(model, config)
     dtype = models.resolve_dtype(config.policy_dtype, device)
     prompt = max(1, length - max(1, responses // rows))
     sequences = random_rows(rows, length, prompt, model.config.vocab_size, device)

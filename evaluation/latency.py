@@ -22,7 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import models
 from dataloader import Example
-from engine import meter as resources
+from engine import meter
 from generation.hf import left_padded
 from generation.vllm import engine, shut_down
 from settings.schema import EvaluationConfig, ModelConfig, Settings
@@ -230,7 +230,7 @@ def _rows(
         batches = batches_of(prompts, size, WARMUP + wanted.latency_repetitions)
         for batch in batches[:WARMUP]:
             timed(batch)
-        fresh = resources.restart_peak()
+        fresh = meter.restart_peak()
         timings = [timed(batch) for batch in batches[WARMUP:]]
         lengths = [len(ids) for batch in batches[WARMUP:] for ids in batch]
         rows.append(
@@ -269,7 +269,7 @@ def _peak(backend: str, device: torch.device, fresh: bool) -> dict[str, Any]:
         }
     since = "during the timed batches" if fresh else "since the process began"
     return {
-        "peak_memory_bytes": resources.peak_resident_bytes(),
+        "peak_memory_bytes": meter.peak_resident_bytes(),
         "peak_memory_of": f"resident set of the process {since}",
     }
 

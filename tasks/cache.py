@@ -1,15 +1,14 @@
 """task=cache: ask one teacher or two for a quantity (teacher/quantities.py) of every response, into run_dir/CACHE."""
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
-
-import torch
+from functools import partial
+from typing import Any
 
 import models
 from dataloader import Tokens, load_examples, read_generations
+from engine.placement import Replicated
+from engine.processes import Apart
 from models import NumericPath
 from settings.schema import Settings
 from teacher.cache import Arrays, Meta, Writer, begin, content_key, data_digest, finish, stored_keys
@@ -19,31 +18,9 @@ from teacher.scoring import Scorer, batches_of, left_to_do, score_all
 VERSION = 2
 
 
-class Process(NamedTuple):
-    """Who this process is among those started together. They share files and nothing else: no process group is
-    opened, so a rank that is slow, or has nothing to do, runs into no timeout.
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-
-def this_process() -> Process:
-    """Read what torchrun, `accelerate launch` and Slurm set."""
-    rank, world_size, local = (
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    found = torch.accelerator.current_accelerator(check_available=True)
-    device = torch.device("cpu") if found is None else torch.device(found.type, local)
-    if found is not None:
-        torch.accelerator.set_device_index(local)
-    return Process(rank, world_size, device)
-
-
 def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
-    config, quantity, process = settings.cache, quantity_of(settings.cache), this_process()
+    config, quantity, process = settings.cache, quantity_of(settings.cache), Apart()
     if config.backend == "vllm" and process.world_size > 1:
         raise ValueError(
             "cache.backend=vllm runs in one process: start it with `python launch.py`, without accelerate launch"
@@ -54,17 +31,17 @@ def run(settings: Settings) -> None:
     batches = batches_of(_sequences(settings, tokenizer), config.batch_size)
     keys = {content_key(t.ids, t.response) for batch in batches for t in batch}
     folder = settings.run.run_dir / "CACHE"
-    meta = _meta(settings, quantity, tokenizer, _path(settings, quantity, process.device), data_digest(keys))
+    meta = _meta(settings, quantity, tokenizer, _path(settings, quantity, process), data_digest(keys))
     begin(folder, meta)
     todo = left_to_do(batches, stored_keys(folder, meta), process.rank, process.world_size)
     if todo:
         longest = max(len(t.ids) for batch in todo for t in batch)
-        scorer, close = _scorer(settings, quantity, tokenizer, process.device, longest)
+        scorer, close = _scorer(settings, quantity, tokenizer, process, longest)
         writer = Writer(folder, meta, process.rank)
-        score_all(todo, writer, scorer, "cache", process.rank == 0)
+        score_all(todo, writer, scorer, "cache", process.is_main)
         writer.close()
         close()
-    if process.rank == 0:
+    if process.is_main:
         done = finish(folder, meta, keys)
         size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
         print(
@@ -74,7 +51,7 @@ def run(settings: Settings) -> None:
 
 
 def _scorer(
-    settings: Settings, quantity: Quantity, tokenizer: Any, device: torch.device, longest: int
+    settings: Settings, quantity: Quantity, tokenizer: Any, process: Apart, longest: int
 ) -> tuple[Callable[[Sequence[Tokens]], list[Arrays]], Callable[[], None]]:
     """Return who scores batches, and what ends it."""
     config = settings.cache
@@ -83,24 +60,21 @@ def _scorer(
 
         served = VllmScorer(settings, len(tokenizer), longest)
         return served, lambda: shut_down(served.llm)
-    path = _path(settings, quantity, device)
+    dtype, placement = _path(settings, quantity, process).weights, Replicated(process, settings.model)
+    place = placement.place_reference if quantity.policy_path else placement.place_frozen
     sources = (None, config.reference)[: quantity.num_models]
-    teachers = [
-        models.load_model(settings.model, source=source, dtype=path.weights, trainable=False).to(device)
-        for source in sources
-    ]
-
-    def computing(model: Any) -> AbstractContextManager[Any]:
-        return nullcontext() if path.weights == path.compute else torch.autocast(device.type, path.compute)
-
-    return Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, computing), lambda: None
+    load = partial(models.load_model, settings.model, dtype=dtype, trainable=False)
+    teachers = [place(load(source=source)) for source in sources]
+    return Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, placement.precision), lambda: None
 
 
-def _path(settings: Settings, quantity: Quantity, device: torch.device) -> NumericPath:
+def _path(settings: Settings, quantity: Quantity, process: Apart) -> NumericPath:
     if settings.cache.backend == "vllm":
-        dtype = models.resolve_dtype(settings.model.reference_dtype, device)
+        dtype = models.resolve_dtype(settings.model.reference_dtype, process.device)
         return NumericPath(dtype, dtype, dtype, "vllm")
-    return (models.reference_path if quantity.policy_path else models.teacher_path)(settings.model, device)
+    if quantity.policy_path:
+        return Replicated(process, settings.model).reference_path()
+    return models.teacher_path(settings.model, process.device)
 
 
 def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:

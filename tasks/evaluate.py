@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import models
 from dataloader import Example, Sequences, collate, load_examples
-from engine.optimizer import check_strategy
+from engine.processes import Processes
 from evaluation.harness import benchmark_metrics, check_benchmarks
 from evaluation.intervals import score_interval
 from evaluation.latency import check_latency, latency_rows
@@ -165,7 +163,7 @@ def rank_pairs(logps: np.ndarray, reference_logps: np.ndarray | None, reference:
     return {**metrics, "reference": reference} if reference else metrics
 
 
-def evaluate_model(settings: Settings, name: str, accelerator: Accelerator, verifier: Verifier | None) -> Evaluated:
+def evaluate_model(settings: Settings, name: str, processes: Processes, verifier: Verifier | None) -> Evaluated:
     """Answer the prompts with one model at every temperature, and rank the pairs."""
     config = settings.evaluation
     own: ModelConfig = replace(
@@ -176,12 +174,12 @@ def evaluate_model(settings: Settings, name: str, accelerator: Accelerator, veri
         build=None,
         num_layers=None,
     )
-    dtype = models.resolve_dtype(own.policy_dtype, accelerator.device)
+    dtype = models.resolve_dtype(own.policy_dtype, processes.device)
     tokenizer = models.load_tokenizer(replace(own, tokenizer_name_or_path=None))
     data = held_out(settings, tokenizer)
 
     def load(source: str) -> Any:
-        return models.load_model(own, source=source, dtype=dtype, trainable=False).to(accelerator.device)
+        return models.load_model(own, source=source, dtype=dtype, trainable=False).to(processes.device)
 
     model = load(config.models[name])
     responses = {}
@@ -223,12 +221,16 @@ def run(settings: Settings) -> None:
         vote_of(verifier)  # refuses a module without one
     check_benchmarks(config)
     check_advantages(config)
-    accelerator = Accelerator()
-    check_latency(config, accelerator.num_processes)
-    check_strategy(settings.run.strategy, accelerator)
+    processes = Processes()
+    check_latency(config, processes.world_size)
+    if settings.run.strategy not in ("auto", "none", "ddp"):
+        raise ValueError(
+            f"strategy={settings.run.strategy}: task=evaluate gives every process whole models of its own. "
+            "Leave strategy=auto"
+        )
     names = list(config.models)
-    own = names[accelerator.process_index :: accelerator.num_processes]
-    gathered = dict(gather_object([(name, evaluate_model(settings, name, accelerator, verifier)) for name in own]))
+    own = names[processes.rank :: processes.world_size]
+    gathered = dict(processes.gathered([(name, evaluate_model(settings, name, processes, verifier)) for name in own]))
     evaluated = {name: gathered[name] for name in names}
     for name in names:
         if evaluated[name].prompts != evaluated[names[0]].prompts:
@@ -236,10 +238,9 @@ def run(settings: Settings) -> None:
                 f"{name} and {names[0]} kept different held-out prompts (another tokenizer drops other rows): "
                 "raise model.max_prompt_length and model.max_length"
             )
-    if accelerator.is_main_process:
+    if processes.is_main:
         results = results_of(settings, evaluated, verdicts_of(settings, evaluated))
         write_results(settings, results, evaluated)
         print(f"\n{table(results)}\n{settings.run.run_dir / 'results.json'}", flush=True)
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1:
-        accelerator.end_training()  # left to the interpreter's end, gloo's threads may abort the process
+    processes.wait()
+    processes.close()

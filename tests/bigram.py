@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 import launch
 import models
 from conversations import Conversation
 from dataloader import Example, Tokens
+from engine.placement import Replicated
+from engine.processes import Processes
 from teacher.quantities import Entry
 from tests.helpers import composed
 from trainers.basic import BasicTrainer
@@ -141,7 +142,7 @@ def trainer_of(name: str, *overrides: str) -> BasicTrainer:
     """Make the trainer of loss=name over two bigram models; the reference is another one than the policy."""
     settings, byte_tokenizer = settings_and_tokenizer(name, overrides)
     method = launch.method_of(settings.raw)
-    trainer = method(settings, byte_tokenizer, Accelerator(cpu=True))
+    trainer = method(settings, byte_tokenizer, Replicated(Processes(), settings.model))
     trainer.vocab_size = VOCAB
     trainer.policy, trainer.reference = Bigram(1, method.head == "reward"), Bigram(2)
     trainer.frozen_models = {

@@ -6,6 +6,11 @@ def share_of_e(prompt: str, response: str) -> float:
     return response.count("e") / max(1, len(response))
 
 
+def length(prompt: str, response: str) -> float:
+    """Return how many characters a response has."""
+    return float(len(response))
+
+
 def raises(prompt: str, response: str) -> float:
     """Fail on every response."""
     raise KeyError("no such order")

@@ -22,7 +22,7 @@ import launch
 import models
 from dataloader import collate
 from docs import worked_plan
-from engine import export as saving
+from engine import export
 from estimate import arithmetic as estimate
 from estimate import lengths
 from estimate.arithmetic import Batch, Setup, Work
@@ -68,7 +68,7 @@ def test_parameters_counted_without_weights_are_those_of_the_model(options: list
     model: Any = models.load_model(config, trainable=True)
     embedding = model.get_input_embeddings().weight.numel()
     if config.use_peft:
-        model = saving.add_lora(model, config)
+        model = export.add_lora(model, config)
     found = shape_of(config)
     parameters = list(model.parameters())
     assert found.parameters + found.adapters == sum(p.numel() for p in parameters)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import models
-from engine import export as saving
+from engine import export
 from evaluation.win_rate import against
 from rewards.verifiers import resolve_verifier
 from settings.schema import Settings, settings_from
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = settings_for(folder).model
     for seed, name in enumerate(("a", "b")):
         model = models.load_model(replace(config, build_seed=seed), trainable=False)
-        saving.save_model(model, models.load_tokenizer(config), folder / name)
+        export.save_model(model, models.load_tokenizer(config), folder / name)
     return folder
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import models
-from engine import export as saving
+from engine import export
 from evaluation.harness import metrics_of
 from evaluation.latency import WARMUP, Timing, batches_of, hf_timed, timing_metrics
 from report.evaluation_page import advantages_in
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = settings_for(folder, "x").model
     tokenizer = models.load_tokenizer(config)
     for seed, name in enumerate(("a", "b")):
-        saving.save_model(
+        export.save_model(
             models.load_model(replace(config, build_seed=seed), trainable=False), tokenizer, folder / name
         )
     cache = advantage_cache(folder / "CACHE", tokenizer)

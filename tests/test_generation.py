@@ -16,7 +16,7 @@ import torch
 import launch
 import models
 from dataloader import Tokens, collate
-from engine import export as saving
+from engine import export
 from functional import token_logps
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.server import Server
@@ -98,7 +98,7 @@ def test_the_stop_set_without_weights_is_the_loaded_models(config, tokenizer, tm
     model = models.load_model(config, trainable=False)
     assert models.stop_ids_of(config, tokenizer) == models.stop_ids(tokenizer, model)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 65]
-    saving.save_model(model, tokenizer, tmp_path / "FINAL")
+    export.save_model(model, tokenizer, tmp_path / "FINAL")
     saved = replace(config, build=None, load_from=str(tmp_path / "FINAL"))
     assert models.stop_ids_of(saved, tokenizer) == models.stop_ids(tokenizer, model) and 65 in models.stop_ids_of(
         saved, tokenizer
@@ -110,10 +110,10 @@ def test_the_stop_set_without_weights_is_the_loaded_models(config, tokenizer, tm
 def test_stop_sets_of_student_and_teacher_are_compared(config, tokenizer, tmp_path):
     own = models.stop_ids(tokenizer)
     model = models.load_model(config, trainable=False)
-    saving.save_model(model, tokenizer, tmp_path / "same")
+    export.save_model(model, tokenizer, tmp_path / "same")
     assert stop_notes(config, tokenizer, own, str(tmp_path / "same")) == stop_notes(config, tokenizer, own, None)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 65]
-    saving.save_model(model, tokenizer, tmp_path / "more")
+    export.save_model(model, tokenizer, tmp_path / "more")
     assert "student and teacher end turns differently" in stop_notes(config, tokenizer, own, str(tmp_path / "more"))[-1]
     with pytest.raises(ValueError, match="end a turn with different tokens"):
         stop_notes(config, tokenizer, [66], str(tmp_path / "same"))

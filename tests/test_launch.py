@@ -36,7 +36,7 @@ def test_a_typo_is_one_line_with_the_nearest_key_and_no_traceback(tmp_path, data
 
 def test_a_strategy_that_is_not_running_is_refused(tmp_path, data):
     message = refused(composed(*base(tmp_path, data, "strategy=fsdp", "exp_name=s")))
-    assert "fsdp" in message and "none" in message
+    assert "strategy=fsdp: 1 process(es)" in message and "torchrun" in message
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import models
-from engine import export as saving
+from engine import export
 from settings.schema import ModelConfig, typed
 from tasks import evaluate
 from tests.helpers import composed, launch
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = shop.generate(1)["pairs_test.jsonl"][:NUM_ROWS]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = typed(composed("model=quickstart_student")["model"], ModelConfig)
-    saving.save_model(models.load_model(config, trainable=False), models.load_tokenizer(config), folder / "model")
+    export.save_model(models.load_model(config, trainable=False), models.load_tokenizer(config), folder / "model")
     (folder / "tasks").mkdir()
     task = {
         "task": "shop_pairs",

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import models
 from assets import smollm2
 from dataloader import Sequences, Tokens, collate, encode_prompt, turn_end
-from engine import export as saving
+from engine import export
 from settings.schema import ModelConfig, typed
 from tests.helpers import ROOT, composed
 
@@ -138,13 +138,13 @@ def test_activation_checkpointing_gives_the_same_gradient(config):
 
 def test_num_layers_keeps_the_first_blocks_and_leaves_other_sources_alone(config, tokenizer, tmp_path):
     whole = models.load_model(replace(config, build={**BUILD, "num_hidden_layers": 4}), trainable=False)
-    saving.save_model(whole, tokenizer, tmp_path / "whole")
+    export.save_model(whole, tokenizer, tmp_path / "whole")
     student = replace(config, name_or_path=str(tmp_path / "whole"), build=None, num_layers=2)
     pruned = models.load_model(student, trainable=False)
     assert len(pruned.model.layers) == pruned.config.num_hidden_layers == 2
     kept = pruned.model.layers[1].mlp.up_proj.weight
     assert torch.equal(kept, whole.model.layers[1].mlp.up_proj.weight)
-    saving.save_model(pruned, tokenizer, tmp_path / "FINAL")
+    export.save_model(pruned, tokenizer, tmp_path / "FINAL")
     again = models.load_model(replace(student, load_from=str(tmp_path / "FINAL")), trainable=False)
     assert torch.equal(again.model.layers[1].mlp.up_proj.weight, kept)
     teacher = models.load_model(student, source=str(tmp_path / "whole"), trainable=False)
@@ -156,22 +156,22 @@ def test_num_layers_keeps_the_first_blocks_and_leaves_other_sources_alone(config
 
 def test_saving_and_loading_gives_the_same_model_and_digest(config, model, tokenizer, tmp_path):
     folder = tmp_path / "FINAL"
-    saving.save_model(model, tokenizer, folder)
-    saving.save_model(model, tokenizer, folder)  # over itself
+    export.save_model(model, tokenizer, folder)
+    export.save_model(model, tokenizer, folder)  # over itself
     loaded = replace(config, load_from=str(folder), tokenizer_name_or_path=None)
     again = models.load_model(loaded, trainable=False)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert not list(tmp_path.glob("*.tmp")) and (folder / "model.safetensors").is_file()
     assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     assert models.tokenizer_digest(models.load_tokenizer(loaded)) == models.tokenizer_digest(tokenizer)
-    saving.save_model(again, tokenizer, tmp_path / "copy")
+    export.save_model(again, tokenizer, tmp_path / "copy")
     assert models.model_digest(folder) == models.model_digest(tmp_path / "copy") == models.config_digest(loaded)
 
 
 def test_digests_tell_weights_templates_and_tokenizers_apart(config, model, tokenizer, tmp_path):
-    saving.save_model(model, tokenizer, tmp_path / "one")
+    export.save_model(model, tokenizer, tmp_path / "one")
     other = models.load_model(replace(config, build_seed=9), trainable=False)
-    saving.save_model(other, tokenizer, tmp_path / "other")
+    export.save_model(other, tokenizer, tmp_path / "other")
     assert models.model_digest(tmp_path / "one") != models.model_digest(tmp_path / "other")
     own = models.tokenizer_digest(tokenizer)
     changed = models.load_tokenizer(config)
@@ -191,7 +191,7 @@ def test_merged_lora_computes_what_the_adapters_did_and_training_can_go_on(confi
     peft = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None}
     lora_config = replace(config, use_peft=True, peft=peft)
     tied = replace(lora_config, build={**BUILD, "tie_word_embeddings": True})
-    adapted = saving.add_lora(models.load_model(tied, trainable=True), tied)
+    adapted = export.add_lora(models.load_model(tied, trainable=True), tied)
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     torch.manual_seed(0)
@@ -200,7 +200,7 @@ def test_merged_lora_computes_what_the_adapters_did_and_training_can_go_on(confi
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     sequences = collate(ragged(), 256)
     expected = models.response_logits(adapted, sequences, 259).logits
-    saving.save_model(adapted, tokenizer, tmp_path / "FINAL", state_dict=adapted.state_dict())
+    export.save_model(adapted, tokenizer, tmp_path / "FINAL", state_dict=adapted.state_dict())
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
     plain = models.load_model(replace(config, load_from=str(tmp_path / "FINAL"), build=None), trainable=False)
     assert not any("lora" in name for name in plain.state_dict())
@@ -215,11 +215,11 @@ def test_lora_starts_the_same_on_every_rank(config):
     for seed in (1, 2):
         torch.manual_seed(seed)
         states.append(
-            saving.add_lora(models.load_model(config, trainable=True), replace(config, peft=peft)).state_dict()
+            export.add_lora(models.load_model(config, trainable=True), replace(config, peft=peft)).state_dict()
         )
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     with pytest.raises(ValueError, match="model.peft"):
-        saving.add_lora(
+        export.add_lora(
             models.load_model(config, trainable=True), replace(config, peft={**peft, "target_modules": ["no_such"]})
         )
 
@@ -307,7 +307,7 @@ def test_a_folder_with_missing_weights_is_refused(config, tokenizer, tmp_path):
 
 
 def test_a_torn_weights_file_is_refused(config, model, tokenizer, tmp_path):
-    saving.save_model(model, tokenizer, tmp_path / "m")
+    export.save_model(model, tokenizer, tmp_path / "m")
     file = tmp_path / "m/model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot load the model from the folder"):

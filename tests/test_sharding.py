@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import launch
 import models
-from engine import export as saving
-from engine.sharding import blocks_of
+from engine import export
+from engine.compiling import blocks_of
 from tests.helpers import ROOT, composed, rows_of, write_pairs
 
 # Sums over 8 ragged rows in another order, three to ten AdamW steps at lr 1e-3 (see test_layout.py).
@@ -133,7 +133,7 @@ def test_a_sharded_checkpoint_resumes_on_one_process_and_on_two(tmp_path, overri
 def test_only_rank_0_reads_the_weights(tmp_path, overrides, extra, models_read):
     start = tmp_path / "start"
     settings = launch.settings_of(composed(*overrides)).model
-    saving.save_model(models.load_model(settings, trainable=True), models.load_tokenizer(settings), start)
+    export.save_model(models.load_model(settings, trainable=True), models.load_tokenizer(settings), start)
     read = [o for o in overrides if not o.startswith("loss")] + [f"model.load_from={start}", "n_steps=3", *extra]
     sharded = two([*read, "exp_name=two"], ("-m", "tests.count_reads"))
     launch.run_task(composed(*read, "exp_name=one"))

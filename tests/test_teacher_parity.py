@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 import launch
 import models
 from dataloader import collate, load_examples
+from engine.placement import Replicated
+from engine.processes import Processes
 from functional import topk_kl, topk_logps
 from models import response_logits
 from tests.helpers import ROOT, composed, write_pairs
@@ -34,7 +35,7 @@ def setup(tmp_path_factory):
     raw = composed(*common, "loss=dckd", f"loss.teacher_cache={base}/cache/CACHE", "loss.tail=bucket")
     settings = launch.settings_of(raw)
     tokenizer = models.load_tokenizer(settings.model)
-    trainer = DCKD(settings, tokenizer, Accelerator(cpu=True))
+    trainer = DCKD(settings, tokenizer, Replicated(Processes(), settings.model))
     items = trainer.items(load_examples(settings.datasets, "train", tokenizer, settings.model), "train")
     student = models.load_model(settings.model, trainable=False)
     teacher = models.load_model(settings.model, source=f"{base}/teacher/FINAL", trainable=False)

@@ -17,6 +17,8 @@ import functional
 import launch
 import models
 from dataloader import Tokens, collate
+from engine.placement import Replicated
+from engine.processes import Apart
 from models import response_logits, teacher_logits
 from teacher.cache import Reader, Writer
 from tests.helpers import ROOT, composed, rows_of, write_pairs
@@ -267,9 +269,9 @@ def test_a_teachers_precision_is_its_own_key_and_a_references_the_policys():
     config = launch.settings_of(composed("model=tiny")).model
     assert str(models.teacher_path(config, "cuda")) == "weights=float16 compute=float16 head=float32 attention=default"
     assert models.teacher_path(replace(config, reference_dtype="float32"), "cuda").compute == torch.float32
-    assert models.teacher_path(config, "cpu").weights == models.reference_path(config, "cpu").weights == torch.float32
     narrow = replace(config, policy_dtype="bfloat16")
-    assert models.reference_path(narrow, "cpu") != models.reference_path(config, "cpu")
+    paths = [str(Replicated(Apart(), c).reference_path()) for c in (config, narrow)]
+    assert paths == [f"weights=float32 compute={d} head={d} attention=default" for d in ("float32", "bfloat16")]
 
 
 # ---- two processes

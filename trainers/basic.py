@@ -8,23 +8,18 @@ Data order, dropout and learning rate are functions of (seed, step): a resumed r
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-import models
 from dataloader import Example, Sequences, epoch_order, local_micro_batches
-from engine import checkpoint, sharding
-from engine import export as saving
-from engine import preemption as signals
-from engine.compiling import compile_blocks
+from engine import checkpoint, export, preemption
 from engine.metrics import Mean, MetricsFile, Window, means, named
-from engine.optimizer import learning_rate_scale, optimizer_of, seed_step
+from engine.optimizer import learning_rate_scale, seed_step
+from engine.placement import Placement
 from engine.tracking import tracker
 from functional import token_logps
 from models import response_logits
@@ -42,26 +37,21 @@ class BasicTrainer:
     needs: ClassVar[Needs]
     formula: ClassVar[str]  # what is minimized, with the config's keys in {braces}
     source: ClassVar[str]  # arXiv number or author
-    head: ClassVar[str] = (
-        "lm"  # lm | reward | value (a causal model that also estimates what is to come): what the model ends in
-    )
+    # What the model ends in: lm | reward | value (a causal model that also estimates what is to come).
+    head: ClassVar[str] = "lm"
 
-    def __init__(self, settings: Settings, tokenizer: Any, accelerator: Accelerator) -> None:
+    def __init__(self, settings: Settings, tokenizer: Any, placement: Placement) -> None:
         self.settings, self.run_config, self.model_config = settings, settings.run, settings.model
         self.config: Any = settings.loss
-        self.tokenizer, self.accelerator = tokenizer, accelerator
+        self.tokenizer, self.placement, self.processes = tokenizer, placement, placement.processes
         self.vocab_size = len(tokenizer)
-        world_size, accum = accelerator.num_processes, settings.model.gradient_accumulation_steps
+        world_size, accum = self.processes.world_size, settings.model.gradient_accumulation_steps
         if settings.model.batch_size % (world_size * accum):
             raise ValueError(
                 f"model.batch_size={settings.model.batch_size} (global) is not divisible by {world_size} processes x "
                 f"model.gradient_accumulation_steps={accum}; a multiple of {world_size * accum} works"
             )
         self.micro_size = settings.model.batch_size // (world_size * accum)
-        self.own_sharding = sharding.is_ours(settings.run.strategy, accelerator)
-        self.is_filled = (
-            self.own_sharding and accelerator.process_index > 0
-        )  # models come without weights, which rank 0 sends
         self.reference: torch.nn.Module | None = None
         self.frozen_models: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
@@ -123,7 +113,7 @@ class BasicTrainer:
         if self.reference is not None:
             yield self.reference
         else:
-            with self.accelerator.unwrap_model(self.policy).disable_adapter():
+            with self.placement.unwrapped(self.policy).disable_adapter():
                 yield self.policy
 
     def reference_logps(self, batch: Batch) -> Tensor:
@@ -154,18 +144,15 @@ class BasicTrainer:
 
     def gathered(self, values: list[Any]) -> list[Any]:
         """Join the lists of all ranks, in the order of ranks."""
-        return gather_object(values)
+        return self.processes.gathered(values)
 
-    def autocast(self, model: torch.nn.Module) -> Any:
-        """Return the context in which a model of this precision is run."""
-        device = self.accelerator.device
-        dtype = models.resolve_dtype(self.model_config.policy_dtype, device)
-        stored = next(model.parameters()).dtype
-        return nullcontext() if stored in (dtype, torch.float64) else torch.autocast(device.type, dtype)
+    def autocast(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        """Return the context in which a model is run in its precision."""
+        return self.placement.precision(model)
 
     def batch_of(self, items: list[Item]) -> Batch:
         """Pad items onto this rank's device."""
-        return make_batch(items, self.tokenizer.pad_token_id).to(self.accelerator.device)
+        return make_batch(items, self.tokenizer.pad_token_id).to(self.placement.device)
 
     # ---- the loop
 
@@ -173,14 +160,10 @@ class BasicTrainer:
         self, policy: torch.nn.Module, reference: torch.nn.Module | None, train: list[Item], test: list[Item]
     ) -> dict[str, float]:
         """Train to the end, resuming from the newest whole checkpoint; return the last evaluation's metrics."""
-        run, accelerator = self.run_config, self.accelerator
-        self.reference = reference if reference is None else self.place_reference(reference)
-        compile_blocks(policy, self.model_config)
-        if self.own_sharding:
-            self.policy = sharding.shard(policy, accelerator.device, self.model_config.block_class)
-            self.optimizer = optimizer_of(self.policy, run)
-        else:
-            self.policy, self.optimizer = accelerator.prepare(policy, optimizer_of(policy, run))
+        run, processes = self.run_config, self.processes
+        self.reference = reference and self.placement.place_reference(reference, moving=bool(run.sync_reference))
+        self.placement.place_policy(policy, run)
+        self.policy = self.placement.policy
         self.train_items, self.test_items = train, test
         self.steps_per_epoch = math.ceil(len(train) / self.model_config.batch_size)
         self.total_steps = run.n_steps or run.n_epochs * self.steps_per_epoch * self.steps_per_batch
@@ -188,8 +171,8 @@ class BasicTrainer:
         self.window, self.examples_seen = Window(), 0
         step = self._resume()
         first = step + 1
-        self.rows = MetricsFile(run.run_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
-        self.tracker = tracker(self.settings, step) if accelerator.is_main_process else None
+        self.rows = MetricsFile(run.run_dir / "metrics.jsonl", step) if processes.is_main else None
+        self.tracker = tracker(self.settings, step) if processes.is_main else None
         if run.do_first_eval and step == 0:
             self._evaluate_and_log(0)
         started, tokens = time.perf_counter(), 0
@@ -198,7 +181,7 @@ class BasicTrainer:
             initial=step,
             desc=run.exp_name,
             mininterval=1,
-            disable=not accelerator.is_local_main_process,
+            disable=not processes.is_local_main,
         )
         last_eval: dict[str, float] = {}
         for step in range(first, self.total_steps + 1):
@@ -210,30 +193,20 @@ class BasicTrainer:
             if step == self.total_steps or (run.eval_every and step % run.eval_every == 0):
                 last_eval = self._evaluate_and_log(step)
             whole = step < self.total_steps and self.may_stop(step)
-            stop = whole and signals.stop_agreed(self._reduce)
+            stop = whole and preemption.stop_agreed(self._reduce)
             if stop or (whole and run.save_every and step % run.save_every == 0):
                 self._save(step)
             if stop:
-                signals.leave(step)
+                preemption.leave(step)
         bar.close()
         if self.tracker is not None:
             self.tracker.finish()
         return last_eval
 
-    def place_reference(self, reference: torch.nn.Module) -> torch.nn.Module:
-        """Put the frozen reference on this rank's device, sharded as the policy is."""
-        reference.eval()
-        compile_blocks(reference, self.model_config)
-        if self.own_sharding:
-            return sharding.shard(reference, self.accelerator.device, self.model_config.block_class)
-        if self.accelerator.distributed_type.value == "FSDP":
-            return self.accelerator.prepare_model(reference, evaluation_mode=True)
-        return reference.to(self.accelerator.device)
-
     def micro_items(self, step: int) -> list[list[Item]]:
         """Return this rank's micro-batches of a step; ranks without a row get an uncounted filler."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
-        size, world_size = self.model_config.batch_size, self.accelerator.num_processes
+        size, world_size = self.model_config.batch_size, self.processes.world_size
         order = epoch_order(len(self.train_items), self.run_config.seed, epoch)
         chosen = order[index * size : (index + 1) * size]
         self.examples_seen += len(chosen)
@@ -242,7 +215,7 @@ class BasicTrainer:
     def deal(self, items: list[Item], indices: list[int], micro_size: int, world_size: int) -> Iterator[list[Item]]:
         """Yield this rank's micro-batches of the items at `indices`, the same number on every rank."""
         micro_steps = math.ceil(math.ceil(len(indices) / world_size) / micro_size)
-        for micro in local_micro_batches(indices, micro_size, micro_steps, self.accelerator.process_index, world_size):
+        for micro in local_micro_batches(indices, micro_size, micro_steps, self.processes.rank, world_size):
             yield [items[i] for i in micro] or [items[indices[0]].filler()]
 
     def global_counts(self, batches: list[Batch]) -> dict[str, float]:
@@ -253,9 +226,7 @@ class BasicTrainer:
         return dict(zip(names, self._reduce(local).tolist(), strict=True))
 
     def _reduce(self, table: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return table
-        return self.accelerator.reduce(table.to(self.accelerator.device), "sum").cpu()
+        return self.processes.reduce(table)
 
     def terms(self, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, dict[str, Mean]]:
         """Return a batch's share of the global mean loss, and its metrics with the terms among them."""
@@ -270,49 +241,27 @@ class BasicTrainer:
 
     def _step(self, step: int) -> int:
         """Do one optimizer step; return the number of supervised tokens this rank saw."""
-        run, accelerator = self.run_config, self.accelerator
-        seed_step(run.seed, step, accelerator.process_index)
+        run = self.run_config
+        seed_step(run.seed, step, self.processes.rank)
         self.policy.train()
         batches = self.prepared([self.batch_of(items) for items in self.micro_items(step)], True)
         counts = self.global_counts(batches)
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with self._unsynced(last):
+            with self.placement.micro_batch(last=i == len(batches) - 1):
                 loss, metrics = self.terms(batch, counts)
-                # DDP and FSDP average gradients over ranks; the counts are already global.
-                accelerator.backward(loss * accelerator.num_processes)
+                self.placement.backward(loss)
             self.window.add(metrics)
-        norm = float(
-            sharding.plain(accelerator.clip_grad_norm_(self.policy.parameters(), self.model_config.max_grad_norm))
-        )
+        rate = run.lr * learning_rate_scale(step - 1, self.total_steps, self.warmup_steps, run.scheduler)
+        norm = self.placement.step(rate, self.model_config.max_grad_norm)
         if not math.isfinite(norm):
             raise ValueError(
                 f"step {step}: the gradient norm is {norm}; the update was not made. Lower lr or check the data"
             )
-        scale = learning_rate_scale(step - 1, self.total_steps, self.warmup_steps, run.scheduler)
-        for group in self.optimizer.param_groups:
-            group["lr"] = run.lr * scale
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if run.sync_reference and step % run.sync_reference == 0:
-            self._sync_reference()
+            assert self.reference is not None, "checked before the model was loaded"
+            self.placement.move_reference(self.reference, run.sync_reference_rate)
         self.window.add({"grad_norm": Mean(norm, 1.0)})
         return sum(int(batch.sequences.response.sum()) for batch in batches)
-
-    def _unsynced(self, last: bool) -> Any:
-        """Return the context of a micro-batch: gradients are reduced over ranks with the last one only."""
-        if self.own_sharding:
-            sharding.set_gradient_sync(self.policy, last)
-            return nullcontext()
-        return nullcontext() if last else self.accelerator.no_sync(self.policy)
-
-    @torch.no_grad()
-    def _sync_reference(self) -> None:
-        """Move the reference toward the policy by sync_reference_rate (1: copy it), after the optimizer's step."""
-        assert self.reference is not None, "checked before the model was loaded"
-        policy = self.accelerator.unwrap_model(self.policy)
-        for old, new in zip(self.reference.parameters(), policy.parameters(), strict=True):
-            old.lerp_(new.to(old.dtype), self.run_config.sync_reference_rate)
 
     # ---- evaluation and logging
 
@@ -321,7 +270,7 @@ class BasicTrainer:
         """Return the global means over the test items, `loss/eval` among them."""
         window = Window()
         self.policy.eval()
-        size, world_size = self.model_config.eval_batch_size, self.accelerator.num_processes
+        size, world_size = self.model_config.eval_batch_size, self.processes.world_size
         micros: list[list[Item]] = []
         for start in range(0, len(self.test_items), size * world_size):
             indices = list(range(start, min(start + size * world_size, len(self.test_items))))
@@ -340,7 +289,7 @@ class BasicTrainer:
     def _log_train(self, step: int, tokens: int, seconds: float) -> None:
         row = named(means(self.window.reduced(self._reduce)), "train")
         total = float(self._reduce(torch.tensor([float(tokens)], dtype=torch.float64))[0])
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.placement.optimizer.param_groups[0]["lr"]
         speed = {"tokens_per_second": round(total / max(seconds, 1e-9), 1)}
         self._write({"step": step, "examples": self.examples_seen, **row, "lr": lr, **speed})
         self.window = Window()
@@ -359,7 +308,7 @@ class BasicTrainer:
 
     def _save(self, step: int) -> None:
         sums = self.window.reduced(self._reduce)
-        if not self.accelerator.is_main_process:
+        if not self.processes.is_main:
             self.window = Window()  # rank 0 carries the window of all from here on
         else:
             self.window.sums = sums
@@ -371,21 +320,25 @@ class BasicTrainer:
             "total_steps": self.total_steps,
         }
         run = self.run_config
-        main = self.accelerator.is_main_process
-        checkpoint.save(run.run_dir, step, self._moving_models(), self.optimizer, state, main, run.keep_last)
+        if self.processes.is_main:
+            checkpoint.open_folder(run.run_dir, step)
+        self.processes.wait()
+        self.placement.write(checkpoint.part(run.run_dir, step), self._moving_models())
+        self.processes.wait()
+        if self.processes.is_main:
+            checkpoint.close_folder(run.run_dir, step, state, run.keep_last)
         if run.intermediate_checkpoints:
             self.save_model(f"step-{step}")
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
 
     def _moving_models(self) -> dict[str, torch.nn.Module]:
-        synced = {"reference": self.reference} if self.run_config.sync_reference and self.reference is not None else {}
-        return {"model": self.policy, **synced}
+        return {"reference": self.reference} if self.run_config.sync_reference and self.reference is not None else {}
 
     def _resume(self) -> int:
         folder = checkpoint.newest(self.run_config.run_dir)
         if folder is None:
             return 0
-        state = checkpoint.load(folder, self._moving_models(), self.optimizer)
+        state = checkpoint.state_of(folder)
         for key, now in (("data", self.data_digest()), ("total_steps", self.total_steps)):
             if state[key] != now:
                 raise ValueError(
@@ -393,18 +346,18 @@ class BasicTrainer:
                     "schedule, "
                     "another exp_name, or remove the folder"
                 )
+        self.placement.read(folder, self._moving_models())
         self.examples_seen, self.state = state["examples"], state["method"]
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             self.window.sums = state["window"]
-        self.accelerator.print(f"resumed from {folder}")
+        self.processes.print(f"resumed from {folder}")
         return state["step"]
 
     def save_model(self, name: str) -> None:
         """Write the policy as an ordinary Hugging Face folder run_dir/name (LoRA merged); all ranks call it."""
-        own = self.own_sharding
-        state = sharding.whole_state_dict(self.policy) if own else self.accelerator.get_state_dict(self.policy)
+        state = self.placement.whole_weights()
         state = {key: value for key, value in state.items() if not key.startswith(VALUE_HEAD)}  # an aid of training
-        if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.policy)
-            saving.save_model(model, self.tokenizer, self.run_config.run_dir / name, state_dict=state)
-        self.accelerator.wait_for_everyone()
+        if self.processes.is_main:
+            model = self.placement.unwrapped(self.policy)
+            export.save_model(model, self.tokenizer, self.run_config.run_dir / name, state_dict=state)
+        self.processes.wait()

@@ -67,7 +67,7 @@ class DCKD(BasicTrainer):
         ]
         keys = [content_key(s.ids, s.response) for pair in pairs for s in pair]
         if split == "test" and reader.coverage(keys) < 1.0:
-            self.accelerator.print("the teacher cache does not hold the test split: loss/eval is the NLL term alone")
+            self.processes.print("the teacher cache does not hold the test split: loss/eval is the NLL term alone")
             return [Item(pair) for pair in pairs]
         return [Item(pair, tuple(Entry(**reader.get(s.ids, s.response)) for s in pair)) for pair in pairs]
 

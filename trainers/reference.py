@@ -51,7 +51,7 @@ def meta_of(trainer: BasicTrainer, items: list[Item]) -> Meta:
         tokenizer_digest=models.tokenizer_digest(tokenizer),
         template_digest=models.template_digest(tokenizer),
         data_digest=data_digest(_key(tokens) for tokens in _sequences(items)),
-        precision=str(models.reference_path(config, trainer.accelerator.device)),
+        precision=str(trainer.placement.reference_path()),
     )
 
 
@@ -81,8 +81,8 @@ def score(trainer: BasicTrainer, reference: torch.nn.Module, items: list[Item], 
     """
     own = hashlib.sha256(str(trainer.run_config.run_dir.resolve()).encode()).hexdigest()[:8]
     part = folder.with_name(f"{folder.name}.{own}.part")
-    reference = trainer.place_reference(reference)
-    rank, world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    reference = trainer.placement.place_reference(reference)
+    rank, world_size = trainer.processes.rank, trainer.processes.world_size
     batches = batches_of(_sequences(items), trainer.model_config.eval_batch_size)
     todo = left_to_do(batches, stored_keys(part, meta), rank, world_size)
 

@@ -224,13 +224,13 @@ def answers(
     trainer: BasicTrainer, prompts: list[list[int]], seeds: list[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
     """Response to each prompt with the policy as it stands; all ranks call it."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.policy)
+    placement = trainer.placement
+    model: Any = placement.unwrapped(trainer.policy)
     stop = models.stop_ids(trainer.tokenizer, model)
-    sharded = trainer.own_sharding or trainer.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
     training = model.training
     model.eval()
-    with trainer.autocast(model):
-        responses = sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop, sharded)
+    with placement.generating(trainer.policy):
+        responses = sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop, placement.in_step)
     model.train(training)
     return responses
 

@@ -1,0 +1,183 @@
+"""Every method under every placement gives the model of one process, on two CPU processes (gloo).
+
+SGD makes a parameter's change its gradient. So a difference is an error of gradients, not of Adam's division of small
+numbers by small ones. One spawn of two processes does all runs of a placement.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from safetensors.torch import load_file
+
+import launch
+from tests.chain import chain_of
+from tests.helpers import ROOT, composed, rows_of
+
+ATOL = 1e-6  # float32 sums in another order: measured below 4e-7 where the parameters move by more than 1e-3
+FSDP_FILE = {  # what `accelerate launch --config_file accelerate_config/fsdp_2gpu.yaml` sets
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+
+
+class Case(NamedTuple):
+    """A run: its name and what it overrides."""
+
+    name: str
+    overrides: list[str]
+
+
+def cases(world: dict[str, str]) -> list[Case]:
+    """Return {methods} x {full, LoRA}, and the options on DPO and on rollouts."""
+    base, teacher = world["base"], f"{world['base']}/teacher/FINAL"
+    verifier = ["loss.verifier=tests.rewards:length", "loss.max_new_tokens=6"]
+    methods = {
+        "sft": ["loss=sft"],
+        "dpo": ["loss=dpo", "loss.nll_weight=0.3"],
+        "dpo_cached": ["loss=dpo", "cache_reference_logprobs=true"],
+        "dckd": ["loss=dckd", f"loss.teacher_cache={base}/cache/CACHE"],
+        "adpa": ["loss=adpa", f"loss.generations={world['generations']}", f"loss.advantages={base}/adv/CACHE"],
+        "gkd": ["loss=gkd", f"loss.teacher={teacher}", "loss.max_new_tokens=6"],
+        "kto": ["loss=kto"],
+        "ppo": ["loss=ppo", *verifier],
+        "grpo": ["loss=grpo", "loss.n=2", *verifier],
+    }
+    lora = ["model.use_peft=true", "model.peft.lora_r=4", "model.peft.lora_dropout=0"]
+    accumulate = ["model.gradient_accumulation_steps=2"]
+    found = [Case(name, [*overrides, *accumulate]) for name, overrides in methods.items()]
+    found += [Case(f"{name}_lora", [*overrides, *lora]) for name, overrides in methods.items()]
+    found += [
+        Case("dpo_checkpointed", [*methods["dpo"], "model.activation_checkpointing=true"]),
+        Case("dpo_synced", [*methods["dpo"], "sync_reference=1", "sync_reference_rate=0.5"]),
+        Case("ppo_synced", [*methods["ppo"], "sync_reference=1"]),
+    ]
+    return found
+
+
+def common(world: dict[str, str], case: Case, name: str) -> list[str]:
+    """Return a run's overrides."""
+    return [
+        f"cache_dir={world['base']}",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={world['data']}",
+        world["start"],
+        f"exp_name={name}/{case.name}",
+        "optimizer=SGD",
+        "lr=0.1",
+        "scheduler=constant",
+        "warmup=0",
+        "n_steps=3",
+        "log_every=1",
+        "model.batch_size=8",
+        *case.overrides,
+    ]
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def two_processes(runs: list[dict], folder: Path) -> None:
+    """Do the runs on two processes; the error of the first one that fails is shown."""
+    plan = folder / "runs.json"
+    plan.write_text(json.dumps([{"port": free_port(), **run} for run in runs]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.many_runs", str(plan)],
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=600)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(error[-3000:] for error in errors)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The chain's caches, and every case on one process."""
+    found = chain_of(tmp_path_factory.mktemp("placement"))
+    for case in cases(found):
+        launch.run_task(composed(*common(found, case, "one")))
+    return found
+
+
+def difference(world: dict[str, str], case: Case, name: str) -> tuple[float, float]:
+    """Return the largest difference of a run's weights from one process's, and how far these moved."""
+    base = Path(world["base"])
+    start, one, other = (
+        load_file(base / folder / "FINAL" / "model.safetensors")
+        for folder in ("start", f"one/{case.name}", f"{name}/{case.name}")
+    )
+    assert one.keys() == other.keys()
+    moved = max(float((one[key] - start[key]).abs().max()) for key in one)
+    return max(float((one[key] - other[key]).abs().max()) for key in one), moved
+
+
+def bfloat16(world: dict[str, str]) -> Case:
+    """Return DPO computed in bfloat16, policy and reference with equal weights at the first step."""
+    return Case("dpo_bfloat16", ["loss=dpo", "model.policy_dtype=bfloat16", "n_steps=2"])
+
+
+def check_ln_2(world: dict[str, str], name: str) -> None:
+    """The first loss is ln 2 to the last bit of float32: every log-ratio was exactly 0."""
+    rows = rows_of(Path(world["base"]) / name / "dpo_bfloat16" / "metrics.jsonl")
+    assert rows[0]["loss/train"] == pytest.approx(0.6931471805599453, abs=1e-7)
+    assert rows[0]["rewards_train/margins"] == 0.0
+    assert rows[1]["rewards_train/margins"] != 0.0  # and then the policy moved
+
+
+def test_in_bfloat16_policy_and_reference_begin_with_the_same_bits(world):
+    launch.run_task(composed(*common(world, bfloat16(world), "one")))
+    check_ln_2(world, "one")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "overrides", "environment"),
+    [
+        ("torchrun", ["strategy=fsdp"], {}),
+        ("accelerate", [], FSDP_FILE),
+        ("ddp", ["strategy=ddp"], {}),
+    ],
+    ids=["fsdp by torchrun", "fsdp by accelerate's file", "ddp"],
+)
+def test_every_method_gives_the_model_of_one_process(world, tmp_path, name, overrides, environment):
+    chosen = cases(world) if name != "accelerate" else [c for c in cases(world) if "_" not in c.name]
+    runs = [{"overrides": [*common(world, case, name), *overrides], "environment": environment} for case in chosen]
+    if name == "torchrun":
+        runs.append({"overrides": [*common(world, bfloat16(world), name), *overrides], "environment": {}})
+    two_processes(runs, tmp_path)
+    wrong = []
+    for case in chosen:
+        found, moved = difference(world, case, name)
+        if not (found <= ATOL and moved > 1000 * ATOL):
+            wrong.append(f"{case.name}: {found:.1e} of {moved:.1e}")
+        one, other = (rows_of(Path(world["base"]) / n / case.name / "metrics.jsonl") for n in ("one", name))
+        for a, b in zip(one, other, strict=True):
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5), case.name
+    assert not wrong, "\n".join(wrong)
+    if name == "torchrun":
+        check_ln_2(world, name)
