@@ -78,7 +78,8 @@ class Apart(Processes):
     def __init__(self) -> None:
         names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
         self.rank, self.world_size, local = (int(os.environ.get(name, default)) for name, default in names)
-        found = torch.accelerator.current_accelerator(check_available=True)
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+        found = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
         self.device = torch.device("cpu") if found is None else torch.device(found.type, local)
         if found is not None:
             torch.accelerator.set_device_index(local)

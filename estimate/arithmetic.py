@@ -295,19 +295,15 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
 
 def scoring_memory(model: Model, batch: Batch, width: int, teachers: int) -> Memory:
     """Return the bytes on a device of task=cache: each process holds one or two whole teachers in `width` bytes a
-    weight.
+    weight, and one teacher's logits at a time. A narrow teacher's are float32, of the response positions alone.
     """
     weights = teachers * model.parameters * width
     block = scored_block(model, batch, width)
-    output, response = logits_bytes(model, batch, width)
-    logits = (teachers - 1) * response + output + response
-    chunk = chunk_bytes(model, batch.responses, width)
+    output, response = logits_bytes(model, batch, FLOAT32)
+    logits = output + response if width == FLOAT32 else response
+    chunk = chunk_bytes(model, batch.responses, FLOAT32)
     terms = {"weights": weights, "a block at work": block, "logits": logits, "float32 chunk": chunk}
-    phases = {
-        "blocks": weights + (teachers - 1) * response + block,
-        "top k": weights + max(logits, teachers * response + chunk),
-    }
-    return Memory(terms, phases)
+    return Memory(terms, {"blocks": weights + block, "top k": weights + max(logits, response + chunk)})
 
 
 def generation_memory(model: Model, rows: int, length: int, width: int) -> Memory:

@@ -12,6 +12,7 @@ from engine.processes import Apart
 from models import NumericPath
 from settings.schema import Settings
 from teacher.cache import Arrays, Meta, Writer, begin, content_key, data_digest, finish, stored_keys
+from teacher.precision import teacher_path
 from teacher.quantities import Quantity, quantity_of
 from teacher.scoring import Scorer, batches_of, left_to_do, score_all
 
@@ -74,7 +75,7 @@ def _path(settings: Settings, quantity: Quantity, process: Apart) -> NumericPath
         return NumericPath(dtype, dtype, dtype, "vllm")
     if quantity.policy_path:
         return Replicated(process, settings.model).reference_path()
-    return models.teacher_path(settings.model, process.device)
+    return teacher_path(settings.model, process.device)
 
 
 def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:

@@ -15,6 +15,7 @@ from engine.strategy import placement_of
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
 from settings.schema import Settings
+from teacher.precision import teacher_dtype
 from trainers import reference
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
@@ -111,7 +112,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
             check_reward_model(folder, f"loss.{name}")
         device = trainer.placement.device
         if head == "lm":
-            dtype = models.teacher_dtype(settings.model, device)
+            dtype = teacher_dtype(settings.model, device)
         else:
             dtype = models.resolve_dtype(settings.model.reference_dtype, device)
         config = replace(

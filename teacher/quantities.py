@@ -28,7 +28,7 @@ class Quantity(NamedTuple):
     """A row: what is stored of each response token, how many models are asked, who can be asked, in which precision.
 
     policy_path: the model is run as a policy is (policy_dtype), because its numbers are compared with a policy's;
-    else as a teacher, in its own precision with a float32 last layer (models.teacher_logits).
+    else as a teacher, in its own precision with a float32 last layer (teacher/precision.py).
     """
 
     name: str

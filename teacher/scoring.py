@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import models
 from dataloader import Sequences, Tokens, collate
 from functional import gather_logps, log_normalizers, token_logps, topk_logps
-from models import ResponseLogits
+from models import ResponseLogits, response_logits
 from teacher.cache import Arrays, Writer, content_key
+from teacher.precision import teacher_logits
 from teacher.quantities import Quantity
 
 
@@ -90,9 +90,9 @@ class Scorer:
 
     def _logits(self, model: Any, batch: Sequences) -> ResponseLogits:
         if not self.quantity.policy_path:
-            return models.teacher_logits(model, batch, self.vocab_size)
+            return teacher_logits(model, batch, self.vocab_size)
         with self.computing(model):
-            return models.response_logits(model, batch, self.vocab_size)
+            return response_logits(model, batch, self.vocab_size)
 
 
 def split_rows(found: dict[str, Tensor], lengths: list[int]) -> list[Arrays]:

@@ -19,8 +19,10 @@ import models
 from dataloader import Tokens, collate
 from engine.placement import Replicated
 from engine.processes import Apart
-from models import response_logits, teacher_logits
+from models import response_logits
+from teacher import precision
 from teacher.cache import Reader, Writer
+from teacher.precision import teacher_logits, teacher_path
 from tests.helpers import ROOT, composed, rows_of, write_pairs
 
 PAD = 0
@@ -58,7 +60,7 @@ def test_a_float32_teacher_gives_the_plain_path_bit_by_bit(kind):
 
 @pytest.mark.parametrize("kind", ["capped", "bias"])
 def test_a_narrow_teachers_last_layer_is_that_of_float32_on_its_hidden_states(kind, monkeypatch):
-    monkeypatch.setattr(models, "CHUNK_ELEMENTS", 32 * 50)  # the vocabulary in three pieces
+    monkeypatch.setattr(precision, "CHUNK_ELEMENTS", 32 * 50)  # the vocabulary in three pieces
     model, batch = tiny(kind).to(torch.bfloat16), collate(ragged(), PAD)
     asked = teacher_logits(model, batch, 99)
     assert asked.logits.dtype == torch.float32 and asked.logits.shape == (12, 99)
@@ -267,8 +269,8 @@ def test_a_killed_scoring_of_a_reference_goes_on_where_it_was(world, monkeypatch
 
 def test_a_teachers_precision_is_its_own_key_and_a_references_the_policys():
     config = launch.settings_of(composed("model=tiny")).model
-    assert str(models.teacher_path(config, "cuda")) == "weights=float16 compute=float16 head=float32 attention=default"
-    assert models.teacher_path(replace(config, reference_dtype="float32"), "cuda").compute == torch.float32
+    assert str(teacher_path(config, "cuda")) == "weights=float16 compute=float16 head=float32 attention=default"
+    assert teacher_path(replace(config, reference_dtype="float32"), "cuda").compute == torch.float32
     narrow = replace(config, policy_dtype="bfloat16")
     paths = [str(Replicated(Apart(), c).reference_path()) for c in (config, narrow)]
     assert paths == [f"weights=float32 compute={d} head={d} attention=default" for d in ("float32", "bfloat16")]

@@ -12,9 +12,10 @@ from torch import Tensor
 from dataloader import Example, Tokens
 from engine.metrics import Mean
 from functional import entropies, generalized_jsd
-from models import ResponseLogits, teacher_logits
+from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
+from teacher.precision import teacher_logits
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item
 from trainers.rollouts import Micros, answers, row_seed, with_response

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from engine.metrics import Mean
 from functional import entropies, token_logps
-from models import ResponseLogits, teacher_logits
+from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
+from teacher.precision import teacher_logits
 from trainers.batches import Batch, Item
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
 from trainers.rollouts import RolloutConfig, RolloutTrainer

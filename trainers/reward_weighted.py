@@ -16,9 +16,10 @@ from torch import Tensor
 from dataloader import Example
 from engine.metrics import Mean
 from functional import generalized_jsd, mixed_logps, row_sums, token_logps
-from models import ResponseLogits, teacher_logits
+from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
+from teacher.precision import teacher_logits
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
 from trainers.rollouts import reward_of
