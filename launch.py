@@ -29,7 +29,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.sweeps import as_sweep, job_folder
 from settings.needs import check_needs
 from settings.schema import Settings, nearest, settings_from
-from teacher.quantities import quantity_of
 
 TASKS = ("train", "cache", "generate", "evaluate", "world", "summarize", "select", "label", "report", "estimate")
 # Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
@@ -75,6 +74,8 @@ def settings_of(raw: dict[str, Any]) -> Settings:
     if method:
         check_needs(settings, method.needs, raw["loss"]["name"], method.head)
     if task == "cache":
+        from teacher.quantities import quantity_of
+
         quantity_of(settings.cache)  # refuses what contradicts itself before anything is written
     return settings
 
