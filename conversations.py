@@ -2,12 +2,12 @@
 
 Nothing here knows tokens: `dataloader.py` does. A source is a local JSONL/JSON/Parquet file, a folder written by
 `datasets.save_to_disk`, or `hub_name:split` (`hub_name#config:split` where it has several). A format is found from the
-columns unless the config names it.
+columns unless the config names it (`datasets.NAME.format`).
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,8 +109,20 @@ def _existing(path: Path, key: str) -> Path:
     return path
 
 
-def find_format(row: dict[str, Any], where: str) -> str:
-    """Name the format of a row from its columns: generation, messages, strings, hh, shp or gsm8k."""
+# ---- formats: what the columns are called. A new one is a parser here, its line in PARSERS, and `format:` in YAML
+
+
+def format_of(name: str, row: Row, where: str) -> str:
+    """Return the format that a data set names, or with `auto` the one that its first row shows."""
+    if name == "auto":
+        return find_format(row, where)
+    if name not in PARSERS:
+        raise ValueError(f"{where}: format={name!r} is not known; choose one of auto, {', '.join(PARSERS)}")
+    return name
+
+
+def find_format(row: Row, where: str) -> str:
+    """Name the format of a row from its columns; ValueError if they are nobody's."""
     if "prompt_ids" in row and ("response_ids" in row or "chosen_ids" in row):
         return "generation"
     if {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys():
@@ -127,27 +139,53 @@ def find_format(row: dict[str, Any], where: str) -> str:
     raise ValueError(
         f"{where}: cannot tell the format from the columns {sorted(row)}. Known: `messages`; `chosen` and `rejected` "
         "lists of role/content; `prompt` with `response` (or `teacher_response`), or with `chosen` and `rejected`; "
-        "`prompt` alone; "
-        "`question` with `answer`"
+        f"`prompt` alone; `question` with `answer`. Other columns need a parser and its name in format: "
+        f"{', '.join(PARSERS)} are there"
     )
 
 
-def to_conversation(row: dict[str, Any], fmt: str, where: str) -> Conversation:
+def to_conversation(row: Row, fmt: str, where: str) -> Conversation:
     """Turn a row of a known format into a conversation; ValueError names `where` (source and row)."""
     try:
-        return _PARSERS[fmt](row)
-    except (KeyError, TypeError, IndexError) as error:
+        return PARSERS[fmt](row)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{where}: not a row of format {fmt!r} ({type(error).__name__}: {error})") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _checked(messages: Any) -> list[Message]:
+def _text(content: Any, what: str) -> str:
+    """Return a content as text: a string, or OpenAI's list of parts with their texts joined; nothing else is text."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and content:
+        return "".join(_part_text(part, what) for part in content)
+    raise ValueError(f"{what} must be a text, this is {content!r:.80}: remove the row or give it one")
+
+
+def _part_text(part: Any, what: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise ValueError(f"{what} has a part that is no text, {part!r:.80}: only parts of type 'text' can be read")
+
+
+def _checked(messages: Any, what: str = "messages") -> list[Message]:
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages must be a non-empty list of role/content objects, this is {messages!r:.80}")
-    return [{"role": str(m["role"]), "content": str(m["content"] or "")} for m in messages]
+        raise ValueError(
+            f"{what} must be a text or a non-empty list of role/content objects, this is {messages!r:.80}: remove the "
+            "row or give it one"
+        )
+    return [_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
+
+
+def _message(message: Any, what: str) -> Message:
+    content = message["content"]
+    # a turn that only calls a tool has null for its content
+    return {"role": str(message["role"]), "content": "" if content is None else _text(content, f"{what}.content")}
 
 
 def _split_last(messages: list[Message]) -> tuple[list[Message], list[Message]]:
@@ -156,11 +194,11 @@ def _split_last(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     return messages[:-1], messages[-1:]
 
 
-def _response(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
+def _response(row: Row, column: str) -> list[Message]:
+    return [{"role": "assistant", "content": _text(row[column], column)}]
 
 
-def _meta(row: dict[str, Any]) -> dict[str, Any]:
+def _meta(row: Row) -> dict[str, Any]:
     heavy = (
         "messages",
         "chosen",
@@ -173,18 +211,19 @@ def _meta(row: dict[str, Any]) -> dict[str, Any]:
         "response_ids",
         "chosen_ids",
         "rejected_ids",
+        "tokenizer_digest",
     )
     return {k: v for k, v in row.items() if k not in heavy}
 
 
-def _from_messages(row: dict[str, Any]) -> Conversation:
+def _from_messages(row: Row) -> Conversation:
     if row.get("chosen") is not None:
-        prompt, chosen = _split_last(_checked(row["chosen"]))
-        other, rejected = _split_last(_checked(row["rejected"]))
+        prompt, chosen = _split_last(_checked(row["chosen"], "chosen"))
+        other, rejected = _split_last(_checked(row["rejected"], "rejected"))
         if prompt != other:
             raise ValueError("chosen and rejected answer different prompts")
         if not prompt:
-            prompt = _checked(row["prompt"])
+            prompt = _checked(row["prompt"], "prompt")
         return Conversation(prompt, chosen, rejected, None, _meta(row))
     messages = _checked(row["messages"])
     if messages[-1]["role"] != "assistant":
@@ -193,12 +232,13 @@ def _from_messages(row: dict[str, Any]) -> Conversation:
     return Conversation(prompt, None, None, response, _meta(row))
 
 
-def _from_strings(row: dict[str, Any]) -> Conversation:
-    prompt = _checked(row["prompt"])
+def _from_strings(row: Row) -> Conversation:
+    prompt = _checked(row["prompt"], "prompt")
     if "chosen" in row:
-        return Conversation(prompt, _response(row["chosen"]), _response(row["rejected"]), None, _meta(row))
-    text = row.get("response", row.get("teacher_response"))
-    return Conversation(prompt, None, None, None if text is None else _response(text), _meta(row))
+        return Conversation(prompt, _response(row, "chosen"), _response(row, "rejected"), None, _meta(row))
+    column = "response" if "response" in row else "teacher_response"
+    response = None if row.get(column) is None else _response(row, column)
+    return Conversation(prompt, None, None, response, _meta(row))
 
 
 def parse_hh(text: str) -> list[Message]:
@@ -216,36 +256,43 @@ def parse_hh(text: str) -> list[Message]:
     return messages
 
 
-def _from_hh(row: dict[str, Any]) -> Conversation:
-    return _from_messages({"chosen": parse_hh(row["chosen"]), "rejected": parse_hh(row["rejected"])})
+def _from_hh(row: Row) -> Conversation:
+    both = {column: parse_hh(_text(row[column], column)) for column in ("chosen", "rejected")}
+    return _from_messages(both)
 
 
-def _from_shp(row: dict[str, Any]) -> Conversation:
-    first, second = row["human_ref_A"], row["human_ref_B"]
+def _from_shp(row: Row) -> Conversation:
+    first, second = _response(row, "human_ref_A"), _response(row, "human_ref_B")
     chosen, rejected = (first, second) if int(row["labels"]) == 1 else (second, first)
-    return Conversation(_checked(row["history"]), _response(chosen), _response(rejected), None, _meta(row))
+    return Conversation(_checked(row["history"], "history"), chosen, rejected, None, _meta(row))
 
 
-def _from_gsm8k(row: dict[str, Any]) -> Conversation:
+def _from_gsm8k(row: Row) -> Conversation:
     """Take the question as the prompt and the whole solution as the response; the number after #### goes to meta."""
-    _, mark, final = row["answer"].rpartition("####")
+    answer = _text(row["answer"], "answer")
+    _, mark, final = answer.rpartition("####")
     if not mark or not final.strip():
-        raise ValueError(f"a gsm8k answer ends with '#### number', this one with {row['answer'][-60:]!r}")
+        raise ValueError(f"a gsm8k answer ends with '#### number', this one with {answer[-60:]!r}")
     rest = {k: v for k, v in row.items() if k != "question"}
     return Conversation(
-        _checked(row["question"]), None, None, _response(row["answer"]), _meta({**rest, "answer": final.strip()})
+        _checked(row["question"], "question"),
+        None,
+        None,
+        _response(row, "answer"),
+        _meta({**rest, "answer": final.strip()}),
     )
 
 
-def _from_generation(row: dict[str, Any]) -> Conversation:
+def _from_generation(row: Row) -> Conversation:
+    """Take a row with ids; its meta is that of the data row which it answers, and its own columns."""
+    own = {k: v for k, v in _meta(row).items() if k != "meta"}
+    meta, prompt = {**(row.get("meta") or {}), **own}, _checked(row["prompt"], "prompt")
     if "chosen_ids" in row:
-        return Conversation(
-            _checked(row["prompt"]), _response(row["chosen"]), _response(row["rejected"]), None, _meta(row)
-        )
-    return Conversation(_checked(row["prompt"]), None, None, _response(row["response"]), _meta(row))
+        return Conversation(prompt, _response(row, "chosen"), _response(row, "rejected"), None, meta)
+    return Conversation(prompt, None, None, _response(row, "response"), meta)
 
 
-_PARSERS = {
+PARSERS: dict[str, Callable[[Row], Conversation]] = {
     "messages": _from_messages,
     "strings": _from_strings,
     "hh": _from_hh,
@@ -253,6 +300,44 @@ _PARSERS = {
     "gsm8k": _from_gsm8k,
     "generation": _from_generation,
 }
+
+
+# ---- rows with token ids
+
+WAY_OUT = (
+    "Sample again with task=generate and this model's tokenizer. Or remove prompt_ids and the other columns of ids: a "
+    "data set's text is then tokenized anew"
+)
+
+
+def tokenizer_of(row: Row, where: str) -> str:
+    """Return the digest of the tokenizer that made a row's ids; ValueError if the row does not say.
+
+    Decoding the ids and comparing texts would be no proof: templates and end tokens do not show in a response's text.
+    """
+    if not row.get("tokenizer_digest"):
+        raise ValueError(f"{where}: has token ids and no tokenizer_digest, so nobody knows what they mean. {WAY_OUT}")
+    return row["tokenizer_digest"]
+
+
+def check_one_tokenizer(files: Mapping[str, Iterable[Row]]) -> None:
+    """Refuse files whose rows have ids of several tokenizers, or of an unknown one.
+
+    Whoever computes with the ids compares the digest with his own tokenizer's.
+    """
+    first: tuple[str, str] | None = None
+    for source, rows in files.items():
+        for number, row in enumerate(rows, 1):
+            if "prompt_ids" not in row:
+                continue
+            where = f"{source}, row {number}"
+            digest = tokenizer_of(row, where)
+            first = first or (digest, where)
+            if digest != first[0]:
+                raise ValueError(
+                    f"{where}: its ids are of another tokenizer (digest {digest}) than those of {first[1]} "
+                    f"({first[0]}). Keep the responses of different tokenizers apart"
+                )
 
 
 def key_of(prompt: list[Message]) -> str:
@@ -276,6 +361,7 @@ def pair_row(chosen: Row, rejected: Row) -> Row:
         "chosen_ids": chosen["response_ids"],
         "rejected": rejected["response"],
         "rejected_ids": rejected["response_ids"],
+        "tokenizer_digest": chosen["tokenizer_digest"],
         "meta": chosen.get("meta") or {},
     }
 

@@ -6,7 +6,6 @@ A sequence is tokenized once, here; its ids then travel to the cache, the genera
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conversations import Conversation, Message, find_format, read_jsonl, read_rows, to_conversation
+from conversations import (
+    WAY_OUT,
+    Conversation,
+    Message,
+    format_of,
+    read_jsonl,
+    read_rows,
+    to_conversation,
+    tokenizer_of,
+)
 from settings.schema import DatasetConfig, ModelConfig
+from templates import adds_bos, render, tokenizer_digest, turn_end
 
 
 class Tokens(NamedTuple):
@@ -26,13 +35,14 @@ class Tokens(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A tokenized row: the prompt's ids (generation prompt included) and the sequences that continue it."""
+    """A tokenized row: the prompt's ids (generation prompt included), the sequences that continue it, and its place."""
 
     prompt: list[int]
     chosen: Tokens | None
     rejected: Tokens | None
     response: Tokens | None
     conversation: Conversation
+    where: str = ""
 
 
 class Sequences(NamedTuple):
@@ -73,14 +83,19 @@ class Generation(NamedTuple):
         )
 
 
-def read_generations(path: str | Path) -> list[Generation]:
-    """Read generations.jsonl; ValueError names the file and what is wrong with it."""
+def read_generations(path: str | Path, tokenizer: Any | None) -> list[Generation]:
+    """Read generations.jsonl; ValueError names the file and what is wrong with it.
+
+    Ids of another tokenizer than the given one are refused. None takes them unseen: to show them, not to compute.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{path}: no such file; task=generate writes generations.jsonl")
-    try:
-        return [
-            Generation(
+    own, found = tokenizer_digest(tokenizer) if tokenizer is not None else "", []
+    for number, row in enumerate(read_jsonl(path), 1):
+        where = f"{path}, line {number}"
+        try:
+            generation = Generation(
                 row["prompt_ids"],
                 row["response_ids"],
                 row["prompt"],
@@ -88,47 +103,35 @@ def read_generations(path: str | Path) -> list[Generation]:
                 row["finish_reason"],
                 row.get("meta", {}),
             )
-            for row in read_jsonl(path)
-        ]
-    except KeyError as error:
-        raise ValueError(f"{path}: a row has no {error}; was it written by task=generate?") from error
+        except KeyError as error:
+            raise ValueError(f"{where}: the row has no {error}; was it written by task=generate?") from error
+        if tokenizer is not None:
+            check_ids(row, where, tokenizer, own)
+        found.append(generation)
+    return found
+
+
+# ---- whose ids they are
+
+
+def check_ids(row: dict[str, Any], where: str, tokenizer: Any, own: str) -> None:
+    """Refuse a row whose ids another tokenizer or template wrote: here they would be other text. `own`: our digest."""
+    theirs = tokenizer_of(row, where)
+    if theirs == own:
+        return
+    name = "chosen" if "chosen_ids" in row else "response"
+    raise ValueError(
+        f"{where}: its ids are of another tokenizer or chat template (digest {theirs}, this model's is {own}).\n"
+        f"  the row's text begins      {str(row.get(name))[:60]!r}\n"
+        f"  its ids begin, decoded here {tokenizer.decode(row[f'{name}_ids'][:20])[:60]!r}\n{WAY_OUT}"
+    )
 
 
 # ---- tokens of one conversation
 
 
-class TurnEnd(NamedTuple):
-    """How a template ends an assistant's turn: the id that closes it, and whether the template writes it itself."""
-
-    id: int | None
-    in_template: bool
-
-
-@lru_cache(maxsize=8)
-def turn_end(tokenizer: Any) -> TurnEnd:
-    """Find the token that the template puts after an assistant's content; without one it is the tokenizer's eos."""
-    probe = "qqq"
-    messages = [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    after = text[text.rindex(probe) + len(probe) :]
-    special = [i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in tokenizer.all_special_ids]
-    return TurnEnd(special[0], True) if special else TurnEnd(tokenizer.eos_token_id, False)
-
-
-def render(tokenizer: Any, messages: list[Message], prompt: bool) -> str:
-    """Apply the chat template as text, with the generation prompt if `prompt`."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-
-
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-@lru_cache(maxsize=8)
-def adds_bos(tokenizer: Any) -> bool:
-    """Say whether the tokenizer begins a plain text with its begin-of-sequence token."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
@@ -202,6 +205,7 @@ def encode_response(
     """Return prompt and response as Tokens, cut on the right to max_length; None if nothing is supervised."""
     if supervise == "all":
         ids, mask = _all_turns(tokenizer, [*prompt, *response], counts)
+        counts["response cut"] += any(mask[config.max_length :])
         ids, mask = ids[: config.max_length], mask[: config.max_length]
     else:
         if not response[0]["content"].strip():
@@ -259,6 +263,7 @@ def _from_ids(
     found: dict[str, Tokens] = {}
     for name in ("chosen", "rejected") if "chosen_ids" in row else ("response",):
         ids = row[f"{name}_ids"][:room]
+        counts["response cut"] += len(ids) < len(row[f"{name}_ids"])
         if not ids:
             counts["dropped: no supervised token"] += 1
             return None
@@ -267,6 +272,15 @@ def _from_ids(
 
 
 # ---- data sets
+
+
+class Source(NamedTuple):
+    """A row before it is tokenized, and where it stands."""
+
+    row: dict[str, Any]
+    format: str
+    supervise: str
+    where: str
 
 
 def load_examples(
@@ -279,12 +293,12 @@ def load_examples(
 ) -> list[Example]:
     """Read, tokenize and mix the `split` of every data set; what was dropped or cut is counted and printed.
 
-    A weight w takes round(w x rows) rows of a data set, whole repeats first. `limit` keeps the first rows of a
-    shuffle by `seed`. Raises ValueError for a missing source, a bad row, or if no row keeps a supervised token.
+    Weights mix the train split. `limit` keeps the first rows of a shuffle by `seed`. Raises ValueError for a missing
+    source, a bad row, or if no row keeps a supervised token.
     """
     if not datasets:
         raise ValueError("no data: add datasets=[NAME], e.g. datasets=[local] datasets.local.train=my.jsonl")
-    rows: list[tuple[dict[str, Any], str, str, str]] = []
+    rows: list[Source] = []
     for name, config in datasets.items():
         source = getattr(config, split)
         if source is None:
@@ -294,37 +308,63 @@ def load_examples(
         own = read_rows(source, f"datasets.{name}.{split}")
         if not own:
             raise ValueError(f"datasets.{name}.{split}={source} has no rows")
-        fmt = find_format(own[0], source) if config.format == "auto" else config.format
-        order = np.random.default_rng(seed).permutation(len(own)) if config.weight % 1 else np.arange(len(own))
-        repeats, rest = divmod(round(config.weight * len(own)), len(own))
-        picked = list(range(len(own))) * repeats + sorted(order[:rest].tolist())
-        rows += [(own[i], fmt, f"{source}, row {i + 1}", config.supervise) for i in picked]
+        fmt = format_of(config.format, own[0], source)
+        picked = drawn_rows(len(own), config, split, seed, name)
+        rows += [Source(own[i], fmt, config.supervise, f"{source}, row {i + 1}") for i in picked]
     if limit is not None and limit < len(rows):
         kept = np.random.default_rng(seed).permutation(len(rows))[:limit]
         rows = [rows[i] for i in sorted(kept)]
     return _encode_rows(rows, split, tokenizer, model)
 
 
-def _encode_rows(
-    rows: list[tuple[dict[str, Any], str, str, str]], split: str, tokenizer: Any, model: ModelConfig
-) -> list[Example]:
+def drawn_rows(count: int, config: DatasetConfig, split: str, seed: int, name: str) -> list[int]:
+    """Return which of a data set's `count` rows are used, by number: all of the test split, each once.
+
+    Of the train split round(weight x count), whole repeats first and the rest drawn by `seed`; none is a ValueError.
+    """
+    if split != "train":  # a repeated row would narrow the intervals of an evaluation
+        return list(range(count))
+    repeats, rest = divmod(round(config.weight * count), count)
+    if not repeats and not rest:
+        raise ValueError(
+            f"datasets.{name}.weight={config.weight:g} takes none of {count} rows: give at least {1 / count:.2g}, or "
+            f"leave {name} out of datasets="
+        )
+    order = np.random.default_rng(seed).permutation(count) if config.weight % 1 else np.arange(count)
+    return list(range(count)) * repeats + sorted(order[:rest].tolist())
+
+
+def _encode_rows(rows: list[Source], split: str, tokenizer: Any, model: ModelConfig) -> list[Example]:
     counts: Counter[str] = Counter()
     examples: list[Example] = []
-    for row, fmt, where, supervise in rows:
+    dropped: list[tuple[str, Conversation]] = []
+    own = tokenizer_digest(tokenizer) if any(source.format == "generation" for source in rows) else ""
+    for row, fmt, supervise, where in rows:
         conversation = to_conversation(row, fmt, where)
         if fmt == "generation":
+            check_ids(row, where, tokenizer, own)
             example = _from_ids(row, conversation, model, counts)
         else:
-            example = encode_example(tokenizer, conversation, model, supervise, counts)
+            try:
+                example = encode_example(tokenizer, conversation, model, supervise, counts)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
         if example is not None:
-            examples.append(example)
+            examples.append(example._replace(where=where))
+        else:
+            dropped.append((where, conversation))
     report = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if n)
+    report += f"; the first one dropped: {dropped[0][0]}" if dropped else ""
     if rows:
         print(f"{split}: {len(examples)} of {len(rows)} rows" + (f" ({report})" if report else ""), flush=True)
     if rows and not examples:
+        where, conversation = dropped[0]
+        response = conversation.chosen or conversation.response or [{"content": ""}]
         raise ValueError(
-            f"no {split} row keeps a supervised token ({report}). Are the responses empty, or is "
-            f"model.max_length={model.max_length} too short for prompts of up to {model.max_prompt_length} tokens?"
+            f"no {split} row keeps a supervised token ({report}). Its prompt ends with "
+            f"{conversation.prompt[-1]['content'][-60:]!r} and its response begins with "
+            f"{response[0]['content'][:60]!r}. Are the responses empty, or is model.max_length={model.max_length} too "
+            f"short for prompts of up to {model.max_prompt_length} tokens?"
         )
     return examples
 

@@ -12,7 +12,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,61 +26,51 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.sweeps import as_sweep, job_folder
+from settings.help import help_text
+from settings.methods import config_fields, find_method
 from settings.needs import check_needs
-from settings.schema import Settings, nearest, settings_from
-
-TASKS = ("train", "cache", "generate", "evaluate", "world", "summarize", "select", "label", "report", "estimate")
-# Keys that may differ when a run is started again: they change what is shown and kept, not the trained numbers.
-UNIMPORTANT = (
-    "debug",
-    "wandb",
-    "dry_run",
-    "strategy",
-    "log_every",
-    "save_every",
-    "keep_last",
-    "intermediate_checkpoints",
-    "eval_every",
-    "do_first_eval",
-    "estimate",
-)
+from settings.paths import CONFIG
+from settings.schema import Settings, nearest, require, settings_from, with_loss
+from settings.tasks import TASKS, check_task, counted
 
 
 def method_of(raw: dict[str, Any]) -> Any:
-    """Return the trainer class that loss.trainer names."""
-    name = raw["loss"].get("trainer", "")
-    if not re.fullmatch(r"trainers\.\w+\.\w+", name):
-        raise ValueError(f"loss.trainer={name!r} must name a class of a module of trainers/, e.g. trainers.dpo.DPO")
+    """Return the trainer class that loss.trainer names; a wrong key of its section is refused before it is imported."""
+    name, section = raw["loss"].get("trainer", ""), raw["loss"]
+    missing = [key for key, value in section.items() if value == "???"]
+    require(not missing, f"loss={section['name']} needs loss.{missing[0] if missing else ''}=PATH on the command line")
+    find_method(name)
+    known = [*config_fields(name), "name", "trainer"]
+    for key in section:
+        require(len(known) == 2 or key in known, f"unknown key 'loss.{key}'.{nearest(str(key), known)}")
     module, _, cls = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), cls)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"loss.trainer={name}: {error}") from error
+    method = getattr(importlib.import_module(module), cls)
+    basic = importlib.import_module("trainers.basic").BasicTrainer
+    if not (isinstance(method, type) and issubclass(method, basic)):
+        raise ValueError(f"loss.trainer={name} is no subclass of trainers.basic.BasicTrainer, which runs the loop")
+    return method
 
 
 def settings_of(raw: dict[str, Any]) -> Settings:
-    """Type and check the resolved config for the task it asks for."""
-    task = raw["task"]
-    if task not in TASKS:
-        raise ValueError(f"task={task!r} is not known.{nearest(str(task), list(TASKS))}")
-    method = None
-    if task == "train":
-        missing = [key for key, value in raw["loss"].items() if value == "???"]
-        if missing:
-            raise ValueError(f"loss={raw['loss']['name']} needs loss.{missing[0]}=PATH on the command line")
-        method = method_of(raw)
-    settings = settings_from(raw, method.Config if method else None)
-    if method:
-        check_needs(settings, method.needs, raw["loss"]["name"], method.head)
-    if task == "cache":
+    """Type and check the resolved config for the task it asks for; what needs no torch comes first."""
+    check_task(raw)
+    settings = settings_from(raw)
+    if raw["task"] == "cache":
         from teacher.quantities import quantity_of
 
         quantity_of(settings.cache)  # refuses what contradicts itself before anything is written
+    if raw["task"] != "train":
+        return settings
+    method = method_of(raw)
+    settings = with_loss(settings, method.Config)
+    check_needs(settings, method.needs, raw["loss"]["name"], method.head)
     return settings
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes the numbers."""
+    from importlib.metadata import version
+
     names = ("torch", "transformers", "accelerate", "datasets", "peft", "hydra-core", "numpy")
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
@@ -104,12 +93,11 @@ def open_run_dir(settings: Settings) -> bool:
     """
     run_dir = settings.run.run_dir
     stored = run_dir / "config.yaml"
-    raw = {k: v for k, v in settings.raw.items() if k not in UNIMPORTANT}
     begun = (run_dir / "DONE").exists() or any(run_dir.glob("checkpoint-*/DONE"))
     if begun and stored.is_file():
         old = OmegaConf.to_container(OmegaConf.load(stored))
         assert isinstance(old, dict)
-        difference = first_difference({k: v for k, v in old.items() if k not in UNIMPORTANT}, raw)
+        difference = first_difference(counted({str(key): value for key, value in old.items()}), counted(settings.raw))
         if difference:
             raise ValueError(
                 f"{run_dir} holds a run with another configuration: {difference}. "
@@ -130,14 +118,12 @@ def open_run_dir(settings: Settings) -> bool:
 def run_task(raw: dict[str, Any]) -> None:
     """Run one task into its folder; DONE is written last."""
     settings = settings_of(raw)
-    if settings.run.task == "report":  # it reads finished runs: no folder of its own, and new at every call
-        importlib.import_module("tasks.report").run(settings)
-        return
-    if not open_run_dir(settings):
+    task = TASKS[settings.run.task]
+    if task.has_folder and not open_run_dir(settings):
         print(f"already done: {settings.run.run_dir}")
         return
     importlib.import_module(f"tasks.{settings.run.task}").run(settings)
-    if settings.run.task == "estimate":  # new at every call, so it is never done
+    if not task.is_done_once:
         return
     if os.environ.get("RANK", "0") == "0":
         (settings.run.run_dir / "DONE").touch()
@@ -162,29 +148,25 @@ def run(config: DictConfig) -> None:
     if plain.get("pipeline"):
         from pipeline.runner import run_pipeline
 
-        code = run_pipeline(plain, list(HydraConfig.get().overrides.task))
+        code = run_pipeline(plain, list(HydraConfig.get().overrides.task), show_costs)
         if code:
             sys.exit(code)
-        show_costs(plain, list(HydraConfig.get().overrides.task))
         return
     plain.pop("pipeline", None)
     run_task(plain)
 
 
-def show_costs(plain: dict[str, Any], overrides: list[str]) -> None:
+def show_costs(stages: list[Any], estimate: dict[str, Any], run_dir: Path | None) -> None:
     """Print what the stages of a plan would take, or write costs.md: what those of a finished pipeline took beside
     it.
     """
-    from pipeline.plan import build_plan
-    from pipeline.runner import run_folder
     from tasks.estimate import costs, print_plan
 
-    stages = build_plan(plain, overrides)
-    if plain["dry_run"]:
-        print_plan(stages, plain["estimate"])
+    if run_dir is None:
+        print_plan(stages, estimate)
         return
-    path = run_folder(plain, overrides) / "costs.md"
-    path.write_text(costs(stages, plain["estimate"]) + "\n", encoding="utf-8")
+    path = run_dir / "costs.md"
+    path.write_text(costs(stages, estimate) + "\n", encoding="utf-8")
     print(f"predicted and actual costs: {path}")
 
 
@@ -201,15 +183,19 @@ def explain(error: Exception) -> str:
 
 
 def known_keys(key: str) -> list[str]:
-    """List the keys beside `key` in config.yaml, or in the group that it belongs to."""
-    base = Path(__file__).parent / "config"
-    parent = key.rpartition(".")[0]
-    if (base / parent).is_dir() and parent:
-        return sorted({str(k) for file in (base / parent).glob("*.yaml") for k in OmegaConf.load(file)} - {"defaults"})
-    root = OmegaConf.load(base / "config.yaml")
-    node = OmegaConf.select(root, parent) if parent else root
-    keys = [str(k) for k in node] if OmegaConf.is_dict(node) else []
-    return [k for k in keys if k != "defaults"] + ([] if parent else ["loss", "model", "datasets", "pipeline"])
+    """List the keys beside `key`: of the run, of a section, or of the group that it belongs to."""
+    section, _, below = key.rpartition(".")[0].partition(".")
+    if not section:
+        sections = [file.stem for file in (CONFIG / "section").glob("*.yaml")]
+        return [*_keys_of(CONFIG / "config.yaml", ""), *sections, "loss", "model", "datasets", "pipeline"]
+    files = [CONFIG / "section" / f"{section}.yaml", *sorted((CONFIG / section).rglob("*.yaml"))]
+    return sorted({name for file in files if file.is_file() for name in _keys_of(file, below)})
+
+
+def _keys_of(file: Path, below: str) -> list[str]:
+    node = OmegaConf.load(file)
+    node = OmegaConf.select(node, below) if below else node
+    return [str(name) for name in node if name != "defaults"] if OmegaConf.is_dict(node) else []
 
 
 def guarded(work: Callable[[], None]) -> None:
@@ -227,5 +213,9 @@ def guarded(work: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(str(__doc__), sys.argv[1:]))
+        sys.exit()
+    sys.path.append(os.getcwd())  # a verifier or a method of one's own lies where the command is typed
     sys.argv[1:] = as_sweep(sys.argv[1:])
     guarded(composed)

@@ -33,10 +33,12 @@ from transformers import (
 from transformers import GenerationConfig as GenerationDefaults
 
 from assets import smollm2
-from dataloader import Sequences, turn_end
+from dataloader import Sequences
+from settings.paths import found
 from settings.schema import ModelConfig, nearest
-
-ROOT = Path(__file__).resolve().parent
+from templates import special_ids, turn_end
+from templates import template_digest as template_digest  # beside the other digests, for those who import models
+from templates import tokenizer_digest as tokenizer_digest
 
 # Where a tokenizer has no chat template: "role:", a line break, the text, and the end-of-sequence token after what an
 # assistant says. The prompt ends with a line break, at which no usual tokenizer merges prompt and response.
@@ -101,10 +103,9 @@ def local_source(source: str) -> str:
     """
     if source.startswith("package:"):
         return str(smollm2.converted(source.removeprefix("package:")))
-    path = Path(source).expanduser()
-    for candidate in (path, ROOT / source):
-        if candidate.is_dir():
-            return str(candidate)
+    path, place = Path(source).expanduser(), found(source)
+    if place is not None and place.is_dir():
+        return str(place)
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source.split("/")[0]).is_dir()
     if not looks_local and path.name not in ("FINAL", "CACHE"):
         return source
@@ -168,6 +169,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer.chat_template = DEFAULT_TEMPLATE
     if tokenizer.pad_token_id is None:  # padding is masked by position, so sharing eos is harmless
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.template_date = config.template_date  # read by templates.render, saved nowhere
     return tokenizer
 
 
@@ -331,7 +333,7 @@ def set_padding(model: Any, tokenizer: Any) -> None:
         tokenizer.pad_token_id,
         tokenizer.bos_token_id,
         tokenizer.unk_token_id,
-        *sorted(tokenizer.all_special_ids),
+        *sorted(special_ids(tokenizer)),
     ]
     free = [i for i in candidates if i is not None and i not in stop]
     if not free:
@@ -369,21 +371,6 @@ def config_digest(config: ModelConfig) -> str:
         return model_digest(source)
     base = model_digest(source) if source else json.dumps([config.build, config.build_seed], sort_keys=True)
     return hashlib.sha256(f"{base} {config.num_layers}".encode()).hexdigest()[:16]
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Hash what maps text to ids: vocabulary, merges, added tokens, begin and end of sequence, chat template."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend.pop("truncation", None)  # state of the last call, not of the tokenizer
-    backend.pop("padding", None)
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]  # not pad: it reaches neither ids nor losses
-    text = json.dumps([backend, special], sort_keys=True) + template_digest(tokenizer)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def template_digest(tokenizer: Any) -> str:
-    """Hash the chat template."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
 
 
 def stop_ids(tokenizer: Any, model: Any | None = None) -> list[int]:

@@ -231,11 +231,9 @@ def loss_bytes(model: Model, batch: Batch, setup: Setup) -> int:
 def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch | None = None) -> Memory:
     """Return the bytes on a device in training; `evaluation` is the largest batch of an evaluation, if there is one.
 
-    Two things stay whole on every device even under full sharding, because this is how the trainer works: the copies in
-    the
-    computing precision that autocast keeps of the gathered weights, and, with several micro-batches a step, the
-    gradients,
-    which are reduced with the last one only.
+    Full sharding keeps nothing whole: a block's weights are gathered in the computing precision for its passes, and its
+    gradients are reduced, in float32, with every micro-batch. Without it, autocast keeps copies of the weights in the
+    computing precision, and the gradients of a step's micro-batches add up in place.
     """
     shards = setup.devices if setup.strategy == "fsdp" else 1
     sharded = setup.strategy == "fsdp" and setup.devices > 1
@@ -245,14 +243,15 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
     reference = model.parameters * setup.reference // shards
     buckets = whole if setup.strategy == "ddp" else 0
     matrices = model.layers * model.block + model.hidden * model.vocab
-    copies = matrices * setup.compute if setup.compute != setup.master else 0
+    copies = matrices * setup.compute if setup.compute != setup.master and not sharded else 0
     block_copy = model.block * setup.compute if copies else 0
     # fully_shard keeps the parameters outside of blocks gathered, and two blocks: the one at work and the next one.
     # Of the frozen reference the same; what is outside of its blocks stays gathered, as no backward pass frees it.
-    gathered = (model.outside + 2 * model.block) * (setup.master + setup.reference) if sharded else 0
-    reducing = (model.outside + model.block) * setup.master if sharded and not model.adapters else 0
-    held = whole if setup.micro_batches > 1 else 0
-    kept, block = activations(model, batch, setup)
+    copies_gathered = setup.compute * (2 if setup.reference else 1)
+    gathered = (model.outside + 2 * model.block) * copies_gathered if sharded else 0
+    reducing = (model.outside + model.block) * FLOAT32 if sharded and not model.adapters else 0
+    held = whole if setup.micro_batches > 1 and not sharded else 0
+    kept, block = activations(model, batch, setup._replace(master=setup.compute) if sharded else setup)
     gradients = held or (whole // shards)
     # From the last block, with all activations, to the first one, with all gradients; a checkpointed block is computed
     # again.
@@ -279,7 +278,6 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
     terms = {
         "weights": weights,
         "gradients": whole // shards,
-        "gradients, not reduced yet": held if sharded else 0,
         "optimizer states": states,
         "frozen reference": reference,
         "communication buckets": buckets,

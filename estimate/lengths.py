@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import models
 from conversations import read_rows
-from dataloader import Example, Tokens, epoch_order, load_examples, local_micro_batches, read_generations
 from estimate.arithmetic import Batch, Work
 from settings.needs import Needs
 from settings.schema import Settings
+
+if TYPE_CHECKING:  # torch is loaded where rows are tokenized, and not before
+    from dataloader import Example, Tokens
 
 Slot = tuple[int, int, int]  # tokens, index of the first response token, response tokens
 
@@ -31,12 +32,12 @@ class Lengths(NamedTuple):
         return len(self.items) == self.number
 
 
-def slot_of(tokens: Tokens) -> Slot:
+def slot_of(tokens: "Tokens") -> Slot:
     """Return the numbers of a sequence."""
     return len(tokens.ids), tokens.response.index(True), sum(tokens.response)
 
 
-def training_slots(example: Example, needs: Needs) -> list[tuple[Slot, ...]]:
+def training_slots(example: "Example", needs: Needs) -> list[tuple[Slot, ...]]:
     """Return the items that a method makes of an example; what a student will say is taken to be as long as the
     chosen.
     """
@@ -66,14 +67,17 @@ def is_here(settings: Settings, split: str) -> bool:
     return any(sources) and all(Path(source).expanduser().exists() for source in sources if source)
 
 
-def examples_of(settings: Settings, split: str) -> tuple[list[Example], int, int]:
+def examples_of(settings: Settings, split: str) -> tuple[list["Example"], int, int]:
     """Tokenize at most estimate.rows rows of a split; return examples, the rows they come from and all rows there
     are.
     """
+    import models
+    from dataloader import drawn_rows, load_examples
+
     run, config = settings.run, settings.model
     limit = run.n_examples if split == "train" else run.n_eval_examples
     total = sum(
-        round(dataset.weight * len(read_rows(source, f"datasets.{name}.{split}")))
+        len(drawn_rows(len(read_rows(source, f"datasets.{name}.{split}")), dataset, split, run.seed, name))
         for name, dataset in settings.datasets.items()
         if (source := getattr(dataset, split))
     )
@@ -129,7 +133,9 @@ def cache_lengths(settings: Settings) -> Lengths | None:
     """Return the lengths of what task=cache scores."""
     config = settings.cache
     if config.generations and Path(config.generations).expanduser().is_file():
-        items = [(slot_of(g.tokens),) for g in read_generations(config.generations) if g.response_ids]
+        from dataloader import read_generations
+
+        items = [(slot_of(g.tokens),) for g in read_generations(config.generations, None) if g.response_ids]
         return scaled(items, len(items), len(items))
     slots = 1 if config.generations else len(config.responses)
     if settings.estimate.tokens is None and is_here(settings, config.split):
@@ -174,6 +180,8 @@ def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int
     micro = max(1, config.batch_size // (devices * config.gradient_accumulation_steps))
     if not lengths.measured:
         return full_batch(settings, lengths, micro * slots)
+    from dataloader import epoch_order, local_micro_batches
+
     order = epoch_order(len(lengths.items), settings.run.seed, 0)
     found = []
     for start in range(0, len(order), config.batch_size):

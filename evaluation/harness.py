@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from settings.schema import EvaluationConfig, Settings, nearest
+from templates import stopped
 
 INSTALL = "./install.sh --lm-eval"
 
@@ -56,7 +57,7 @@ def benchmark_metrics(settings: Settings, model: Any, tokenizer: Any) -> dict[st
     config, seed = settings.evaluation, settings.run.seed
     wrapped = HFLM(
         pretrained=model,
-        tokenizer=tokenizer,
+        tokenizer=stopped(tokenizer),
         batch_size=settings.model.eval_batch_size,
         max_length=settings.model.max_length,
     )

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 import models
-from dataloader import Tokens, collate, turn_end
+from dataloader import Tokens, collate
 from functional import token_logps
 from settings.schema import ModelConfig
+from templates import turn_end
 
 
 class Gap(NamedTuple):

@@ -1,8 +1,7 @@
 """What every backend takes and gives: prompts as token ids in, responses as token ids out.
 
-A backend is an object with `answers(prompts, wanted, seed)`, which yields an Answer for each wanted prompt as soon as
-it
-is there, and `close()`. Everything else (order on disk, resume, rows) is the task's.
+A backend is an object with `answers(prompts, wanted, seed)` and `close()`. The first yields an Answer for each wanted
+prompt as soon as it is there. Everything else (order on disk, resume, rows) is the task's.
 """
 
 import time
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from templates import special_ids
 
 Response = tuple[list[int], str]  # response ids with the end-of-turn token, and "stop" or "length"
 
@@ -52,7 +53,7 @@ def forbidden_ids(tokenizer: Any, stop: Sequence[int], vocab_size: int, width: i
     """Mark what no response may hold, [width] bool: padding of the vocabulary, and special tokens that end no turn."""
     forbidden = torch.zeros(width, dtype=torch.bool)
     forbidden[vocab_size:] = True
-    special = {tokenizer.pad_token_id, *tokenizer.all_special_ids} - set(stop)
+    special = {tokenizer.pad_token_id, *special_ids(tokenizer)} - set(stop)
     forbidden[sorted(i for i in special if i is not None and i < width)] = True
     return forbidden
 

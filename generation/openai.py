@@ -7,11 +7,11 @@ generation.text_responses=tokenize, its text is tokenized: those rows are marked
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from dataloader import turn_end
 from generation.calculator_hooks import Piece, pause_ids, piece_of, response_with_calculator
 from generation.interface import Answer, derived_seed, forbidden_ids
 from generation.server import Server, in_parallel, served_model
 from settings.schema import Settings
+from templates import turn_end
 
 
 class OpenAIBackend:

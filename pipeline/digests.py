@@ -1,175 +1,162 @@
-"""What a task reads of the configuration, and the digest of exactly that.
+"""The digest of a stage: what can change its result, and nothing else.
 
-The digest covers the task, the method's VERSION, the composed config as far as it can change the result, the content
-of data files, and (through their folders' names) the stages whose output is read.
+It covers what the task reads of the configuration (settings/tasks.py); the VERSION numbers of all modules that its work
+is made of; the code of verifiers, worlds and methods of one's own; and the content behind every path. Output of another
+stage is named by its folder, whose name carries that stage's digest. No module is imported for it.
 """
 
-import ast
 import hashlib
-import importlib.util
 import json
+import os
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-ROOT = Path(__file__).resolve().parents[1]
-# What a task reads beside the run section; every other section is left out of its digest and of its command.
-SECTIONS = {
-    "train": ("model", "loss", "datasets"),
-    "cache": ("model", "datasets", "cache"),
-    "generate": ("model", "datasets", "generation"),
-    "evaluate": ("model", "datasets", "evaluation", "judge"),
-    "world": ("world",),
-    "summarize": ("evaluation",),
-    "select": ("datasets", "select"),
-    "label": ("model", "label", "judge"),
-}
-# Of the run section; training reads all of it, cache and generate by their split.
-RUN_KEYS = {
-    "world": ("seed",),
-    "select": ("seed",),
-    "label": (),
-    "summarize": (),
-    "evaluate": ("seed", "n_eval_examples"),
-}
-SCORING_RUN_KEYS = ("seed", "n_examples", "n_eval_examples")
-# Where a run lands and what it shows on the way; how it evaluates itself while training changes no weight.
-UNIMPORTANT = (
-    "exp_name",
-    "run_count",
-    "cache_dir",
-    "debug",
-    "dry_run",
-    "wandb",
-    "strategy",
-    "log_every",
-    "save_every",
-    "keep_last",
-    "intermediate_checkpoints",
-    "eval_every",
-    "do_first_eval",
-    "n_eval_examples",
-    "sweep",
-    "estimate",
-)
-TRAINING_MODEL_KEYS = (
-    "batch_size",
-    "gradient_accumulation_steps",
-    "eval_batch_size",
-    "max_grad_norm",
-    "activation_checkpointing",
-    "compile",
-    "use_peft",
-    "peft",
-    "master_dtype",
-)
-# How a generator or scorer is run, not what it gives.
-SERVING_KEYS = (
-    "tensor_parallel",
-    "kv_cache_gb",
-    "base_url",
-    "concurrency",
-    "timeout",
-    "retries",
-    "check_rows",
-    "max_logp_gap",
-)
+from settings import paths
+from settings.methods import config_fields
+from settings.paths import ROOT
+from settings.schema import DatasetConfig, RunConfig, Settings
+from settings.source import closure, in_repository
+from settings.tasks import counted
+from settings.typed import Code, Place
 
-# Keys that name a file or a model's folder: its content counts, not its name.
-FOLDERS = (
-    ("loss", "teacher"),
-    ("loss", "reward_model"),
-    ("label", "responses"),
-    ("label", "reward_model"),
-    ("evaluation", "reward_model"),
-    ("judge", "score_template"),
-    ("judge", "pair_template"),
-)
+LARGE = 32 * 2**20  # bytes from which on a file's digest is kept between commands
+DATA = (".jsonl", ".json", ".parquet")  # a name that ends so is a file, never a name of the hub
 
 
-def reads(task: str, section: str) -> bool:
-    """Tell whether a task reads a section, or a key at the root, of the configuration."""
-    if section in SECTIONS[task] or section in ("wandb", "debug"):
-        return True
-    everywhere = any(section in names for names in SECTIONS.values())
-    return not everywhere and (task == "train" or section in RUN_KEYS.get(task, SCORING_RUN_KEYS))
-
-
-@cache
-def _file_digest(path: str, size: int, modified: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content_digest(path: Path) -> str:
-    """Hash a file, or the names and contents of a folder's files; a model card (README.md) changes no result."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
-    found = [(str(p.relative_to(path)), _file_digest(str(p), p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
-def version_of(module: str) -> list[int]:
-    """Read the VERSION numbers written in a module, without importing it (that would load torch)."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"there is no module {module!r}")
-    versions = []
-    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        if any(isinstance(t, ast.Name) and t.id == "VERSION" for t in targets):
-            versions.append(ast.literal_eval(node.value))  # type: ignore[attr-defined]
-    return versions
-
-
-def digest_of(raw: dict[str, Any], stages_dir: Path) -> str:
-    """Hash what can change a stage's result: versions, the sections its task reads, contents of files."""
-    task = raw["task"]
-    sections = SECTIONS[task]
-    run_keys = RUN_KEYS.get(task, SCORING_RUN_KEYS)
-    if task in ("cache", "generate"):
-        unread = (
-            "n_eval_examples" if raw["cache" if task == "cache" else "generation"]["split"] == "train" else "n_examples"
-        )
-        run_keys = tuple(key for key in run_keys if key != unread)
-    every = ("pipeline", *(name for names in SECTIONS.values() for name in names))
-    kept = {
-        key: raw[key]
-        for key in raw
-        if (key not in every and key not in UNIMPORTANT if task == "train" else key in run_keys)
-    }
-    kept |= {key: dict(raw[key]) for key in sections if raw.get(key)}
-    for section in ("generation", "cache", "judge"):
-        if section in kept:
-            kept[section] = {k: v for k, v in kept[section].items() if k not in SERVING_KEYS}
-    if task != "train" and "model" in kept:
-        kept["model"] = {k: v for k, v in kept["model"].items() if k not in TRAINING_MODEL_KEYS}
-    if "model" in kept:
-        for key in ("name_or_path", "tokenizer_name_or_path"):
-            kept["model"][key] = _by_content(kept["model"].get(key), stages_dir)
-        if kept["model"].get("load_from"):  # the weights come from there
-            kept["model"].pop("build_seed", None)
-    for section, key in FOLDERS:
-        if kept.get(section, {}).get(key):
-            kept[section][key] = _by_content(kept[section][key], stages_dir)
-    for name, entry in kept.get("datasets", {}).items():
-        kept["datasets"][name] = entry | {k: _by_content(entry.get(k), stages_dir) for k in ("train", "test")}
-    modules = [raw["loss"]["trainer"].rpartition(".")[0], "trainers.basic"] if task == "train" else [f"tasks.{task}"]
-    source = content_digest(ROOT / "worlds" / f"{raw['world']['name']}.py") if task == "world" else None
-    payload = {"task": task, "versions": [version_of(m) for m in modules], "source": source, "config": kept}
+def digest_of(raw: dict[str, Any], stages_dir: Path, root: Path = ROOT) -> str:
+    """Hash what can change a stage's result; `root` is the repository whose code counts."""
+    payload = {**computed_by(raw, root), "config": with_contents(counted(raw), stages_dir, root)}
     # Folders of other stages carry their digests; where cache_dir lies does not matter.
     text = json.dumps(payload, sort_keys=True, default=str).replace(json.dumps(f"{stages_dir}/")[1:-1], "stages/")
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _by_content(value: str | None, stages_dir: Path) -> str | None:
-    if not value or value.startswith(f"{stages_dir}/"):
+# ---- code
+
+
+def computed_by(raw: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Return the VERSION numbers of the repository's modules that compute a stage, and the code of all others."""
+    task = raw["task"]
+    names = [f"tasks.{task}"]
+    if task == "train":
+        names.append(raw["loss"]["trainer"].rpartition(".")[0])
+    modules = {module.name: module for name in names for module in closure(name, root)}
+    ours = {name: module.versions for name, module in modules.items() if in_repository(module, root)}
+    code = {name: module.code for name, module in modules.items() if name not in ours}
+    if task == "world":
+        code |= code_of(f"worlds.{raw['world']['name']}", root)
+    return {"versions": {name: numbers for name, numbers in ours.items() if numbers}, "code": code}
+
+
+def code_of(name: str, root: Path) -> dict[str, str]:
+    """Return the digests of a module's file and of those that it imports from beside it."""
+    return {module.name: module.code for module in closure(name, root)}
+
+
+# ---- content
+
+
+@cache
+def marked(cls: type) -> dict[str, str]:
+    """Return the fields of a section's dataclass that are declared as Place or Code."""
+    hints = get_type_hints(cls, include_extras=True)
+    declared = {"Place": str(Place), "Code": str(Code)}
+    return {name: kind for name, hint in hints.items() for kind, text in declared.items() if text in str(hint)}
+
+
+def loss_marks(trainer: str, root: Path) -> dict[str, str]:
+    """Return the same of the Config of a method, which is read and not imported."""
+    written = config_fields(trainer, root)
+    return {name: kind for name, text in written.items() for kind in re.findall(r"\b(?:Place|Code)\b", text)}
+
+
+def with_contents(kept: dict[str, Any], stages_dir: Path, root: Path) -> dict[str, Any]:
+    """Return a config with digests in the place of paths, and of modules beside their names."""
+    sections = get_type_hints(Settings)
+
+    def one(key: str, value: Any) -> Any:
+        if key == "datasets":
+            return {name: mapped(entry, marked(DatasetConfig)) for name, entry in value.items()}
+        if key == "loss":
+            return mapped(value, loss_marks(value["trainer"], root))
+        if isinstance(value, dict):
+            return mapped(value, marked(sections[key]))
+        return mapped({key: value}, marked(RunConfig))[key]
+
+    def mapped(section: dict[str, Any], marks: dict[str, str]) -> dict[str, Any]:
+        return {key: leaf(value, marks.get(key, "")) for key, value in section.items()}
+
+    def leaf(value: Any, kind: str) -> Any:
+        if isinstance(value, dict):
+            return {key: leaf(entry, kind) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [leaf(entry, kind) for entry in value]
+        if not isinstance(value, str) or not value:
+            return value
+        if kind == "Code":
+            return [value, code_of(value.partition(":")[0], root)]
+        # What nobody declared and yet names something that is here counts, too: a key cannot be forgotten.
+        return by_content(value, stages_dir) if kind == "Place" or os.sep in value else value
+
+    return {key: one(key, value) for key, value in kept.items()}
+
+
+def by_content(value: str, stages_dir: Path) -> str:
+    """Return the digest of what a path names; a stage's folder and a name of the hub stay as they are."""
+    if value.startswith(f"{stages_dir}/"):
         return value
-    path = Path(value).expanduser()
-    for place in (path, ROOT / path):  # what the repo ships is named from its root
-        if place.exists():
-            return f"sha256:{content_digest(place)}"
-    if path.suffix in (".jsonl", ".json", ".parquet"):
+    place = paths.found(value)
+    if place is not None:
+        return f"sha256:{content_digest(place)}"
+    if Path(value).suffix in DATA:
         raise ValueError(f"there is no file {value}")
     return value
+
+
+def content_digest(path: Path) -> str:
+    """Hash a file, or the names and contents of a folder's files; a model card (README.md) changes no result."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
+    found = [(str(p.relative_to(path)), _file_digest(p)) for p in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    stat = path.stat()
+    return _hashed(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _hashed(path: str, size: int, modified: int) -> str:
+    """Hash a file; a large one's digest is kept in the user's cache folder, so that a plan does not read weights."""
+    key = json.dumps([path, size, modified])
+    if size >= LARGE and (known := _kept().get(key)):
+        return known
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if size >= LARGE:
+        _keep(key, digest)
+    return digest
+
+
+def _memory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prefdistill" / "file_digests.tsv"
+
+
+def _kept() -> dict[str, str]:
+    try:
+        lines = _memory().read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return dict(line.split("\t", 1) for line in lines if line.count("\t") == 1)
+
+
+def _keep(key: str, digest: str) -> None:
+    """Note a digest; a folder that cannot be written costs time, not the result."""
+    try:
+        _memory().parent.mkdir(parents=True, exist_ok=True)
+        with _memory().open("a", encoding="utf-8") as file:
+            file.write(f"{key}\t{digest}\n")
+    except OSError:
+        return

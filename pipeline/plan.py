@@ -8,18 +8,18 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
-from pipeline.digests import ROOT, SECTIONS, digest_of, reads
-from settings.schema import nearest, require, settings_from, typed
+from pipeline.composing import Choices, Line, composed, merged, spelled
+from pipeline.digests import digest_of
+from settings.paths import CONFIG, ROOT
+from settings.schema import nearest, require, typed
+from settings.tasks import STAGES, TASKS, reads
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 OWN_KEYS = ("pipeline", "hydra", "exp_name", "run_count", "cache_dir", "dry_run", "datasets", "estimate")
@@ -93,16 +93,6 @@ class Stage(NamedTuple):
 # ---- recipes
 
 
-def merged(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Lay nested mappings over one another, the later ones on top."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            both = isinstance(value, dict) and isinstance(result.get(key), dict)
-            result[key] = merged(result[key], value) if both else value
-    return result
-
-
 def flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ("a.b.c", value) for every leaf."""
     for key, value in section.items():
@@ -135,7 +125,7 @@ def recipes_of(config: PipelineConfig) -> dict[str, Recipe]:
             values["evaluation"] = _evaluated(
                 values["evaluation"], {n for n, other in config.stages.items() if other is None}
             )
-        recipes[name] = typed({**section, "set": values}, Recipe)
+        recipes[name] = replace(recipe, set=values)
     return recipes
 
 
@@ -193,24 +183,6 @@ def check_lineage(recipes: dict[str, Recipe]) -> None:
 # ---- the plan
 
 
-def spelled(value: Any) -> str:
-    """Write a value in the grammar of Hydra's command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(spelled(v) for v in value)}]"
-    if not isinstance(value, str):
-        return repr(value)
-    plain = re.fullmatch(r"[A-Za-z_./][\w./:@-]*", value) and value.lower() not in (
-        "null",
-        "true",
-        "false",
-        "nan",
-        "inf",
-    )
-    return value if plain else "'" + value.replace("'", "\\'") + "'"
-
-
 def key_of(override: str) -> str:
     """Return the key of a command-line override."""
     return override.lstrip("+~").split("=", 1)[0]
@@ -235,26 +207,52 @@ def users_overrides(overrides: list[str], recipes: dict[str, Recipe]) -> list[st
     return kept
 
 
-def stage_overrides(
-    recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str], values: dict[str, Any]
-) -> list[str]:
-    """Return a stage's command line without exp_name: groups, its own values, then what the user typed."""
-    sections = SECTIONS[recipe.task]
-    result = [f"task={recipe.task}"] + ([f"loss={recipe.loss}"] if recipe.loss else [])
+def data_groups(name: str, recipe: Recipe, pipeline: PipelineConfig, groups: list[str]) -> list[str]:
+    """Return the choices of `datasets` that a stage's data comes from: its own, or those that the user typed."""
+    if recipe.task not in STAGES:
+        raise ValueError(
+            f"pipeline.stages.{name}.task={recipe.task!r} is not known.{nearest(recipe.task, list(STAGES))}"
+        )
+    if recipe.data is not None:
+        if recipe.data not in pipeline.data:
+            raise ValueError(
+                f"pipeline.stages.{name}.data={recipe.data!r} is not in "
+                f"pipeline.data.{nearest(recipe.data, list(pipeline.data))}"
+            )
+        own = (pipeline.data[recipe.data] or {}).get("datasets")
+        if own is not None and groups and (pipeline.data[recipe.data] or {}).get("set"):
+            raise ValueError(
+                f"pipeline={pipeline.name} brings its own data; for datasets={spelled(groups)} choose "
+                "pipeline=adpa_plus or another"
+            )
+        groups = own or groups
+    if "datasets" in TASKS[recipe.task].sections and not groups:
+        raise ValueError(
+            f"pipeline={pipeline.name} has no data: add e.g. datasets=[dpo_mix], or for files of your own "
+            "datasets=[local] datasets.local.train=train.jsonl datasets.local.test=test.jsonl"
+        )
+    return groups
+
+
+def stage_groups(recipe: Recipe, pipeline: PipelineConfig, groups: list[str]) -> tuple[str, ...]:
+    """Return the choices of groups of a stage; `groups` are those of its data."""
+    sections = TASKS[recipe.task].sections
+    chosen = [f"loss={recipe.loss}"] if recipe.loss else []
     if "model" in sections:
-        result.append(f"model={getattr(pipeline, recipe.model)}")
+        chosen.append(f"model={getattr(pipeline, recipe.model)}")
     if groups and "datasets" in sections:
-        result.append(f"datasets={spelled(groups)}")
-    sets = [(key, value) for key, value in flat(values) if _read_by(recipe.task, key, groups)]
+        chosen.append(f"datasets={spelled(groups)}")
+    return tuple(chosen)
+
+
+def stage_line(
+    recipe: Recipe, pipeline: PipelineConfig, groups: list[str], users: list[str], values: dict[str, Any]
+) -> Line:
+    """Return a stage's command line; what its task does not read is left out."""
     typed_by_user = [o for o in users if _read_by(recipe.task, key_of(o), groups)]
     overridden = {key_of(o) for o in typed_by_user}
-    # Without ++ Hydra names an unknown key of a loss before anything runs.
-    result += [
-        f"{'' if key.startswith('loss.') else '++'}{key}={spelled(value)}"
-        for key, value in sets
-        if key not in overridden
-    ]
-    return result + typed_by_user
+    own = [(k, v) for k, v in flat(values) if _read_by(recipe.task, k, groups) and k not in overridden]
+    return Line(recipe.task, stage_groups(recipe, pipeline, groups), tuple(own), tuple(typed_by_user))
 
 
 def _read_by(task: str, key: str, groups: list[str]) -> bool:
@@ -274,11 +272,13 @@ def build_plan(config: dict[str, Any], overrides: list[str]) -> list[Stage]:
     outer = GlobalHydra.instance().hydra  # the one that composed launch.py's own config, where there is one
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        with initialize_config_dir(str(CONFIG), version_base="1.3"):
+            groups = {n: data_groups(n, recipes[n], pipeline, list(config["datasets"] or {})) for n in order}
+            choices = Choices(stage_groups(recipes[n], pipeline, groups[n]) for n in order)
             for name in order:
                 for seed in pipeline.seeds[:1] if recipes[name].once else pipeline.seeds:
                     built[name, seed] = _stage(
-                        name, seed, recipes[name], pipeline, list(config["datasets"] or {}), users, built, stages_dir
+                        name, seed, recipes[name], pipeline, groups[name], users, choices, built, stages_dir
                     )
     finally:
         GlobalHydra.instance().hydra = outer
@@ -292,37 +292,16 @@ def _stage(
     pipeline: PipelineConfig,
     groups: list[str],
     users: list[str],
+    choices: Choices,
     built: dict[tuple[str, int], Stage],
     stages_dir: Path,
 ) -> Stage:
-    if recipe.task not in SECTIONS:
-        raise ValueError(
-            f"pipeline.stages.{name}.task={recipe.task!r} is not known.{nearest(recipe.task, list(SECTIONS))}"
-        )
-    if recipe.data is not None:
-        if recipe.data not in pipeline.data:
-            raise ValueError(
-                f"pipeline.stages.{name}.data={recipe.data!r} is not in "
-                f"pipeline.data.{nearest(recipe.data, list(pipeline.data))}"
-            )
-        own = (pipeline.data[recipe.data] or {}).get("datasets")
-        if own is not None and groups and (pipeline.data[recipe.data] or {}).get("set"):
-            raise ValueError(
-                f"pipeline={pipeline.name} brings its own data; for datasets={spelled(groups)} choose "
-                "pipeline=adpa_plus or another"
-            )
-        groups = own or groups
-    if "datasets" in SECTIONS[recipe.task] and not groups:
-        raise ValueError(
-            f"pipeline={pipeline.name} has no data: add e.g. datasets=[dpo_mix], or for files of your own "
-            "datasets=[local] datasets.local.train=train.jsonl datasets.local.test=test.jsonl"
-        )
     values = {**recipe.set, "seed": seed}
     if recipe.start:
         values = merged(values, {"model": {"load_from": f"{{{recipe.start}}}/FINAL"}})
     values = _filled(values, seed, recipe, pipeline, built)
-    line = stage_overrides(recipe, pipeline, groups, users, values)
-    raw = _composed(name, tuple(line))
+    line = stage_line(recipe, pipeline, groups, users, values)
+    raw = composed(name, line, choices)
     digest = digest_of(raw, stages_dir)
     folder = stages_dir / f"{name}-{digest[:12]}"
     needed = needs_of(recipe)
@@ -333,7 +312,8 @@ def _stage(
         launcher += ["-m", "accelerate.commands.launch", "--config_file", accelerate]
     paths = [f"exp_name=stages/{folder.name}", f"cache_dir={spelled(str(stages_dir.parent))}"]
     label = name if recipe.once or len(pipeline.seeds) == 1 else f"{name} seed {seed}"
-    return Stage(label, name, seed, digest, folder, needs, [*launcher, str(ROOT / "launch.py"), *line, *paths], raw)
+    command = [*launcher, str(ROOT / "launch.py"), *line.words(), *paths]
+    return Stage(label, name, seed, digest, folder, needs, command, raw)
 
 
 def _filled(
@@ -353,22 +333,3 @@ def _filled(
     if values == "{seed}":
         return seed
     return PLACEHOLDER.sub(lambda m: str(seed if m[1] == "seed" else built[m[1], seed].folder), values)
-
-
-@cache
-def _composed(name: str, line: tuple[str, ...]) -> dict[str, Any]:
-    """Compose a stage's config as launch.py will, and check all that can be checked before it runs."""
-    try:
-        raw = OmegaConf.to_container(compose("config", list(line)), resolve=True)
-    except HydraException as error:
-        raise ValueError(f"stage {name}: {str(error).splitlines()[0]}") from error
-    assert isinstance(raw, dict)
-    plain: dict[str, Any] = {str(key): value for key, value in raw.items()}
-    plain["datasets"] = plain.get("datasets") or {}
-    missing = [key for key, value in plain["loss"].items() if value == "???"]
-    require(not missing, f"pipeline.stages.{name} has no value for loss.{missing[0] if missing else ''}")
-    try:
-        settings_from(plain, None)
-    except ValueError as error:
-        raise ValueError(f"stage {name}: {error}") from error
-    return plain

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,11 +35,17 @@ class Running(NamedTuple):
     started: float
 
 
-def run_pipeline(config: dict[str, Any], overrides: list[str]) -> int:
+# Shows what stages take: (stages, the estimate section, the finished run's folder or None for a plan).
+Costs = Callable[[list[Stage], dict[str, Any], Path | None], None]
+
+
+def run_pipeline(config: dict[str, Any], overrides: list[str], costs: Costs | None = None) -> int:
     """Run every stage that is not done and return the exit code; with dry_run only print the plan."""
     stages = build_plan(config, overrides)
     if config["dry_run"]:
         print_plan(stages)
+        if costs is not None:
+            costs(stages, config["estimate"], None)
         return 0
     run_dir = run_folder(config, overrides)
     try:
@@ -53,6 +60,8 @@ def run_pipeline(config: dict[str, Any], overrides: list[str]) -> int:
     code = Runner(stages, int(config["pipeline"].get("parallel", 1))).run()
     if code == 0:
         publish(stages[-1], run_dir)
+        if costs is not None:
+            costs(stages, config["estimate"], run_dir)
     return code
 
 

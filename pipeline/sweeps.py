@@ -7,14 +7,14 @@ not vary travel in the place that Hydra has for them: exclude_keys of hydra.job.
 import hashlib
 import os
 import re
-from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 
-ROOT = Path(__file__).resolve().parents[1]
+from settings.paths import ROOT
+
 MAX_NAME = 150  # characters; file systems end at 255 bytes
 NAMING = ("exp_name", "run_count")
 EXCLUDE = "hydra.job.config.override_dirname.exclude_keys"

@@ -74,9 +74,8 @@ def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
             continue
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         reader = Reader(loss["advantages"])
-        generations = read_generations(loss["generations"])[:: max(1, reader.meta.num_sequences // NUM_SAMPLES)][
-            :NUM_SAMPLES
-        ]
+        every = max(1, reader.meta.num_sequences // NUM_SAMPLES)
+        generations = read_generations(loss["generations"], None)[::every][:NUM_SAMPLES]
         return [
             {
                 "prompt": g.prompt[-1]["content"],

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from models import config_digest, model_source
-from pipeline.digests import ROOT, content_digest
+from pipeline.digests import content_digest
 from report.charts import read_curves
 from report.model_card import Facts, Source, card
+from settings.paths import ROOT, found
 from settings.schema import Settings
 
 # Of the run section, what a reader wants to see; loss and model stand beside it.
@@ -57,10 +58,9 @@ def source_of(name: str, train: str | None, test: str | None) -> Source:
     """Describe one data set, with digests of what lies on this machine."""
     digests = {}
     for split, place in (("train", train), ("test", test)):
-        for path in (Path(place).expanduser(), ROOT / place) if place else ():
-            if path.exists():
-                digests[split] = content_digest(path)
-                break
+        path = found(place) if place else None
+        if path is not None:
+            digests[split] = content_digest(path)
     return Source(name, train, test, digests)
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from conversations import resumed_rows
 from generation.server import Server, in_parallel, served_model
-from pipeline.digests import ROOT
+from settings.paths import found
 from settings.schema import JudgeConfig, require
 
 SCORE = re.compile(r"\W*score\W*?:\s*(\d+)\s*(?:/\s*10)?\W*", re.IGNORECASE)
@@ -30,6 +30,9 @@ class Question(NamedTuple):
 
     message: str
     kind: str  # score | verdict
+
+
+SCORE_PLACES = ("prompt", "response")  # what a question for a score must have room for
 
 
 class Unparsed(ValueError):
@@ -63,8 +66,9 @@ def filled(template: str, **texts: str) -> str:
 
 def read_template(path: str, places: Sequence[str], key: str) -> str:
     """Read a judge's template; ValueError if it is missing or lacks a place."""
-    file = Path(path) if Path(path).is_absolute() or Path(path).is_file() else ROOT / path
-    require(file.is_file(), f"{key}={path}: no such file")
+    file = found(path)
+    require(file is not None and file.is_file(), f"{key}={path}: no such file")
+    assert file is not None
     text = file.read_text(encoding="utf-8")
     missing = [place for place in places if f"{{{place}}}" not in text]
     require(not missing, f"{key}={path} has no place {{{missing[0] if missing else ''}}}")
@@ -77,7 +81,7 @@ class Judge:
     def __init__(self, config: JudgeConfig, store: Path, on_error: str) -> None:
         require(bool(config.base_url), "a judge needs judge.base_url=http://HOST:PORT/v1")
         self.config, self.store, self.on_error = config, store, on_error
-        self.single = read_template(config.score_template, ("prompt", "response"), "judge.score_template")
+        self.single = read_template(config.score_template, SCORE_PLACES, "judge.score_template")
         self.pair = read_template(config.pair_template, ("prompt", "first", "second"), "judge.pair_template")
         self.server = Server(config.base_url or "", config.timeout, config.retries, "judge")
         self.model = served_model(self.server, config.model_name)

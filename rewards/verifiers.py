@@ -5,6 +5,7 @@ data, where a reference answer travels. A module that defines `vote(response) ->
 majority.
 """
 
+import hashlib
 import importlib
 import inspect
 import sys
@@ -37,6 +38,15 @@ def resolve_verifier(name: str, key: str = "evaluation.verifier") -> Verifier:
             f"It has: {', '.join(key for key in functions if key.islower() and not key.startswith('_'))}"
         )
     return functions[function_name]
+
+
+def code_of(verifier: Verifier) -> str:
+    """Hash the source of a verifier's module; empty where it has none (a compiled one)."""
+    try:
+        source = inspect.getsource(sys.modules[verifier.__module__])
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def prompt_text(messages: list[Message]) -> str:

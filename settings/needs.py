@@ -1,17 +1,7 @@
 """What a method needs, and the refusal of combinations that cannot work, before a model loads."""
 
-from typing import NamedTuple
-
+from settings.methods import Needs
 from settings.schema import Settings, require
-
-
-class Needs(NamedTuple):
-    """What a method asks for."""
-
-    # responses | pairs | feedback (pairs, or responses with a label) | prompts (or rewarded responses) | rewards
-    data: str
-    reference: str = ""  # "" | logps (of the response tokens; may be cached) | distributions (a live model)
-    teacher: str = ""  # "" | logprob | advantage (the quantity of the teacher cache) | live (a model in memory)
 
 
 def check_needs(settings: Settings, needs: Needs, name: str, head: str) -> None:

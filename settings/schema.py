@@ -4,9 +4,13 @@
 refused is refused here, before a model loads: the message names the key, the value seen and what to do.
 """
 
-from dataclasses import dataclass, field, fields
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from datetime import date
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from settings.sections import (
     CacheConfig,
@@ -18,7 +22,9 @@ from settings.sections import (
     SelectConfig,
     WorldConfig,
 )
-from settings.typed import nearest, one_of, require, typed
+from settings.typed import Place, nearest, one_of, require, typed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,11 @@ class RunConfig:
     scheduler: str
     warmup: float
     cache_reference_logprobs: bool
-    load_reference_logprobs: str | None
+    load_reference_logprobs: Place | None
     sync_reference: int
     sync_reference_rate: float
     strategy: str
-    sweep: str | None
+    sweep: Place | None
 
     def __post_init__(self) -> None:
         require(bool(self.exp_name), "exp_name must not be empty")
@@ -85,14 +91,23 @@ class RunConfig:
         return base / self.run_count if self.run_count else base
 
 
+def is_day(text: str) -> bool:
+    """Tell whether a text is a day as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The `model` group: what to load, in which precision, and how it is batched."""
 
-    name_or_path: str | None
-    tokenizer_name_or_path: str | None
-    load_from: str | None
-    from_checkpoint: str | None
+    name_or_path: Place | None
+    tokenizer_name_or_path: Place | None
+    template_date: str
+    load_from: Place | None
+    from_checkpoint: Place | None
     policy_dtype: str
     reference_dtype: str
     master_dtype: str
@@ -118,6 +133,10 @@ class ModelConfig:
         one_of("model.reference_dtype", self.reference_dtype, ("auto", "float32", "float16", "bfloat16"))
         for key in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length"):
             require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
+        require(
+            is_day(self.template_date),
+            f"model.template_date={self.template_date!r} must be a day written YEAR-MONTH-DAY, e.g. 2024-07-26",
+        )
         require(self.max_grad_norm > 0, f"model.max_grad_norm={self.max_grad_norm} must be above 0")
         require(
             0 < self.max_prompt_length < self.max_length,
@@ -142,14 +161,13 @@ class ModelConfig:
 class DatasetConfig:
     """One entry of the `datasets` group: where the rows are and how they are read."""
 
-    train: str | None = None
-    test: str | None = None
+    train: Place | None = None
+    test: Place | None = None
     format: str = "auto"
     weight: float = 1.0
     supervise: str = "last"
 
     def __post_init__(self) -> None:
-        one_of("datasets.*.format", self.format, ("auto", "messages", "strings", "hh", "shp", "gsm8k"))
         one_of("datasets.*.supervise", self.supervise, ("last", "all"))
         require(self.weight > 0, f"datasets.*.weight={self.weight} must be above 0")
 
@@ -174,54 +192,49 @@ class Settings:
     raw: dict[str, Any] = field(default_factory=dict)
 
 
-SECTIONS = (
-    "model",
-    "loss",
-    "datasets",
-    "generation",
-    "cache",
-    "evaluation",
-    "select",
-    "label",
-    "judge",
-    "world",
-    "estimate",
-    "wandb",
-    "pipeline",
-    "dry_run",
-)
+@cache
+def _typed_once(section: str, cls: Any, where: str) -> Any:
+    """Type a section written as JSON: the stages of a pipeline share most of them."""
+    return typed(json.loads(section), cls, where)
 
 
-def settings_from(raw: dict[str, Any], loss_config: type | None) -> Settings:
+def _typed(section: dict[str, Any], cls: Callable[..., T], where: str = "") -> T:
+    return _typed_once(json.dumps(section, default=str), cls, where)
+
+
+def settings_from(raw: dict[str, Any], loss_config: type | None = None) -> Settings:
     """Type every section of the resolved root config.
 
     `loss_config` is the Config class of the trainer that `loss.trainer` names, or None for tasks without a loss.
     """
     run_keys = [f.name for f in fields(RunConfig)]
+    known = run_keys + [f.name for f in fields(Settings) if f.name not in ("run", "raw")] + ["pipeline", "dry_run"]
     for key in raw:
-        if key not in run_keys and key not in SECTIONS:
-            raise ValueError(f"unknown key {key!r}.{nearest(str(key), run_keys + list(SECTIONS))}")
-    run = typed({k: v for k, v in raw.items() if k in run_keys}, RunConfig)
+        require(key in known, f"unknown key {key!r}.{nearest(str(key), known)}")
+    run = _typed({k: v for k, v in raw.items() if k in run_keys}, RunConfig)
     known_wandb = ["enabled", "mode", "project", "entity", "group"]
     for key in raw["wandb"]:
         require(key in known_wandb, f"unknown key 'wandb.{key}'.{nearest(str(key), known_wandb)}")
-    loss: Any = None
-    if loss_config is not None:
-        section = {k: v for k, v in raw["loss"].items() if k not in ("name", "trainer")}
-        loss = typed(section, loss_config, "loss.")
-    return Settings(
+    settings = Settings(
         run=run,
-        model=typed(raw["model"], ModelConfig, "model."),
-        loss=loss,
-        datasets={k: typed(v, DatasetConfig, f"datasets.{k}.") for k, v in (raw["datasets"] or {}).items()},
-        generation=typed(raw["generation"], GenerationConfig, "generation."),
-        cache=typed(raw["cache"], CacheConfig, "cache."),
-        evaluation=typed(raw["evaluation"], EvaluationConfig, "evaluation."),
-        select=typed(raw["select"], SelectConfig, "select."),
-        label=typed(raw["label"], LabelConfig, "label."),
-        judge=typed(raw["judge"], JudgeConfig, "judge."),
-        world=typed(raw["world"], WorldConfig, "world."),
-        estimate=typed(raw["estimate"], EstimateConfig, "estimate."),
+        model=_typed(raw["model"], ModelConfig, "model."),
+        loss=None,
+        datasets={k: _typed(v, DatasetConfig, f"datasets.{k}.") for k, v in (raw["datasets"] or {}).items()},
+        generation=_typed(raw["generation"], GenerationConfig, "generation."),
+        cache=_typed(raw["cache"], CacheConfig, "cache."),
+        evaluation=_typed(raw["evaluation"], EvaluationConfig, "evaluation."),
+        select=_typed(raw["select"], SelectConfig, "select."),
+        label=_typed(raw["label"], LabelConfig, "label."),
+        judge=_typed(raw["judge"], JudgeConfig, "judge."),
+        world=_typed(raw["world"], WorldConfig, "world."),
+        estimate=_typed(raw["estimate"], EstimateConfig, "estimate."),
         wandb=dict(raw["wandb"]),
         raw=raw,
     )
+    return with_loss(settings, loss_config) if loss_config is not None else settings
+
+
+def with_loss(settings: Settings, loss_config: type) -> Settings:
+    """Return the settings with the loss section typed by a method's Config class."""
+    section = {k: v for k, v in settings.raw["loss"].items() if k not in ("name", "trainer")}
+    return replace(settings, loss=typed(section, loss_config, "loss."))

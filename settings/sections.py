@@ -5,7 +5,8 @@ stand in config.yaml.
 import re
 from dataclasses import dataclass
 
-from settings.typed import one_of, require
+from settings.tasks import ESTIMATED
+from settings.typed import Code, Place, one_of, require
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class GenerationConfig:
     split: str
     seed: int
     calculator: bool
-    teacher: str | None
+    teacher: Place | None
     check_rows: int
     max_logp_gap: float
     tensor_parallel: int
@@ -88,10 +89,10 @@ class CacheConfig:
     """The `cache` section: what a teacher scores, and how many entries are kept."""
 
     quantity: str  # a row of teacher/quantities.py, whose quantity_of checks it against the other keys
-    reference: str | None
+    reference: Place | None
     top_k: int
     responses: list[str]
-    generations: str | None
+    generations: Place | None
     split: str
     batch_size: int
     beta: float
@@ -113,27 +114,27 @@ class CacheConfig:
 class EvaluationConfig:
     """The `evaluation` section: which models, judged how."""
 
-    models: dict[str, str]
-    verifier: str | None
+    models: dict[str, Place]
+    verifier: Code | None
     temperatures: list[float]
     max_new_tokens: int
     batch_size: int
     opponent: str | None
-    reward_model: str | None
+    reward_model: Place | None
     judge: bool
     reward_accuracy: bool
-    reference: dict[str, str]
+    reference: dict[str, Place]
     majority: int
     calculator: bool
     refusal_phrases: list[str]
-    advantages: str | None
+    advantages: Place | None
     latency: bool
     latency_backends: list[str]
     latency_batch_sizes: list[int]
     latency_new_tokens: int
     latency_repetitions: int
     lm_eval: list[str]
-    lm_eval_path: str | None
+    lm_eval_path: Place | None
     lm_eval_chat_template: bool
 
     def __post_init__(self) -> None:
@@ -193,12 +194,12 @@ class SelectConfig:
     """The `select` section: what is made of sampled responses."""
 
     make: str
-    generations: str | None
-    verifier: str | None
+    generations: Place | None
+    verifier: Code | None
     pairs_per_prompt: int
     holdout: float
     max_similarity: float
-    earlier: list[str]
+    earlier: list[Place]
 
     def __post_init__(self) -> None:
         one_of("select.make", self.make, ("pairs", "distinct"))
@@ -218,8 +219,8 @@ class JudgeConfig:
     concurrency: int
     timeout: float
     retries: int
-    score_template: str
-    pair_template: str
+    score_template: Place
+    pair_template: Place
     on_error: str
 
     def __post_init__(self) -> None:
@@ -239,9 +240,9 @@ class JudgeConfig:
 class LabelConfig:
     """The `label` section: which responses are scored, by whom, and what is made of the scores."""
 
-    responses: str | None
-    verifier: str | None
-    reward_model: str | None
+    responses: Place | None
+    verifier: Code | None
+    reward_model: Place | None
     judge: bool
     make: str
     threshold: float
@@ -256,11 +257,7 @@ class LabelConfig:
         require(self.batch_size >= 1, f"label.batch_size={self.batch_size} must be at least 1")
 
     def check_request(self) -> None:
-        """Refuse a request without responses, or without exactly one who scores them."""
-        require(
-            bool(self.responses),
-            "task=label needs label.responses=FILE: generations.jsonl, or rows with prompt and response",
-        )
+        """Refuse a request without exactly one who scores the responses."""
         given = [key for key in ("verifier", "reward_model", "judge") if getattr(self, key)]
         require(
             len(given) == 1,
@@ -274,7 +271,7 @@ class EstimateConfig:
     """The `estimate` section: what is estimated, and what it is to run on."""
 
     of: str
-    run: str | None
+    run: Place | None
     devices: int | None
     strategy: str
     accelerator: str
@@ -288,7 +285,7 @@ class EstimateConfig:
     measure: bool
 
     def __post_init__(self) -> None:
-        one_of("estimate.of", self.of, ("train", "cache", "generate"))
+        one_of("estimate.of", self.of, ESTIMATED)
         one_of("estimate.strategy", self.strategy, ("auto", "none", "ddp", "fsdp"))
         one_of("estimate.accelerator", self.accelerator, ("auto", "gpu", "cpu"))
         for key in (

@@ -3,12 +3,17 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar
+from functools import cache
+from typing import Annotated, Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
+
+# Types of keys whose content counts in a stage's digest (pipeline/digests.py), not the words they are written in.
+Place = Annotated[str, "a file or a folder; where none is here, a name of the hub"]
+Code = Annotated[str, "module:function"]
 
 # Spellings of neighboring projects, with ours beside them.
 OTHER_SPELLINGS = {
@@ -48,13 +53,18 @@ def typed(section: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     if missing:
         raise ValueError(f"{where}{missing[0]} has no value: set it in the YAML or on the command line")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), dict(section))
+        merged = OmegaConf.merge(_structured(cls), dict(section))  # type: ignore[arg-type]
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (ConfigKeyError, OmegaConfBaseException) as error:
         key = getattr(error, "full_key", None) or "?"
         seen = section.get(str(key).split(".")[0])
         detail = str(error).splitlines()[0]
         raise ValueError(f"{where}{key}: {detail} (value seen: {seen!r})") from error
+
+
+@cache
+def _structured(cls: Any) -> Any:
+    return OmegaConf.structured(cls)  # merge copies it
 
 
 def require(condition: bool, message: str) -> None:

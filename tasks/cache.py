@@ -82,7 +82,7 @@ def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
     """Return what is to be scored."""
     config = settings.cache
     if config.generations:
-        found = [g.tokens for g in read_generations(config.generations) if g.response_ids]
+        found = [g.tokens for g in read_generations(config.generations, tokenizer) if g.response_ids]
     else:
         limit = settings.run.n_examples if config.split == "train" else settings.run.n_eval_examples
         examples = load_examples(settings.datasets, config.split, tokenizer, settings.model, limit, settings.run.seed)

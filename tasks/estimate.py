@@ -3,30 +3,30 @@
 Also the table below the plan that `pipeline=NAME dry_run=true` prints. The arithmetic is in estimate.py.
 """
 
-import importlib
+import glob
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from omegaconf import OmegaConf
 
-import models
 from estimate import arithmetic
 from estimate import lengths as counting
 from estimate.arithmetic import Batch, Memory, Model, Setup, Work
 from estimate.shape import shape_of
-from estimate.speed import tokens_per_second
 from estimate.tables import comparison, cost_table, single, table
-from pipeline.plan import ROOT, Stage
+from pipeline.plan import Stage
+from settings.methods import needs_of
 from settings.needs import Needs
+from settings.paths import found as find
 from settings.schema import Settings, settings_from
+from settings.tasks import ESTIMATED
 from teacher.quantities import quantity_of
 
-BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")  # files of the drivers of GPUs
 OPTIMIZER_STATES = {"AdamW": 2, "Adam": 2, "RMSprop": 1, "SGD": 0}
 
 
@@ -69,12 +69,6 @@ def compared_run(folder: Path, section: dict[str, Any]) -> dict[str, Any]:
 # ---- one run
 
 
-def needs_of(settings: Settings) -> Needs:
-    """Return what the loss needs."""
-    module, _, name = settings.raw["loss"]["trainer"].rpartition(".")
-    return getattr(importlib.import_module(module), name).needs
-
-
 def layout_of(settings: Settings) -> tuple[str, int]:
     """Return strategy and number of devices."""
     devices = settings.estimate.devices or 1
@@ -86,11 +80,21 @@ def layout_of(settings: Settings) -> tuple[str, int]:
     return ("fsdp" if asked in ("auto", "none") else asked), devices
 
 
+def is_gpu(settings: Settings) -> bool:
+    """Tell whether a GPU is planned for; torch is asked only where a driver shows that there may be one."""
+    wanted = settings.estimate.accelerator
+    if wanted != "auto":
+        return wanted == "gpu"
+    if not any(found for pattern in DEVICES for found in glob.glob(pattern)):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def width_of(name: str, settings: Settings) -> int:
     """Return the bytes of a number of the precision called `name` on the device that is planned for."""
-    wanted = settings.estimate.accelerator
-    gpu = torch.cuda.is_available() if wanted == "auto" else wanted == "gpu"
-    return BYTES[models.resolve_dtype(name, "cuda" if gpu else "cpu")]
+    return {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2 if is_gpu(settings) else 4}[name]
 
 
 def setup_of(settings: Settings, needs: Needs) -> Setup:
@@ -98,7 +102,6 @@ def setup_of(settings: Settings, needs: Needs) -> Setup:
     run, config = settings.run, settings.model
     strategy, devices = layout_of(settings)
     live = bool(needs.reference) and not (run.cache_reference_logprobs or run.load_reference_logprobs)
-    wanted = settings.estimate.accelerator
     return Setup(
         strategy,
         devices,
@@ -109,7 +112,7 @@ def setup_of(settings: Settings, needs: Needs) -> Setup:
         live=live,
         states=OPTIMIZER_STATES[run.optimizer],
         checkpointing=config.activation_checkpointing,
-        gpu=torch.cuda.is_available() if wanted == "auto" else wanted == "gpu",
+        gpu=is_gpu(settings),
     )
 
 
@@ -177,7 +180,7 @@ def report(
 
 def training(settings: Settings, model: Model) -> dict[str, Any]:
     """Estimate task=train."""
-    run, config, needs = settings.run, settings.model, needs_of(settings)
+    run, config, needs = settings.run, settings.model, needs_of(settings.raw["loss"]["trainer"])
     setup = setup_of(settings, needs)
     check_batch(settings, setup.devices)
     lengths = counting.training_lengths(settings, needs)
@@ -287,7 +290,9 @@ def measured_speed(settings: Settings) -> float:
     """Time the real model on its largest micro-batch; return tokens a second of all devices, as if they did not
     wait.
     """
-    needs = needs_of(settings)
+    needs = needs_of(settings.raw["loss"]["trainer"])
+    from estimate.speed import tokens_per_second
+
     setup = setup_of(settings, needs)
     slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
     batch = batch_of(settings, counting.training_lengths(settings, needs), setup.devices, slots)
@@ -302,8 +307,8 @@ def launched(stage: Stage) -> dict[str, Any]:
     words = stage.command
     if "--config_file" not in words:
         return {}
-    path = Path(words[words.index("--config_file") + 1])
-    found = yaml.safe_load((path if path.is_file() else ROOT / path).read_text(encoding="utf-8"))
+    named = words[words.index("--config_file") + 1]
+    found = yaml.safe_load((find(named) or Path(named)).read_text(encoding="utf-8"))
     strategies = {"FSDP": "fsdp", "DEEPSPEED": "fsdp", "NO": "none"}
     return {"devices": found["num_processes"], "strategy": strategies.get(found["distributed_type"], "ddp")}
 
@@ -311,7 +316,7 @@ def launched(stage: Stage) -> dict[str, Any]:
 def of_stage(stage: Stage, section: dict[str, Any]) -> dict[str, Any] | str:
     """Estimate a stage, or say why not; `section` is the estimate section of the pipeline's own command."""
     task = stage.config["task"]
-    if task not in ("train", "cache", "generate"):
+    if task not in ESTIMATED:
         return f"task={task}"
     own = launched(stage) if section["devices"] is None else {}
     try:

@@ -43,8 +43,6 @@ class HeldOut(NamedTuple):
 
 def check_request(config: EvaluationConfig) -> None:
     """Refuse what cannot be evaluated, before any model loads."""
-    if not config.models:
-        raise ValueError("evaluation.models is empty: name at least one, e.g. evaluation.models.mine=outputs/run/FINAL")
     if any(temperature < 0 for temperature in config.temperatures):
         raise ValueError(f"evaluation.temperatures={config.temperatures}: none may be negative (0 is greedy)")
     if config.verifier and not config.temperatures:

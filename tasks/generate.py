@@ -1,10 +1,8 @@
 """task=generate: sample responses of a model to the prompts of the data sets, as token ids.
 
 The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: which prompts, the rows on disk,
-and
-going on where a killed run stopped. A row is written as soon as its response is there; at the end the rows stand in a
-fixed
-order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone.
+and going on where a killed run stopped. A row is written as soon as its response is there. At the end the rows stand
+in a fixed order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone.
 """
 
 import importlib
@@ -21,11 +19,12 @@ import transformers
 
 import models
 from conversations import resumed_rows
-from dataloader import Example, Tokens, adds_bos, load_examples
+from dataloader import Example, Tokens, load_examples
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.hf import HfBackend
 from generation.interface import Answer, Backend, Progress, cut, length_batches
 from settings.schema import ModelConfig, Settings
+from templates import adds_bos, special_ids, tokenizer_digest
 
 __all__ = ["backend_of", "cut", "length_batches", "run"]
 
@@ -117,7 +116,11 @@ def run(settings: Settings) -> None:
         print(f"note: {note}")
     jobs = _jobs(settings, tokenizer)
     prompts = [job.example.prompt for job in jobs]
-    head = {"sampling": _sampling(settings, name, stop), "model_digest": models.config_digest(config)}
+    head = {
+        "sampling": _sampling(settings, name, stop),
+        "model_digest": models.config_digest(config),
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+    }
     path = settings.run.run_dir / "generations.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     done = _resume(path, jobs, head, generation.n)
@@ -198,7 +201,7 @@ def _notes(tokenizer: Any, length: int, positions: int | None, prompt: list[int]
 
 def _row(job: Job, answer: Answer, tokenizer: Any, stop: list[int], head: dict[str, Any]) -> dict[str, Any]:
     body = answer.ids[:-1] if answer.finish_reason == "stop" else answer.ids
-    strange = set(body) & (set(tokenizer.all_special_ids) | set(stop))
+    strange = set(body) & (special_ids(tokenizer) | set(stop))
     if strange:
         raise ValueError(f"special tokens inside a response: {tokenizer.convert_ids_to_tokens(sorted(strange))}")
     conversation = job.example.conversation

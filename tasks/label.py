@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import models
 from conversations import (
     Conversation,
+    check_one_tokenizer,
     conversation_of,
     find_format,
     key_of,
@@ -26,9 +27,9 @@ from conversations import (
     to_conversation,
     write_rows,
 )
-from rewards.judge import Judge
+from rewards.judge import SCORE_PLACES, Judge, read_template
 from rewards.reward_model import RewardModel
-from rewards.verifiers import prompt_text, resolve_verifier, scored
+from rewards.verifiers import code_of, prompt_text, resolve_verifier, scored
 from settings.schema import LabelConfig, Settings
 
 VERSION = 1
@@ -55,14 +56,15 @@ class Response(NamedTuple):
 
     def key(self, source: str) -> str:
         """Name what was scored and by whom: a score on disk belongs to that, whatever its place in the file."""
-        facts = [source, self.conversation.prompt, self.text, self.ended]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        facts = [source, self.conversation.prompt, self.text, self.ended, self.conversation.meta]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def read_responses(config: LabelConfig, counts: Counter[str]) -> list[Response]:
     """Read the rows; one that holds no response is an error or, with on_error=skip, counted."""
     assert config.responses is not None
     rows, found = read_rows(config.responses, "label.responses"), []
+    check_one_tokenizer({config.responses: rows})
     for number, row in enumerate(rows):
         where = f"{config.responses}, row {number + 1}"
         try:
@@ -142,9 +144,14 @@ def source_of(settings: Settings) -> str:
     """Name who scores, by content where there is one."""
     config = settings.label
     if config.reward_model:
-        lengths = [settings.model.max_length, settings.model.max_prompt_length]
-        return f"reward model {models.model_digest(config.reward_model)} {lengths}"
-    return f"verifier {config.verifier}" if config.verifier else f"judge {settings.judge}"
+        model = settings.model
+        reading = [model.max_length, model.max_prompt_length, model.template_date, model.policy_dtype]
+        return f"reward model {models.model_digest(config.reward_model)} {reading}"
+    if config.verifier:
+        return f"verifier {config.verifier} {code_of(resolve_verifier(config.verifier, 'label.verifier'))}"
+    judge = settings.judge
+    template = read_template(judge.score_template, SCORE_PLACES, "judge.score_template")
+    return f"judge {[judge.model_name or judge.base_url, judge.temperature, judge.max_tokens, template]}"
 
 
 # ---- rows

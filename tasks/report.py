@@ -18,6 +18,7 @@ from evaluation.intervals import Interval, seed_interval
 from report.charts import Plotted, interval_chart, read_curves
 from report.page import curves_section, page, section, text
 from settings.schema import Settings
+from settings.tasks import counted
 
 # What a column says of a run, in this order, and whether more is better.
 TRAINING = (
@@ -27,22 +28,6 @@ TRAINING = (
     ("loss/train", False),
 )
 EVALUATION = (("score", True), ("win_rate", True), ("reward_accuracy", True))
-# Keys that may differ within a row: where a run lands, what it shows, and its seed.
-NOT_COMPARED = (
-    "seed",
-    "exp_name",
-    "run_count",
-    "cache_dir",
-    "sweep",
-    "debug",
-    "wandb",
-    "dry_run",
-    "strategy",
-    "log_every",
-    "save_every",
-    "keep_last",
-    "intermediate_checkpoints",
-)
 
 
 class Job(NamedTuple):
@@ -97,7 +82,7 @@ def read_jobs(sweep: Path) -> list[Job]:
 
 def compared_config(config: dict[str, Any]) -> str:
     """Return what has to be equal in the runs of a row."""
-    return json.dumps({k: v for k, v in config.items() if k not in NOT_COMPARED}, sort_keys=True, default=str)
+    return json.dumps({k: v for k, v in counted(config).items() if k != "seed"}, sort_keys=True, default=str)
 
 
 def row_name(jobs: list[Job]) -> str:
@@ -238,9 +223,7 @@ def html(title: str, rows: list[Row], unfinished: list[Job]) -> str:
 
 def run(settings: Settings) -> None:
     """Compare the runs of a sweep; print the table and write it, with the report, into the sweep's folder."""
-    if not settings.run.sweep:
-        raise ValueError("task=report needs sweep=DIR, the folder that holds the runs of a sweep")
-    sweep = Path(settings.run.sweep).expanduser()
+    sweep = Path(settings.run.sweep or "").expanduser()
     jobs = read_jobs(sweep)
     rows, unfinished = rows_of(jobs), [job for job in jobs if not job.done]
     written = table(rows, unfinished)

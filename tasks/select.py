@@ -24,8 +24,9 @@ import yaml
 from conversations import (
     Conversation,
     Row,
+    check_one_tokenizer,
     conversation_of,
-    find_format,
+    format_of,
     key_of,
     pair_row,
     read_jsonl,
@@ -70,6 +71,7 @@ def read_generated(path: Path) -> list[Row]:
             )
     if not rows:
         raise ValueError(f"select.generations={path} has no rows")
+    check_one_tokenizer({str(path): rows})
     return rows
 
 
@@ -80,7 +82,7 @@ def conversations_of(datasets: Mapping[str, DatasetConfig], split: str) -> Itera
         if source is None:
             continue
         rows = read_rows(source, f"datasets.{name}.{split}")
-        fmt = find_format(rows[0], source) if config.format == "auto" and rows else config.format
+        fmt = format_of(config.format, rows[0], source) if rows else config.format
         yield from (to_conversation(row, fmt, f"{source}, row {i}") for i, row in enumerate(rows, 1))
 
 
@@ -225,6 +227,7 @@ def run(settings: Settings) -> None:
         files = {"pairs_train.jsonl": train} | ({"pairs_test.jsonl": test} if config.holdout else {})
     else:
         earlier = [row for path in config.earlier for row in read_generated(Path(path).expanduser())]
+        check_one_tokenizer({config.generations: rows[:1], ", ".join(config.earlier): earlier})
         files = {
             "distinct.jsonl": make_distinct(questions, originals_of(settings), earlier, config.max_similarity, counts)
         }

@@ -134,8 +134,6 @@ def table(results: dict[str, Any]) -> str:
 def run(settings: Settings) -> None:
     """Pool the evaluations and write table and report into the run's folder."""
     folders = [Path(folder).expanduser() for folder in settings.evaluation.models.values()]
-    if not folders:
-        raise ValueError("nothing to summarize: evaluation.models.seed_1=FOLDER of a task=evaluate run")
     evaluations = [read_evaluation(folder) for folder in folders]
     results = summarized(evaluations)
     run_dir = settings.run.run_dir

@@ -33,6 +33,8 @@ def run(settings: Settings) -> None:
     tokenizer = models.load_tokenizer(settings.model)
     trainer: BasicTrainer = trainer_class(settings, tokenizer, placement)
     train, test = _examples(settings, tokenizer)
+    if trainer.needs.data == "pairs":
+        _check_pairs(train + test, settings.raw["loss"]["name"])
     objective = f"loss={settings.raw['loss']['name']}: {trainer.objective()}"
     processes.print(f"{objective}\nstrategy={placement.name}, {processes.world_size} process(es)")
     if processes.is_main:
@@ -68,6 +70,17 @@ def _examples(settings: Settings, tokenizer: object) -> tuple[list[Example], lis
     train = load_examples(settings.datasets, "train", tokenizer, settings.model, run.n_examples, run.seed)
     test = load_examples(settings.datasets, "test", tokenizer, settings.model, run.n_eval_examples, run.seed)
     return train, test
+
+
+def _check_pairs(examples: list[Example], loss: str) -> None:
+    """Refuse a row that holds no pair, by its place."""
+    for example in examples:
+        missing = [name for name in ("chosen", "rejected") if getattr(example, name) is None]
+        if missing:
+            raise ValueError(
+                f"{example.where}: loss={loss} learns from pairs, and this row has no {' and no '.join(missing)}. "
+                "Check datasets= and its format, or remove the row"
+            )
 
 
 def _show(example: Example, tokenizer: object, processes: Processes) -> None:

@@ -26,7 +26,9 @@ def commands() -> list[list[str]]:
     text += "\n" + "\n".join(
         line.strip() for line in README.splitlines() if line.startswith("    ") and "launch.py " in line and "=" in line
     )
-    variables = dict(re.findall(r'^(\w+)="(.*)"$', text, re.M))
+    variables: dict[str, str] = {}
+    for name, value in re.findall(r'^(\w+)="(.*)"$', text, re.M):
+        variables[name] = re.sub(r"\$(\w+)", lambda m: variables[m[1]], value)
     lines = [line for line in text.splitlines() if "launch.py" in line and not re.match(r"\w+=", line)]
     return [shlex.split(re.sub(r"\$(\w+)", lambda m: variables[m[1]], line.split("&&")[-1])) for line in lines]
 

@@ -79,7 +79,6 @@ def test_pairs_are_ranked_by_the_log_ratio_and_by_log_prob_only_without_a_refere
 
 def test_what_cannot_be_evaluated_is_refused_before_a_model_loads(folder: Path) -> None:
     for change, message in [
-        ({}, "evaluation.models is empty"),
         ({"models": {"a": "a"}, "temperatures": []}, "nothing to evaluate"),
         ({"models": {"a": "a"}, "temperatures": [], "verifier": "worlds.shop:check"}, "temperatures is empty"),
         ({"models": {"a": "a"}, "opponent": "a"}, "needs somebody who decides who wins"),

@@ -13,9 +13,9 @@ import torch
 
 import launch
 import models
-from dataloader import encode_prompt, read_generations
+from dataloader import encode_prompt, load_examples, read_generations
 from generation.hf import sample
-from settings.schema import GenerationConfig, ModelConfig, typed
+from settings.schema import DatasetConfig, GenerationConfig, ModelConfig, typed
 from tasks.generate import backend_of, cut, length_batches
 from tests.helpers import ROOT, composed, rows_of, write_pairs
 
@@ -179,8 +179,46 @@ def test_rows_carry_ids_text_reason_sampling_and_origin(base, tokenizer):
         assert row["sampling"]["temperature"] == 1.0 and row["sampling"]["n"] == 2 and row["model_digest"]
     by_prompt = {json.dumps(row["prompt_ids"]): row["response_ids"] for row in rows}
     assert any(row["response_ids"] != by_prompt[json.dumps(row["prompt_ids"])] for row in rows)
-    generations = read_generations(base / "whole/generations.jsonl")
+    generations = read_generations(base / "whole/generations.jsonl", tokenizer)
     assert len(generations) == 18 and sum(generations[0].tokens.response) == len(rows[0]["response_ids"])
+
+
+def test_ids_of_another_tokenizer_are_refused_with_what_they_would_have_been(base, config, tokenizer):
+    """By everything that computes with them: loss.generations, cache.generations, data sets, and a resume."""
+    path = base / "whole/generations.jsonl"
+    other_config = replace(config, tokenizer_name_or_path="assets/shop_tokenizer")
+    other, mine = models.load_tokenizer(other_config), models.tokenizer_digest(tokenizer)
+    message = rf"generations.jsonl, (line|row) 1: its ids are of another tokenizer .*{mine}"
+    with pytest.raises(ValueError, match=message) as refused:
+        read_generations(path, other)
+    assert models.tokenizer_digest(other) in str(refused.value) and "decoded here" in str(refused.value)
+    data = {"own": DatasetConfig(train=str(path))}
+    assert len(load_examples(data, "train", tokenizer, config)) == 18
+    with pytest.raises(ValueError, match=message):
+        load_examples(data, "train", other, other_config)
+    changed = models.load_tokenizer(config)
+    changed.chat_template = "{# edited #}" + changed.chat_template
+    changed.save_pretrained(base / "tokenizer")
+    (base / "resumed").mkdir()
+    (base / "resumed/generations.jsonl").write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match="line 1: written with another tokenizer_digest"):
+        launch.run_task(composed(*overrides(base, "resumed", f"model.tokenizer_name_or_path={base}/tokenizer")))
+    nobodys = base / "nobodys.jsonl"
+    rows = [{k: v for k, v in row.items() if k != "tokenizer_digest"} for row in rows_of(path)]
+    nobodys.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"nobodys.jsonl, row 1: has token ids and no tokenizer_digest.*Sample again"):
+        load_examples({"own": DatasetConfig(train=str(nobodys))}, "train", tokenizer, config)
+    text = [{k: v for k, v in row.items() if not k.endswith("_ids")} for row in rows]
+    nobodys.write_text("".join(json.dumps(row) + "\n" for row in text))  # the way out that the message names
+    anew = load_examples({"own": DatasetConfig(train=str(nobodys))}, "train", tokenizer, config)
+    assert [e.prompt for e in anew] == [row["prompt_ids"] for row in rows if row["response"].strip()]
+
+
+def test_what_a_generated_row_answers_keeps_its_columns(base, config, tokenizer):
+    """A verifier of rollouts on generated rows finds the reference answer where it was."""
+    data = {"own": DatasetConfig(train=str(base / "whole/generations.jsonl"))}
+    found = load_examples(data, "train", tokenizer, config)
+    assert {e.conversation.meta["score"] for e in found} == set(range(9))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 11, 17])

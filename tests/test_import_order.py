@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 # A room imports only rooms on an earlier line; its own modules import each other without a circle.
 ORDER = (
     ("settings", "functional", "conversations", "assets"),
-    ("pipeline", "dataloader"),
+    ("pipeline", "templates"),
+    ("dataloader",),
     ("models",),
     ("engine", "teacher", "generation"),
     ("rewards", "estimate"),

@@ -1,6 +1,8 @@
 """task=label: scores by a verifier, a reward model and a judge; rows that the loaders read back; what goes wrong."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ ROWS = [
     {"prompt": "say 3", "response": "b"},
 ]
 CHECKER = "label.verifier=tests.rewards:share_of_e"
+BYTES = models.tokenizer_digest(models.load_tokenizer(launch.settings_of(composed("model=tiny")).model))
 
 
 @pytest.fixture
@@ -77,6 +80,7 @@ def test_generated_ids_travel_into_pairs(tmp_path: Path) -> None:
         {
             "prompt": [{"role": "user", "content": "hi"}],
             "prompt_ids": [1, 2],
+            "tokenizer_digest": BYTES,
             "response_ids": ids,
             "response": text,
             "finish_reason": "stop",
@@ -147,6 +151,50 @@ def test_a_killed_run_keeps_its_scores(tmp_path: Path, responses: Path) -> None:
 def test_what_cannot_work_is_one_error(tmp_path: Path, responses: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         label(tmp_path, *overrides)
+
+
+def test_a_resume_takes_no_score_of_a_row_with_another_reference_answer(tmp_path: Path) -> None:
+    """A verifier reads the row's meta, so the score belongs to it, too."""
+    path, check = tmp_path / "responses.jsonl", "label.verifier=worlds.gsm8k:check"
+    row = {"prompt": "2*3?", "response": "six #### 6", "answer": "6"}
+    path.write_text(json.dumps(row) + "\n")
+    assert label(tmp_path, check)[0]["reward"] == 1.0
+    (tmp_path / "label" / "DONE").unlink()
+    path.write_text(json.dumps({**row, "answer": "7"}) + "\n")
+    assert label(tmp_path, check)[0]["reward"] == 0.0
+
+
+def test_a_resume_takes_no_score_of_an_edited_verifier(tmp_path: Path, responses: Path, monkeypatch) -> None:
+    module = tmp_path / "own_verifier.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for value in (0.25, 0.75):
+        module.write_text(f"def check(prompt, response):\n    return {value}  # {'x' * int(100 * value)}\n")
+        importlib.invalidate_caches()
+        sys.modules.pop("own_verifier", None)
+        (tmp_path / "label" / "DONE").unlink(missing_ok=True)
+        assert label(tmp_path, "label.verifier=own_verifier:check")[0]["reward"] == value
+
+
+def test_a_resume_takes_no_score_of_an_edited_question(tmp_path: Path, responses: Path, serve) -> None:  # noqa: F811
+    server: Server = serve(lambda question: (200, "Score: 5"))
+    template, asked = tmp_path / "score.txt", []
+    for text in ("Rate {prompt} {response}", "Rate again {prompt} {response}"):
+        template.write_text(text)
+        (tmp_path / "label" / "DONE").unlink(missing_ok=True)
+        label(tmp_path, "label.judge=true", f"judge.base_url={server.url}", f"judge.score_template={template}")
+        asked.append(json.loads((tmp_path / "label" / "LABEL" / "summary.json").read_text()))
+    assert [summary["scores taken from an earlier run"] for summary in asked] == [0, 0]
+
+
+def test_ids_of_two_tokenizers_or_of_an_unknown_one_are_refused(tmp_path: Path) -> None:
+    row = {"prompt": "hi", "prompt_ids": [1], "response_ids": [5, 0], "response": "eee", "tokenizer_digest": BYTES}
+    for other, message in (
+        ({**row, "tokenizer_digest": "another"}, "row 2: its ids are of another tokenizer .digest another.*row 1"),
+        ({k: v for k, v in row.items() if k != "tokenizer_digest"}, "row 2: has token ids and no tokenizer_digest"),
+    ):
+        (tmp_path / "responses.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n")
+        with pytest.raises(ValueError, match=message):
+            label(tmp_path, CHECKER)
 
 
 def test_bad_rows_are_an_error_or_counted(tmp_path: Path, responses: Path) -> None:

@@ -2,14 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import launch as launcher
 import models
+from settings.help import help_text
 from settings.schema import ModelConfig, RunConfig, typed
-from tests.helpers import composed, launch, rows_of, write_pairs
+from tests.helpers import ROOT, composed, launch, rows_of, write_pairs
 
 
 @pytest.fixture
@@ -73,6 +77,145 @@ def test_an_unwritable_folder_is_one_error(tmp_path, data):
     (tmp_path / "file").write_text("")
     run = launch(*base(tmp_path, data, f"cache_dir={tmp_path}/file/x"))
     assert run.returncode == 2 and "Traceback" not in run.stderr and "file" in run.stderr
+
+
+def cpu_seconds(*args: str, tmp_path: Path) -> tuple[float, int]:
+    """Run launch.py where torch cannot be imported; return the CPU seconds it took and its exit code."""
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *args],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime, process.returncode
+
+
+MARGIN = 2.5  # the same work takes up to so much more CPU time beside six others on two cores
+
+
+@pytest.mark.parametrize(
+    ("line", "bar", "code"),
+    [
+        ("--help", 1.5, 0),
+        ("lrr=1e-3", 1.5, 2),
+        ("++lrr=1e-3", 1.5, 2),
+        ("loss=dpo ++loss.betta=1", 1.5, 2),
+        ("judge.retires=3", 1.5, 2),
+        ("loss.trainer=trainers.dpo.DPOO", 1.5, 2),
+        ("task=trian", 1.5, 2),
+        ("pipeline=quickstart dry_run=true", 5.0, 0),
+    ],
+)
+def test_a_mistake_the_help_and_a_plan_need_no_torch_and_little_time(tmp_path, line, bar, code):
+    seconds, returned = cpu_seconds(*line.split(), f"cache_dir={tmp_path}/runs", tmp_path=tmp_path)
+    assert returned == code
+    assert seconds < MARGIN * bar, f"{line}: {seconds:.1f} s of CPU, the bar is {bar} s"
+
+
+def test_the_help_shows_every_task_choice_and_key_with_its_comment():
+    text = help_text("usage", ["loss=dpo"])
+    for word in (
+        "estimate",
+        "loss=NAME: adpa, ",
+        "retries: 6",
+        "lr: 5.0e-7",
+        "# strength of the implicit KL constraint",
+    ):
+        assert word in text, word
+    assert "override hydra" not in text and "subdir" not in text
+
+
+# ---- the same run
+
+
+def folder_of_a_run(tmp_path, data, *more: str, done: bool = True) -> list[str]:
+    """Write the folder that a run leaves; return its command line."""
+    line = base(tmp_path, data, "exp_name=x", *more)
+    raw = composed(*line)
+    folder = tmp_path / "runs" / "x"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    (folder / "checkpoint-2" / "DONE").touch()
+    if done:
+        (folder / "DONE").touch()
+    return line
+
+
+def goes_on(raw: dict) -> bool:
+    """Tell whether there is something left to do in the folder of a run; ValueError if it holds another one."""
+    return launcher.open_run_dir(launcher.settings_of(raw))
+
+
+def test_a_finished_run_is_the_same_whatever_its_task_does_not_read(tmp_path, data):
+    line = folder_of_a_run(tmp_path, data)
+    unread = ["judge.retries=3", "generation.top_p=0.5", "evaluation.majority=0", "eval_every=7", "n_eval_examples=5"]
+    for other in (*unread, "estimate.rows=3", "log_every=1", f"cache_dir={tmp_path}/./runs"):
+        assert not goes_on(composed(*line, other)), other
+    for other, words in (
+        ("lr=1e-2", "lr was"),
+        ("model.build_seed=4", "model.build_seed was"),
+        ("n_epochs=2", "n_epochs"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            goes_on(composed(*line, other))
+
+
+def test_a_key_that_came_with_an_update_blocks_an_unfinished_run_only_if_its_task_reads_it(tmp_path, data):
+    line = folder_of_a_run(tmp_path, data, done=False)
+    stored = tmp_path / "runs" / "x" / "config.yaml"
+    old = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    for section, key in (("judge", "retries"), ("cache", "top_k"), ("label", "margin")):
+        del old[section][key]
+    del old["select"]
+    old["a_key_that_is_gone"] = 1
+    stored.write_text(yaml.safe_dump(old), encoding="utf-8")
+    assert goes_on(composed(*line))
+    del old["model"]["max_length"]
+    stored.write_text(yaml.safe_dump(old), encoding="utf-8")
+    with pytest.raises(ValueError, match="model.max_length was None and is"):
+        goes_on(composed(*line))
+
+
+# ---- a method of one's own
+
+
+def test_a_method_in_a_package_of_ones_own_trains(tmp_path, data, monkeypatch):
+    package = tmp_path / "mypackage"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "mymethod.py").write_text(
+        "from trainers.sft import SFT\n\nclass Mine(SFT):\n    formula = 'mine'\n\nclass Other:\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # launch.py puts the folder where it is typed there
+    line = base(tmp_path, data, "exp_name=own", "n_steps=1")
+    launcher.run_task(composed(*line, "loss.trainer=mypackage.mymethod.Mine"))
+    assert "mine" in (tmp_path / "runs/own/objective.txt").read_text() and (tmp_path / "runs/own/DONE").is_file()
+    assert "no subclass of trainers.basic.BasicTrainer" in refused(
+        composed(*line, "loss.trainer=mypackage.mymethod.Other")
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words"),
+    [
+        ("DPO", "must name a class by its import path, e.g. trainers.dpo.DPO"),
+        ("trainers/dpo.py", "must name a class by its import path"),
+        (
+            "nopackage.module.Mine",
+            "there is no module 'nopackage.module'. It must lie in the repository, in the folder",
+        ),
+        ("trainers.dpo.DPOO", "trainers.dpo has no class 'DPOO'. It has: DPOConfig, DPO"),
+        ("trainers.dpo.DPOConfig", "no subclass of trainers.basic.BasicTrainer"),
+    ],
+)
+def test_a_trainer_that_is_none_is_refused_with_what_to_do(tmp_path, data, trainer, words):
+    assert words in refused(composed(*base(tmp_path, data, f"loss.trainer='{trainer}'")))
 
 
 def test_every_key_of_config_yaml_is_read_by_a_dataclass():

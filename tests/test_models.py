@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import models
 from assets import smollm2
-from dataloader import Sequences, Tokens, collate, encode_prompt, turn_end
+from dataloader import Sequences, Tokens, collate, encode_prompt
 from engine import export
 from settings.schema import ModelConfig, typed
+from templates import turn_end
 from tests.helpers import ROOT, composed
 
 BYTES = "assets/byte_tokenizer"

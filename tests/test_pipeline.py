@@ -14,8 +14,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pipeline import digests
-from pipeline.digests import digest_of
 from pipeline.plan import Stage, build_plan, spelled
 from pipeline.runner import run_pipeline
 from tests.helpers import launch, write_pairs
@@ -138,12 +136,17 @@ def test_two_pipelines_share_the_teacher(tmp_path: Path) -> None:
     assert plans[0]["dckd"].folder == plans[2]["dckd"].folder and "dckd" not in plans[1]
 
 
-def test_a_new_method_version_changes_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = root_config(["loss=dpo"])
-    before = digest_of(raw, tmp_path)
-    original = digests.version_of
-    monkeypatch.setattr(digests, "version_of", lambda module: [2] if module == "trainers.dpo" else original(module))
-    assert digest_of(raw, tmp_path) != before
+def test_a_stages_config_is_what_hydra_composes_from_its_command() -> None:
+    line = ("n_eval_examples=10", "++generation.top_p=0.9", "model.peft.lora_r=3", "+datasets.local.weight=2")
+    plan = planned(NOWHERE, *MAIN, *line)
+    for label in ("world", "teacher_dpo", "dckd", "generate", "evaluate", "summarize"):
+        words = plan[label].command[2:]
+        elsewhere = ("exp_name", "cache_dir", "pipeline")
+        found, wanted = (
+            {k: v for k, v in c.items() if k not in elsewhere} for c in (plan[label].config, root_config(words))
+        )
+        assert found == wanted, label
+    assert plan["dckd"].config["model"]["peft"]["lora_r"] == 3
 
 
 def test_seeds_give_separate_stages_and_one_summary() -> None:

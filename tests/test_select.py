@@ -13,8 +13,10 @@ from dataloader import load_examples
 from models import load_tokenizer
 from settings.schema import settings_from
 from tasks import select
+from templates import tokenizer_digest
 from tests.helpers import composed, rows_of
 
+BYTES = tokenizer_digest(load_tokenizer(settings_from(composed("model=tiny"), None).model))  # who claims the ids
 QUESTIONS = {"How many?": "6", "How much?": "1,080", "What is left?": "2", "Who?": "9", "Held out?": "3"}
 
 
@@ -26,6 +28,7 @@ def response(question: str, text: str, sample: int = 0, end: str = "stop") -> di
         "response": text,
         "response_ids": [*text.encode(), 1] if end == "stop" else list(text.encode()),
         "finish_reason": end,
+        "tokenizer_digest": BYTES,
         "sample": sample,
         "meta": {"answer": QUESTIONS[question]},
     }
@@ -208,3 +211,19 @@ def never(prompt: str, response: str) -> float:
 def only_six(prompt: str, response: str) -> float:
     """Find one question's responses correct."""
     return float("six" in response)
+
+
+def test_responses_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
+    """Neither in one file, nor with the rows of earlier rounds."""
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({**ROWS[1], "tokenizer_digest": "another"}) + "\n")
+    with pytest.raises(ValueError, match="mixed.jsonl, row 2: its ids are of another tokenizer"):
+        run(tmp_path, "mixed", f"select.generations={mixed}")
+    earlier = tmp_path / "earlier.jsonl"
+    earlier.write_text(json.dumps({**ROWS[0], "tokenizer_digest": "another"}) + "\n")
+    with pytest.raises(ValueError, match="earlier.jsonl.*another tokenizer"):
+        run(tmp_path, "earlier", "select.make=distinct", f"select.earlier=[{earlier}]")
+    nobodys = tmp_path / "nobodys.jsonl"
+    nobodys.write_text(json.dumps({k: v for k, v in ROWS[0].items() if k != "tokenizer_digest"}) + "\n")
+    with pytest.raises(ValueError, match="nobodys.jsonl, row 1: has token ids and no tokenizer_digest"):
+        run(tmp_path, "nobodys", f"select.generations={nobodys}")

@@ -15,6 +15,7 @@ from functional import entropies, expected_advantage, gather_logps, row_sums, to
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
+from settings.typed import Place
 from teacher.lookup import generations_by_prompt, open_cache
 from teacher.quantities import Entry
 from trainers.basic import BasicTrainer
@@ -25,8 +26,8 @@ from trainers.batches import Batch, Item, supervised_sequence
 class ADPAConfig:
     """Values of config/loss/adpa.yaml."""
 
-    generations: str
-    advantages: str
+    generations: Place
+    advantages: Place
     gamma: float
     sft_weight: float
     reduction: str
@@ -66,7 +67,7 @@ class ADPA(BasicTrainer):
             return [Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ()) for e in examples]
         reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
         generations = generations_by_prompt(
-            read_generations(self.config.generations), examples, self.config.generations
+            read_generations(self.config.generations, self.tokenizer), examples, self.config.generations
         )
         items = []
         for example in examples:

@@ -15,6 +15,7 @@ from functional import gather_logps, token_logps, topk_kl
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
+from settings.typed import Place
 from teacher.cache import content_key
 from teacher.lookup import open_cache
 from teacher.quantities import Entry
@@ -26,7 +27,7 @@ from trainers.batches import Batch, Item, supervised_sequence
 class DCKDConfig:
     """Values of config/loss/dckd.yaml."""
 
-    teacher_cache: str
+    teacher_cache: Place
     sft_weight: float
     chosen_weight: float
     rejected_weight: float

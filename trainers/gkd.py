@@ -15,6 +15,7 @@ from functional import entropies, generalized_jsd
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
+from settings.typed import Place
 from teacher.precision import teacher_logits
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item
@@ -25,7 +26,7 @@ from trainers.rollouts import Micros, answers, row_seed, with_response
 class GKDConfig:
     """Values of config/loss/gkd.yaml."""
 
-    teacher: str
+    teacher: Place
     on_policy: float
     beta: float
     temperature: float

@@ -17,6 +17,7 @@ from functional import entropies, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
+from settings.typed import Place
 from teacher.precision import teacher_logits
 from trainers.batches import Batch, Item
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
@@ -27,7 +28,7 @@ from trainers.rollouts import RolloutConfig, RolloutTrainer
 class OPDConfig(RolloutConfig):
     """Values of config/loss/opd.yaml."""
 
-    teacher: str
+    teacher: Place
     discount: float
     clip: float
     online = True  # what Rollouts asks: every response is the student's, and nobody else scores it

@@ -19,6 +19,7 @@ from functional import generalized_jsd, mixed_logps, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
+from settings.typed import Place
 from teacher.precision import teacher_logits
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
@@ -34,7 +35,7 @@ class RewardWeightedConfig:
     reward_temperature: float
     nll_weight: float
     kl_weight: float
-    teachers: list[str]
+    teachers: list[Place]
     divergence: str
 
     def __post_init__(self) -> None:

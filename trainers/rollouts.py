@@ -20,6 +20,7 @@ from generation.on_policy import sample_rows
 from models import last_token_scores
 from rewards.verifiers import resolve_verifier, scored
 from settings.schema import require
+from settings.typed import Code, Place
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
 
@@ -50,8 +51,8 @@ class RewardedConfig(RolloutConfig):
     """Values of config/loss/shared/rewarded.yaml."""
 
     online: bool
-    verifier: str | None
-    reward_model: str | None
+    verifier: Code | None
+    reward_model: Place | None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,65 @@
+"""What a method says of itself, read from its source: `loss.trainer` names its class, by any path that can be imported.
+
+A class of trainers/ and one of a user's own package are found alike. Reading takes milliseconds, importing loads torch.
+"""
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+from settings.paths import ROOT
+from settings.source import Found, class_value, field_types, find_class, module_file, read_module
+
+EXAMPLE = "e.g. trainers.dpo.DPO, or mypackage.mymethod.Mine for a method of your own"
+
+
+class Needs(NamedTuple):
+    """What a method asks for."""
+
+    # responses | pairs | feedback (pairs, or responses with a label) | prompts (or rewarded responses) | rewards
+    data: str
+    reference: str = ""  # "" | logps (of the response tokens; may be cached) | distributions (a live model)
+    teacher: str = ""  # "" | logprob | advantage (the quantity of the teacher cache) | live (a model in memory)
+
+
+def find_method(trainer: str, root: Path = ROOT) -> Found:
+    """Find the class that loss.trainer names; ValueError says which half is wrong."""
+    module, _, name = trainer.rpartition(".")
+    if not module or not all(part.isidentifier() for part in trainer.split(".")):
+        raise ValueError(f"loss.trainer={trainer!r} must name a class by its import path, {EXAMPLE}")
+    if module_file(module, root) is None:
+        raise ValueError(
+            f"loss.trainer={trainer}: there is no module {module!r}. It must lie in the repository, in the folder "
+            "where you type the command, or on PYTHONPATH"
+        )
+    method = find_class(read_module(module, root), name, root)
+    if method is None:
+        known = [node.name for node in read_module(module, root).tree.body if isinstance(node, ast.ClassDef)]
+        raise ValueError(
+            f"loss.trainer={trainer}: {module} has no class {name!r}. It has: {', '.join(known) or 'none'}"
+        )
+    return method
+
+
+def needs_of(trainer: str, root: Path = ROOT) -> Needs:
+    """Return what a method needs; ValueError where it is not written as Needs(...) in the class or above it."""
+    found = class_value(find_method(trainer, root), "needs", root)
+    call = found[1] if found is not None else None
+    if not isinstance(call, ast.Call):
+        raise ValueError(f"loss.trainer={trainer} has no `needs = Needs(...)`, as the methods of trainers/ have")
+    given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return Needs(*(ast.literal_eval(argument) for argument in call.args), **given)
+
+
+def head_of(trainer: str, root: Path = ROOT) -> str | None:
+    """Return what the method's model ends in ("lm", "reward", "value"); None where it cannot be seen."""
+    found = class_value(find_method(trainer, root), "head", root)
+    return getattr(found[1], "value", None) if found is not None else None
+
+
+def config_fields(trainer: str, root: Path = ROOT) -> dict[str, str]:
+    """Return the keys of the method's loss section with their types as written; empty where they cannot be seen."""
+    found = class_value(find_method(trainer, root), "Config", root)
+    name = getattr(found[1], "id", "") if found is not None else ""
+    config = find_class(found[0].module, name, root) if found is not None else None
+    return field_types(config, root) if config is not None else {}
