@@ -63,6 +63,10 @@ def settings_of(raw: dict[str, Any]) -> Settings:
     """Type and check the resolved config for the task it asks for; what needs no torch comes first."""
     check_task(raw)
     settings = settings_from(raw)
+    if raw["task"] == "cache":
+        from teacher.quantities import quantity_of
+
+        quantity_of(settings.cache)  # refuses what contradicts itself before anything is written
     if raw["task"] != "train":
         return settings
     check_loss(raw["loss"])

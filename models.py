@@ -67,7 +67,9 @@ def response_logits(model: torch.nn.Module, sequences: Sequences, vocab_size: in
     ids, attention, response = sequences
     keep, rows, kept = predicting(response)
     logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False, logits_to_keep=keep).logits
-    return ResponseLogits(logits[rows, kept][:, :vocab_size], ids[rows, keep[kept] + 1], rows)
+    if logits.dim() == 3:  # a teacher's last layer may give [N, V] at once
+        logits = logits[rows, kept]
+    return ResponseLogits(logits[:, :vocab_size], ids[rows, keep[kept] + 1], rows)
 
 
 def predicting(response: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,11 +206,25 @@ def load_tokenizer(config: ModelConfig) -> Any:
 # ---- models
 
 
-def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
-    """Return the torch dtype; auto is bfloat16 on a GPU and float32 on CPU, where bfloat16 is ten times slower."""
+def resolve_dtype(name: str, device: torch.device | str, on_gpu: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """Return the torch dtype; auto is `on_gpu` on a GPU and float32 on CPU, where bfloat16 is ten times slower."""
     if name == "auto":
-        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        return torch.float32 if torch.device(device).type == "cpu" else on_gpu
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+class NumericPath(NamedTuple):
+    """In which precision a model is asked: its weights, its computing, its last layer; and by which attention."""
+
+    weights: torch.dtype
+    compute: torch.dtype
+    head: torch.dtype
+    attention: str
+
+    def __str__(self) -> str:
+        """Return what a cache's meta.json has."""
+        parts = (f"{name}={str(part).removeprefix('torch.')}" for name, part in self._asdict().items())
+        return " ".join(parts)
 
 
 def load_model(

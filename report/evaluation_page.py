@@ -18,6 +18,7 @@ from report.tables import benchmarks_section, latency_section, metric_sections
 from settings.artifacts import write_json, write_jsonl, write_text
 from settings.schema import EvaluationConfig, Settings
 from teacher.cache import Reader
+from teacher.quantities import Entry
 
 TITLE = "Evaluation"
 
@@ -67,7 +68,7 @@ def advantages_in(cache: str, model: str) -> list[dict[str, Any]]:
     for ids, response in reader.sequences(NUM_SAMPLES):
         prompt = [token for token, on in zip(ids, response, strict=True) if not on]
         said = [token for token, on in zip(ids, response, strict=True) if on]
-        tokens = tokens_of(tokenizer, said, reader.get(ids, response))
+        tokens = tokens_of(tokenizer, said, Entry(**reader.get(ids, response)))
         rows.append({"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "tokens": tokens})
     return rows
 

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from dataloader import read_generations
 from settings.artifacts import DONE
-from teacher.cache import Entry, Reader
+from teacher.cache import Reader
+from teacher.quantities import Entry
 
 NUM_SAMPLES = 12
 
@@ -77,7 +78,7 @@ def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
         return [
             {
                 "prompt": g.prompt[-1]["content"],
-                "tokens": tokens_of(tokenizer, g.response_ids, reader.get(g.tokens.ids, g.tokens.response)),
+                "tokens": tokens_of(tokenizer, g.response_ids, Entry(**reader.get(g.tokens.ids, g.tokens.response))),
             }
             for g in generations
         ]

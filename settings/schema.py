@@ -128,8 +128,9 @@ class ModelConfig:
     block_class: str | None
 
     def __post_init__(self) -> None:
-        for key in ("policy_dtype", "reference_dtype", "master_dtype"):
+        for key in ("policy_dtype", "master_dtype"):
             one_of(f"model.{key}", getattr(self, key), ("auto", "float32", "bfloat16"))
+        one_of("model.reference_dtype", self.reference_dtype, ("auto", "float32", "float16", "bfloat16"))
         for key in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length"):
             require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
         require(

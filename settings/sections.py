@@ -88,6 +88,7 @@ class GenerationConfig:
 class CacheConfig:
     """The `cache` section: what a teacher scores, and how many entries are kept."""
 
+    quantity: str  # a row of teacher/quantities.py, whose quantity_of checks it against the other keys
     reference: Place | None
     top_k: int
     responses: list[str]
@@ -103,10 +104,6 @@ class CacheConfig:
         one_of("cache.split", self.split, ("train", "test"))
         one_of("cache.backend", self.backend, ("hf", "vllm"))
         require(self.tensor_parallel >= 1, f"cache.tensor_parallel={self.tensor_parallel} must be at least 1")
-        require(
-            self.backend == "hf" or self.reference is None,
-            "cache.backend=vllm makes log-probability caches; for advantages (cache.reference) use cache.backend=hf",
-        )
         require(self.top_k >= 1, f"cache.top_k={self.top_k} must be at least 1")
         require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
         for name in self.responses:

@@ -2,7 +2,6 @@
 
 import gc
 import importlib
-from pathlib import Path
 
 import torch
 
@@ -14,8 +13,9 @@ from engine.processes import Processes
 from engine.strategy import placement_of
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
-from settings.artifacts import is_done, write_text
+from settings.artifacts import write_text
 from settings.schema import Settings
+from teacher.precision import teacher_dtype
 from trainers import reference
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
@@ -123,7 +123,11 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
     for name, (folder, head) in trainer.frozen_model_folders().items():
         if head == "reward":
             check_reward_model(folder, f"loss.{name}")
-        dtype = models.resolve_dtype(settings.model.reference_dtype, trainer.placement.device)
+        device = trainer.placement.device
+        if head == "lm":
+            dtype = teacher_dtype(settings.model, device)
+        else:
+            dtype = models.resolve_dtype(settings.model.reference_dtype, device)
         config = settings.model.of_folder(folder)
         tokenizer = models.load_tokenizer(config)
         if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
@@ -146,9 +150,10 @@ def _reference(
         items, test_items = _scored(settings, trainer, items, test_items)
     if config.use_peft and not cached and not settings.model.from_checkpoint:
         return None, items, test_items
-    dtype = trainer.placement.reference_dtype(moving=bool(run.sync_reference))
     if not cached:
-        return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty), items, test_items
+        dtype = trainer.placement.reference_dtype(moving=bool(run.sync_reference))
+        model = models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
+        return model, items, test_items
     return None, *_scored(settings, trainer, items, test_items)
 
 
@@ -156,16 +161,13 @@ def _scored(
     settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
 ) -> tuple[list[Item], list[Item]]:
     """Return the items with the reference's log-probabilities, scored once and shared between runs."""
-    run, config = settings.run, models.start_of(settings.model)
-    dtype = trainer.placement.reference_dtype(moving=False)
     # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
-    meta = reference.meta_of(config, dtype, trainer.tokenizer)
-    shared = Path(run.cache_dir).expanduser() / "reference_logprobs"
-    folder = Path(run.load_reference_logprobs or reference.folder_of(shared, items + test_items, meta)).expanduser()
-    there = trainer.gathered([is_done(folder)])[0]  # what rank 0 sees: another run may be writing it
-    if not run.load_reference_logprobs and not there:
-        model = models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
-        reference.score(trainer, model, items + test_items, folder, meta)
-        del model
+    config = models.start_of(settings.model)
+    dtype = trainer.placement.reference_dtype(moving=False)
+
+    def load() -> torch.nn.Module:
+        return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
+
+    folder = reference.cached(trainer, items + test_items, load)
     trainer.processes.print(f"reference log-probabilities: {folder}")
-    return reference.attach(items, folder, meta), reference.attach(test_items, folder, meta)
+    return reference.attach(trainer, items, folder), reference.attach(trainer, test_items, folder)

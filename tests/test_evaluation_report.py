@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 import models
 from engine import export
@@ -53,16 +53,16 @@ def advantage_cache(folder: Path, tokenizer: Any, quantity: str = "advantage") -
         tokenizer_digest="",
         template_digest="",
         data_digest="",
-        command="",
-        backend="hf",
+        precision="",
     )
     said = tokenizer("order kiwis").input_ids[:2]
-    entries = torch.tensor([[said[0], 5], [6, 7]]).numpy(), torch.tensor([[1.25, -0.5], [0.25, 0.5]]).numpy()
+    entries = {"ids": [[said[0], 5], [6, 7]], "values": [[1.25, -0.5], [0.25, 0.5]], "tail": [0.0, 0.0]}
     writer = Writer(folder, meta)
-    logps = torch.tensor([[-0.5, -2.0], [-1.0, -1.5]]).numpy() if advantage else None
-    writer.add([8, 9, 10, *said], [False] * 3 + [True] * 2, *entries, torch.zeros(2).numpy(), logps)
+    logps = {"teacher_logps": [[-0.5, -2.0], [-1.0, -1.5]]} if advantage else {}
+    arrays = {name: np.array(values) for name, values in (entries | logps).items()}
+    writer.add([8, 9, 10, *said], [False] * 3 + [True] * 2, arrays)
     writer.close()
-    finish(folder)
+    finish(folder, meta, writer.keys)
     return folder
 
 

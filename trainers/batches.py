@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dataloader import Sequences, Tokens, TopK, collate, unsupervised
-from teacher.cache import Entry, content_key
+from teacher.cache import content_key
+from teacher.quantities import Entry
 
 
 class Item(NamedTuple):
