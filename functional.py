@@ -71,6 +71,15 @@ def gather_logps(logits: Tensor, ids: Tensor, chunk: int | None = None) -> Tenso
     return _chunked(_gather, logits, (ids,), chunk)
 
 
+def _normalizer(logits: Tensor) -> Tensor:
+    return _wide(logits).logsumexp(-1)
+
+
+def log_normalizers(logits: Tensor, chunk: int | None = None) -> Tensor:
+    """Return log sum_v exp(logit_v) of each token [N]."""
+    return _chunked(_normalizer, logits, (), chunk)
+
+
 def _entropy(logits: Tensor) -> Tensor:
     logps = _wide(logits).log_softmax(-1)
     return -(logps.exp() * logps).sum(-1)

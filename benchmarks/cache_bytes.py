@@ -23,7 +23,7 @@ def bytes_per_token(folder: Path, k: int, vocab: int, quantity: str, prompt: int
         tokenizer_digest="t",
         template_digest="t",
         data_digest="d",
-        command="",
+        precision="",
     )
     writer, rng = Writer(folder, meta), np.random.default_rng(0)
     mask = [False] * prompt + [True] * response
@@ -31,11 +31,10 @@ def bytes_per_token(folder: Path, k: int, vocab: int, quantity: str, prompt: int
         ids = rng.integers(0, vocab, prompt + response).tolist()
         entries = rng.integers(0, vocab, (response, k))
         values = np.log(rng.dirichlet(np.ones(k), response)).astype(np.float32)
-        writer.add(
-            ids, mask, entries, values, np.zeros(response, np.float32), values if quantity == "advantage" else None
-        )
+        arrays = {"ids": entries, "values": values, "tail": np.zeros(response, np.float32)}
+        writer.add(ids, mask, arrays | ({"teacher_logps": values} if quantity == "advantage" else {}))
     writer.close()
-    finish(folder)
+    finish(folder, meta, writer.keys)
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / (count * response)
 
 

@@ -16,8 +16,9 @@ import torch
 
 from benchmarks.setup import arguments, build, compare, device, machine, sequences, size_of
 from dataloader import Sequences, Tokens, collate
-from tasks.cache import Scorer
 from teacher.cache import Meta, Writer
+from teacher.quantities import quantity_named
+from teacher.scoring import Scorer
 
 
 class Vocabulary(SimpleNamespace):
@@ -35,8 +36,8 @@ def writing(
 
     def work() -> None:
         rows = next(remaining)
-        for row, (ids, values, tail, kept) in zip(rows, score(rows), strict=True):
-            writer.add(row.ids, row.response, ids, values, tail, kept)
+        for row, arrays in zip(rows, score(rows), strict=True):
+            writer.add(row.ids, row.response, arrays)
         writer.flush()
 
     return work
@@ -48,7 +49,8 @@ def main() -> None:
     size = size_of(options)
     teacher, reference = build(size, 1).eval().requires_grad_(False), build(size, 2).eval().requires_grad_(False)
     tokenizer = Vocabulary(size=size.vocab, pad_token_id=0)
-    one, two = Scorer(teacher, None, tokenizer, options.top_k), Scorer(teacher, reference, tokenizer, options.top_k)
+    one = Scorer(quantity_named("logprob"), [teacher], tokenizer, options.top_k)
+    two = Scorer(quantity_named("advantage"), [teacher, reference], tokenizer, options.top_k)
     batch = sequences(size, size.rows, 0)
     padded = Sequences(*(t.to(device()) for t in collate(batch, 0)))
 

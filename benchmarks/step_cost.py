@@ -33,7 +33,7 @@ from benchmarks.setup import (
     size_of,
 )
 from models import response_logits
-from teacher.cache import Entry
+from teacher.quantities import Entry
 from trainers import adpa, dckd, dpo, sft
 from trainers.batches import Batch, Item, make_batch
 

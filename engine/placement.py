@@ -20,7 +20,7 @@ from engine import checkpoint
 from engine.compiling import compile_blocks
 from engine.optimizer import optimizer_of
 from engine.processes import Processes
-from models import resolve_dtype
+from models import NumericPath, resolve_dtype
 from settings.schema import ModelConfig, RunConfig
 
 Models = Mapping[str, torch.nn.Module]
@@ -59,6 +59,11 @@ class Placement:
         """Return the precision in which a reference is loaded; one that moves needs the policy's own, to add up."""
         asked = self.config.reference_dtype
         return self.master_dtype() if asked == "auto" or moving else resolve_dtype(asked, self.device)
+
+    def reference_path(self) -> NumericPath:
+        """Return the numeric path of a reference that stands still: its log-probabilities depend on it."""
+        attention = self.config.attn_implementation or "default"
+        return NumericPath(self.reference_dtype(moving=False), self.compute, self.compute, attention)
 
     # ---- placing
 

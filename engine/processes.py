@@ -74,3 +74,20 @@ class Processes:
                 deepspeed.destroy_process_group()  # with the groups that it keeps itself
             self.state.destroy_process_group()
             self.state._reset_state()
+
+
+class Apart(Processes):
+    """One of several processes that share files and nothing else: a slow one meets no limit of a process group.
+
+    It knows who it is from what torchrun, `accelerate launch` and Slurm set; what Processes does together, it cannot.
+    """
+
+    def __init__(self) -> None:
+        names = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        self.rank, self.world_size, local = (int(os.environ.get(name, default)) for name, default in names)
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+        found = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
+        self.device = torch.device("cpu") if found is None else torch.device(found.type, local)
+        if found is not None:
+            torch.accelerator.set_device_index(local)
+        self.is_main, self.is_local_main = self.rank == 0, local == 0

@@ -10,6 +10,8 @@ Source of the FLOPs: arXiv 2204.02311, appendix B (6 N a token and attention), w
 import json
 from typing import NamedTuple
 
+from teacher.quantities import Quantity
+
 CHUNK_ELEMENTS = 2**25  # of functional.py: entries of logits that are widened to float32 at a time
 FLOAT32 = 4
 
@@ -291,19 +293,15 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
 
 def scoring_memory(model: Model, batch: Batch, width: int, teachers: int) -> Memory:
     """Return the bytes on a device of task=cache: each process holds one or two whole teachers in `width` bytes a
-    weight.
+    weight, and one teacher's logits at a time. A narrow teacher's are float32, of the response positions alone.
     """
     weights = teachers * model.parameters * width
     block = scored_block(model, batch, width)
-    output, response = logits_bytes(model, batch, width)
-    logits = (teachers - 1) * response + output + response
-    chunk = chunk_bytes(model, batch.responses, width)
+    output, response = logits_bytes(model, batch, FLOAT32)
+    logits = output + response if width == FLOAT32 else response
+    chunk = chunk_bytes(model, batch.responses, FLOAT32)
     terms = {"weights": weights, "a block at work": block, "logits": logits, "float32 chunk": chunk}
-    phases = {
-        "blocks": weights + (teachers - 1) * response + block,
-        "top k": weights + max(logits, teachers * response + chunk),
-    }
-    return Memory(terms, phases)
+    return Memory(terms, {"blocks": weights + block, "top k": weights + max(logits, response + chunk)})
 
 
 def generation_memory(model: Model, rows: int, length: int, width: int) -> Memory:
@@ -320,10 +318,9 @@ def generation_memory(model: Model, rows: int, length: int, width: int) -> Memor
 # ---- teacher cache
 
 
-def cache_bytes(k: int, vocab: int, advantages: bool, work: Work) -> int:
+def cache_bytes(quantity: Quantity, k: int, vocab: int, work: Work) -> int:
     """Return the bytes of CACHE/ on disk but for meta.json (docs/cache_format.md), index row included."""
-    entry = (2 if vocab <= 65536 else 4) + 2 + (2 if advantages else 0)
-    per_response = k * entry + 2
+    per_response = sum(a.dtype_for(vocab).itemsize * (k if a.wide else 1) for a in quantity.arrays)
     mean = [round(total / max(1.0, work.sequences)) for total in (work.tokens, work.responses)]
     row = len(json.dumps({"key": "0" * 32, "n": mean[0], "l": mean[1]})) + 1
     return round(work.responses * per_response + work.tokens * 5 + work.sequences * row)

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +23,6 @@ CPU_KV_CACHE_GB = 2.0  # enough for 45,000 tokens of SmolLM2-135M in float32
 IN_FLIGHT = 1024  # requests that the engine knows of at once: more than it can run, little to hold
 MOST_BIASED = 1024  # of vLLM's sampler on GPUs
 FORBIDDEN = -100.0  # vLLM's strongest bias: a factor of 4e-44 on the probability
-
-
-class Entries(NamedTuple):
-    """What a cache holds of each scored token: the K most probable ids [L, K], their log-probabilities [L, K], the
-    rest's mass [L]; `kept` is of advantages and stays None."""
-
-    ids: np.ndarray
-    logps: np.ndarray
-    tail: np.ndarray
-    kept: None = None
 
 
 def missing(config: ModelConfig) -> str | None:
@@ -230,8 +220,8 @@ class VllmScorer:
             max_logprobs=self.k,
         )
 
-    def __call__(self, rows: Sequence[Tokens]) -> list[Entries]:
-        """Return the entries of each row's response tokens."""
+    def __call__(self, rows: Sequence[Tokens]) -> list[dict[str, np.ndarray]]:
+        """Return the arrays of quantity logprob of each row's response tokens."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -248,11 +238,15 @@ class VllmScorer:
         found = {int(o.request_id): self._entries(o.prompt_logprobs, rows[int(o.request_id)]) for o in outputs}
         return [found[i] for i in range(len(rows))]
 
-    def _entries(self, flat: Any, row: Tokens) -> Entries:
-        """Take the top K of each response token; each position lists its own token first, then the K by rank."""
+    def _entries(self, flat: Any, row: Tokens) -> dict[str, np.ndarray]:
+        """Return the top K of each response token: ids [L, K], values [L, K], and the mass outside, tail [L].
+
+        Each position lists its own token first, then the K by rank.
+        """
         at = np.flatnonzero(row.response)
         starts = np.asarray(flat.start_indices)[at][:, None] + 1 + np.arange(self.k)
         assert (np.asarray(flat.end_indices)[at] == starts[:, -1] + 1).all(), "vLLM's prompt log-probabilities changed"
         logps = np.asarray(flat.logprobs, dtype=np.float64)[starts]
         tail = np.clip(1.0 - np.exp(logps).sum(axis=1), 0.0, None)
-        return Entries(np.asarray(flat.token_ids)[starts], logps.astype(np.float32), tail.astype(np.float32))
+        ids = np.asarray(flat.token_ids)[starts]
+        return {"ids": ids, "values": logps.astype(np.float32), "tail": tail.astype(np.float32)}

@@ -1,6 +1,4 @@
-"""What a report shows beside its scores, gathered from run folders: curves, sample responses, advantages token by
-token.
-"""
+"""What a report shows beside its scores, gathered from run folders: curves, responses, advantages token by token."""
 
 import json
 import math
@@ -11,7 +9,9 @@ import yaml
 from transformers import AutoTokenizer
 
 from dataloader import read_generations
-from teacher.cache import Entry, Reader
+from settings.artifacts import DONE
+from teacher.cache import Reader
+from teacher.quantities import Entry
 
 NUM_SAMPLES = 12
 
@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
 
 def read_evaluation(folder: Path) -> Evaluation:
     """Read an evaluation; ValueError if it is not whole."""
-    for name in ("DONE", "results.json", "scores.json"):
+    for name in (DONE, "results.json", "scores.json"):
         if not (folder / name).is_file():
             raise ValueError(
                 f"{folder} is no finished evaluation with a verifier: {name} is missing. Run task=evaluate there"
@@ -78,7 +78,7 @@ def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
         return [
             {
                 "prompt": g.prompt[-1]["content"],
-                "tokens": tokens_of(tokenizer, g.response_ids, reader.get(g.tokens.ids, g.tokens.response)),
+                "tokens": tokens_of(tokenizer, g.response_ids, Entry(**reader.get(g.tokens.ids, g.tokens.response))),
             }
             for g in generations
         ]

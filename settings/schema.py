@@ -128,8 +128,9 @@ class ModelConfig:
     block_class: str | None
 
     def __post_init__(self) -> None:
-        for key in ("policy_dtype", "reference_dtype", "master_dtype"):
+        for key in ("policy_dtype", "master_dtype"):
             one_of(f"model.{key}", getattr(self, key), ("auto", "float32", "bfloat16"))
+        one_of("model.reference_dtype", self.reference_dtype, ("auto", "float32", "float16", "bfloat16"))
         for key in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length"):
             require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
         require(
@@ -153,6 +154,18 @@ class ModelConfig:
         require(
             bool(self.name_or_path or self.load_from or self.from_checkpoint or self.build),
             "no model: set model.name_or_path (a folder or hub name), model.load_from, or choose another model=GROUP",
+        )
+
+    def of_folder(self, folder: str) -> "ModelConfig":
+        """Return the same settings for another model: the weights, layers and tokenizer of a folder as they are."""
+        return replace(
+            self,
+            name_or_path=folder,
+            tokenizer_name_or_path=None,
+            load_from=None,
+            from_checkpoint=None,
+            build=None,
+            num_layers=None,
         )
 
 

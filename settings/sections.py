@@ -88,6 +88,7 @@ class GenerationConfig:
 class CacheConfig:
     """The `cache` section: what a teacher scores, and how many entries are kept."""
 
+    quantity: str  # a row of teacher/quantities.py, whose quantity_of checks it against the other keys
     reference: Place | None
     top_k: int
     responses: list[str]
@@ -103,10 +104,6 @@ class CacheConfig:
         one_of("cache.split", self.split, ("train", "test"))
         one_of("cache.backend", self.backend, ("hf", "vllm"))
         require(self.tensor_parallel >= 1, f"cache.tensor_parallel={self.tensor_parallel} must be at least 1")
-        require(
-            self.backend == "hf" or self.reference is None,
-            "cache.backend=vllm makes log-probability caches; for advantages (cache.reference) use cache.backend=hf",
-        )
         require(self.top_k >= 1, f"cache.top_k={self.top_k} must be at least 1")
         require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
         for name in self.responses:
@@ -131,6 +128,7 @@ class EvaluationConfig:
     calculator: bool
     refusal_phrases: list[str]
     advantages: Place | None
+    comparisons: list[list[str]]
     latency: bool
     latency_backends: list[str]
     latency_batch_sizes: list[int]
@@ -164,6 +162,11 @@ class EvaluationConfig:
             require(
                 bool(phrase.strip()),
                 "evaluation.refusal_phrases holds an empty phrase: every response would be a refusal",
+            )
+        for pair in self.comparisons:
+            require(
+                len(pair) == 2 and pair[0] != pair[1],
+                f"evaluation.comparisons holds {pair}: an entry is two different models, [first, second]",
             )
         self._check_latency()
         require(

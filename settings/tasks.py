@@ -77,7 +77,11 @@ TASKS = {
     "cache": Task(
         ("model", "datasets", "cache"),
         ("seed", "n_examples", "n_eval_examples"),
-        free=(*MODEL_IN_TRAINING, "cache.tensor_parallel", "cache.kv_cache_gb"),
+        free=(
+            *(key for key in MODEL_IN_TRAINING if key != "model.master_dtype"),  # _unused says when it is free
+            "cache.tensor_parallel",
+            "cache.kv_cache_gb",
+        ),
         is_estimated=True,
     ),
     "generate": Task(
@@ -103,7 +107,7 @@ TASKS = {
     "evaluate": Task(
         ("model", "datasets", "evaluation", "judge"),
         ("seed", "n_eval_examples"),
-        free=(*MODEL_IN_TRAINING, *JUDGE_SERVER),
+        free=(*MODEL_IN_TRAINING, *JUDGE_SERVER, "evaluation.comparisons"),
         needs=(("evaluation.models", "evaluation.models.NAME=FOLDER, e.g. evaluation.models.mine=outputs/run/FINAL"),),
     ),
     "select": Task(
@@ -185,6 +189,8 @@ def _unused(raw: dict[str, Any]) -> set[str]:
     if task in ("cache", "generate"):
         section = raw.get("cache" if task == "cache" else "generation") or {}
         found.add("n_eval_examples" if section.get("split") == "train" else "n_examples")
+    if task == "cache" and section.get("quantity") != "token_logp":  # a reference is stored as its policy is
+        found.add("model.master_dtype")
     for section in ("generation", "judge"):
         if (raw.get(section) or {}).get("model_name"):  # whoever serves it, it is this model
             found.add(f"{section}.base_url")

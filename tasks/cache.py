@@ -1,89 +1,85 @@
-"""task=cache: score responses with one teacher (top-k log-probabilities) or two (advantages) into run_dir/CACHE."""
+"""task=cache: ask one teacher or two for a quantity (teacher/quantities.py) of every response, into run_dir/CACHE."""
 
-import hashlib
-import os
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from tqdm import tqdm
-
 import models
-from dataloader import Tokens, collate, load_examples, read_generations
-from functional import gather_logps, topk_logps
-from models import response_logits
+from dataloader import Tokens, load_examples, read_generations
+from engine.placement import Replicated
+from engine.processes import Apart
+from models import NumericPath
 from settings.schema import Settings
-from teacher.cache import Meta, Writer, content_key, finish
+from teacher.cache import Arrays, Meta, Writer, begin, content_key, data_digest, finish, stored_keys
+from teacher.precision import teacher_path
+from teacher.quantities import Quantity, quantity_of
+from teacher.scoring import Scorer, batches_of, left_to_do, score_all
+
+VERSION = 2
 
 
 def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
-    if settings.cache.backend == "vllm":
-        return _run_with_vllm(settings)
-    state, config = PartialState(), settings.cache
-    tokenizer = models.load_tokenizer(settings.model)
-    sequences = _sequences(settings, tokenizer)
-    dtype = models.resolve_dtype(settings.model.reference_dtype, state.device)
-    if config.reference:
-        check_tokenizers(tokenizer, config.reference, settings)
-    teacher = models.load_model(settings.model, dtype=dtype, trainable=False).to(state.device)
-    reference = None
-    if config.reference:
-        reference = models.load_model(settings.model, source=config.reference, dtype=dtype, trainable=False).to(
-            state.device
-        )
-    folder = settings.run.run_dir / "CACHE"
-    meta = _meta(settings, tokenizer, sequences)
-    if state.is_main_process:  # meta.json first, so that the other writers compare with it
-        Writer(folder, meta, 0).close()
-    state.wait_for_everyone()
-    writer = Writer(folder, meta, state.process_index)
-    scorer = Scorer(teacher, reference, tokenizer, config.top_k, config.beta)
-    _score_all(
-        sequences[state.process_index :: state.num_processes], writer, scorer, config.batch_size, state.is_main_process
-    )
-    writer.close()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _finish(folder)
-    if state.num_processes > 1:
-        state.destroy_process_group()  # left to the interpreter's end, gloo's threads may abort the process
-
-
-def _run_with_vllm(settings: Settings) -> None:
-    """The same with vLLM's prompt_logprobs, in one process (cache.tensor_parallel spreads the model)."""
-    from generation.vllm import VllmScorer, shut_down
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    config, quantity, process = settings.cache, quantity_of(settings.cache), Apart()
+    if config.backend == "vllm" and process.world_size > 1:
         raise ValueError(
             "cache.backend=vllm runs in one process: start it with `python launch.py`, without accelerate launch"
         )
     tokenizer = models.load_tokenizer(settings.model)
-    sequences = _sequences(settings, tokenizer)
+    if config.reference:
+        check_tokenizers(tokenizer, config.reference, settings)
+    batches = batches_of(_sequences(settings, tokenizer), config.batch_size)
+    keys = {content_key(t.ids, t.response) for batch in batches for t in batch}
     folder = settings.run.run_dir / "CACHE"
-    writer = Writer(folder, _meta(settings, tokenizer, sequences))
-    if not all(writer.has(content_key(t.ids, t.response)) for t in sequences):
-        scorer = VllmScorer(settings, len(tokenizer), max(len(t.ids) for t in sequences))
-        _score_all(sequences, writer, scorer, settings.cache.batch_size, True)
-        shut_down(scorer.llm)
-    writer.close()
-    _finish(folder)
+    meta = _meta(settings, quantity, tokenizer, _path(settings, quantity, process), data_digest(keys))
+    begin(folder, meta)
+    todo = left_to_do(batches, stored_keys(folder, meta), process.rank, process.world_size)
+    if todo:
+        longest = max(len(t.ids) for batch in todo for t in batch)
+        scorer, close = _scorer(settings, quantity, tokenizer, process, longest)
+        writer = Writer(folder, meta, process.rank)
+        score_all(todo, writer, scorer, "cache", process.is_main)
+        writer.close()
+        close()
+    if process.is_main:
+        done = finish(folder, meta, keys)
+        size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
+        print(
+            f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, "
+            f"{size / max(1, done.num_tokens):.1f} bytes per token"
+        )
 
 
-def _finish(folder: Path) -> None:
-    done = finish(folder)
-    size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
-    print(
-        f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, "
-        f"{size / max(1, done.num_tokens):.1f} bytes per token"
-    )
+def _scorer(
+    settings: Settings, quantity: Quantity, tokenizer: Any, process: Apart, longest: int
+) -> tuple[Callable[[Sequence[Tokens]], list[Arrays]], Callable[[], None]]:
+    """Return who scores batches, and what ends it."""
+    config = settings.cache
+    if config.backend == "vllm":
+        from generation.vllm import VllmScorer, shut_down
+
+        served = VllmScorer(settings, len(tokenizer), longest)
+        return served, lambda: shut_down(served.llm)
+    dtype, placement = _path(settings, quantity, process).weights, Replicated(process, settings.model)
+    place = placement.place_reference if quantity.policy_path else placement.place_frozen
+    sources = (None, config.reference)[: quantity.num_models]
+    load = partial(models.load_model, settings.model, dtype=dtype, trainable=False)
+    teachers = [place(load(source=source)) for source in sources]
+    return Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, placement.precision), lambda: None
+
+
+def _path(settings: Settings, quantity: Quantity, process: Apart) -> NumericPath:
+    if settings.cache.backend == "vllm":
+        dtype = models.resolve_dtype(settings.model.reference_dtype, process.device)
+        return NumericPath(dtype, dtype, dtype, "vllm")
+    if quantity.policy_path:
+        return Replicated(process, settings.model).reference_path()
+    return teacher_path(settings.model, process.device)
 
 
 def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
-    """Return what is to be scored, each content once, longest first so that memory fails at once if it does."""
+    """Return what is to be scored."""
     config = settings.cache
     if config.generations:
         found = [g.tokens for g in read_generations(config.generations, tokenizer) if g.response_ids]
@@ -93,14 +89,11 @@ def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
         found = [t for e in examples for name in config.responses if (t := getattr(e, name)) is not None]
     if not found:
         raise ValueError(f"nothing to score: the rows have none of cache.responses={config.responses}")
-    unique = {content_key(t.ids, t.response): t for t in found}
-    return sorted(unique.values(), key=lambda t: -len(t.ids))
+    return found
 
 
 def check_tokenizers(tokenizer: Any, reference: str, settings: Settings) -> None:
     """Refuse two teachers whose tokenizers differ: their log-probabilities would be of different things."""
-    from dataclasses import replace
-
     other = models.load_tokenizer(replace(settings.model, tokenizer_name_or_path=reference))
     ours, theirs = models.tokenizer_digest(tokenizer), models.tokenizer_digest(other)
     if ours != theirs:
@@ -110,70 +103,19 @@ def check_tokenizers(tokenizer: Any, reference: str, settings: Settings) -> None
         )
 
 
-def _meta(settings: Settings, tokenizer: Any, sequences: list[Tokens]) -> Meta:
-    config, source = settings.cache, models.model_source(settings.model)
-    data = hashlib.sha256(b"".join(sorted(content_key(t.ids, t.response) for t in sequences))).hexdigest()[:16]
-    command = settings.run.run_dir / "command.txt"
+def _meta(settings: Settings, quantity: Quantity, tokenizer: Any, path: NumericPath, data: str) -> Meta:
+    config, command = settings.cache, settings.run.run_dir / "command.txt"
     return Meta(
-        quantity="advantage" if config.reference else "logprob",
-        k=config.top_k,
+        quantity=quantity.name,
+        k=config.top_k if quantity.is_wide else 0,
         vocab_size=len(tokenizer),
-        teacher_digest=models.model_digest(source) if source else f"build:{settings.model.build_seed}",
+        teacher_digest=models.config_digest(settings.model),
         reference_digest=models.model_digest(config.reference) if config.reference else None,
         tokenizer_digest=models.tokenizer_digest(tokenizer),
         template_digest=models.template_digest(tokenizer),
         data_digest=data,
-        command=command.read_text().strip() if command.is_file() else "",
+        precision=str(path),
+        beta=config.beta,
         backend=config.backend,
+        command=command.read_text().strip() if command.is_file() else "",
     )
-
-
-class Scorer:
-    """One or two frozen teachers that score batches of sequences at the same ids."""
-
-    def __init__(self, teacher: Any, reference: Any | None, tokenizer: Any, k: int, beta: float = 1.0) -> None:
-        self.teacher, self.reference, self.k, self.beta = teacher, reference, k, beta
-        self.vocab_size, self.pad_id = len(tokenizer), tokenizer.pad_token_id
-
-    @torch.inference_mode()
-    def __call__(self, rows: list[Tokens]) -> list[tuple[Any, Any, Any, Any]]:
-        """Return (ids [L, K], values [L, K], tail [L], teacher log-probs [L, K] or None) of each row, as numpy
-        arrays.
-        """
-        device = next(self.teacher.parameters()).device
-        batch = collate(rows, self.pad_id)
-        batch = type(batch)(*(t.to(device) for t in batch))
-        out = response_logits(self.teacher, batch, self.vocab_size)
-        ids, logps, tail = topk_logps(out.logits, self.k)
-        values, kept = logps, None
-        if self.reference is not None:
-            kept = logps
-            other = response_logits(self.reference, batch, self.vocab_size)
-            values = self.beta * (logps - gather_logps(other.logits, ids))
-        lengths = [sum(r.response) for r in rows]
-        parts = [None if x is None else [p.cpu().numpy() for p in x.split(lengths)] for x in (ids, values, tail, kept)]
-        return [tuple(None if p is None else p[i] for p in parts) for i in range(len(rows))]  # type: ignore[misc]
-
-
-def _score_all(
-    sequences: list[Tokens], writer: Writer, scorer: Callable[[list[Tokens]], Any], size: int, show: bool
-) -> None:
-    # Batches are the same whether a run was cut off or not: other neighbors mean other padding, and other last bits.
-    batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
-    todo = [b for b in batches if not all(writer.has(content_key(t.ids, t.response)) for t in b)]
-    started, tokens = time.perf_counter(), 0
-    bar = tqdm(
-        total=len(sequences),
-        initial=len(sequences) - sum(map(len, todo)),
-        desc="cache",
-        mininterval=1,
-        disable=not show,
-    )
-    for batch in todo:
-        for row, (ids, values, tail, kept) in zip(batch, scorer(batch), strict=True):
-            writer.add(row.ids, row.response, ids, values, tail, kept)
-            tokens += len(tail)
-        writer.flush()
-        bar.update(len(batch))
-        bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
-    bar.close()

@@ -19,11 +19,13 @@ from estimate.arithmetic import Batch, Memory, Model, Setup, Work
 from estimate.shape import shape_of
 from estimate.tables import comparison, cost_table, single, table
 from pipeline.plan import Stage
+from settings.artifacts import write_json
 from settings.methods import needs_of
 from settings.needs import Needs
 from settings.paths import found as find
 from settings.schema import Settings, settings_from
 from settings.tasks import ESTIMATED
+from teacher.quantities import quantity_of
 
 DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")  # files of the drivers of GPUs
 OPTIMIZER_STATES = {"AdamW": 2, "Adam": 2, "RMSprop": 1, "SGD": 0}
@@ -42,7 +44,7 @@ def run(settings: Settings) -> None:
         found = estimated(settings, settings.estimate.of)
         print(single(found))
     path = settings.run.run_dir / "estimate.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(path, found)
 
 
 def compared(settings: Settings) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def is_gpu(settings: Settings) -> bool:
 
 def width_of(name: str, settings: Settings) -> int:
     """Return the bytes of a number of the precision called `name` on the device that is planned for."""
-    return {"float32": 4, "bfloat16": 2, "auto": 2 if is_gpu(settings) else 4}[name]
+    return {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2 if is_gpu(settings) else 4}[name]
 
 
 def setup_of(settings: Settings, needs: Needs) -> Setup:
@@ -244,13 +246,14 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
     if batch is None:
         known = lengths or counting.Lengths([], 1, Work(1, 1, 1, settings.estimate.response_share), "")
         batch = counting.full_batch(settings, known, config.batch_size)
-    teachers = 2 if config.reference else 1
+    quantity = quantity_of(config)
+    teachers = quantity.num_models
     width = width_of(settings.model.reference_dtype, settings)
     memory = arithmetic.scoring_memory(model, batch, width, teachers)
     flops = disk = None
     if lengths is not None:
         flops = arithmetic.Flops(teachers * arithmetic.forward_flops(model, lengths.work))
-        disk = arithmetic.cache_bytes(config.top_k, model.vocab, teachers == 2, lengths.work)
+        disk = arithmetic.cache_bytes(quantity, config.top_k, model.vocab, lengths.work)
     work = None if lengths is None else lengths.work
     return report(settings, "cache", model, memory, devices, whole(devices), lengths, work, flops, disk)
 

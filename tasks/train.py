@@ -2,8 +2,6 @@
 
 import gc
 import importlib
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -15,7 +13,9 @@ from engine.processes import Processes
 from engine.strategy import placement_of
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
+from settings.artifacts import write_text
 from settings.schema import Settings
+from teacher.precision import teacher_dtype
 from trainers import reference
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
@@ -38,7 +38,7 @@ def run(settings: Settings) -> None:
     objective = f"loss={settings.raw['loss']['name']}: {trainer.objective()}"
     processes.print(f"{objective}\nstrategy={placement.name}, {processes.world_size} process(es)")
     if processes.is_main:
-        (settings.run.run_dir / "objective.txt").write_text(objective + "\n", encoding="utf-8")
+        write_text(settings.run.run_dir / "objective.txt", objective + "\n")
     _show(train[0], tokenizer, processes)
     items = trainer.items(train, "train")
     test_items = trainer.items(test, "test") if test else []
@@ -123,15 +123,12 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
     for name, (folder, head) in trainer.frozen_model_folders().items():
         if head == "reward":
             check_reward_model(folder, f"loss.{name}")
-        dtype = models.resolve_dtype(settings.model.reference_dtype, trainer.placement.device)
-        config = replace(
-            settings.model,
-            name_or_path=folder,
-            tokenizer_name_or_path=None,
-            load_from=None,
-            from_checkpoint=None,
-            build=None,
-        )
+        device = trainer.placement.device
+        if head == "lm":
+            dtype = teacher_dtype(settings.model, device)
+        else:
+            dtype = models.resolve_dtype(settings.model.reference_dtype, device)
+        config = settings.model.of_folder(folder)
         tokenizer = models.load_tokenizer(config)
         if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
             raise ValueError(
@@ -139,9 +136,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
                 "tokens, or other "
                 "words): it would read other text. Use a model of the same family"
             )
-        model = models.load_model(
-            config, source=folder, dtype=dtype, trainable=False, head=head, empty=trainer.placement.empty
-        )
+        model = models.load_model(config, dtype=dtype, trainable=False, head=head, empty=trainer.placement.empty)
         trainer.frozen_models[name] = trainer.placement.place_frozen(model)
 
 
@@ -149,21 +144,30 @@ def _reference(
     settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
 ) -> tuple[torch.nn.Module | None, list[Item], list[Item]]:
     """Return the frozen reference, or None and items that carry its log-probabilities (or LoRA, whose base it is)."""
-    run, config = settings.run, settings.model
+    run, config = settings.run, models.start_of(settings.model)
     cached = run.cache_reference_logprobs or run.load_reference_logprobs
-    if config.use_peft and not cached:
+    if trainer.keeps_start and not cached:
+        items, test_items = _scored(settings, trainer, items, test_items)
+    if config.use_peft and not cached and not settings.model.from_checkpoint:
         return None, items, test_items
-    dtype = trainer.placement.reference_dtype(moving=bool(run.sync_reference))
     if not cached:
-        return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty), items, test_items
-    # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
-    meta = reference.meta_of(config, dtype, trainer.tokenizer)
-    shared = Path(run.cache_dir).expanduser() / "reference_logprobs"
-    folder = Path(run.load_reference_logprobs or reference.folder_of(shared, items + test_items, meta)).expanduser()
-    there = trainer.gathered([(folder / "DONE").is_file()])[0]  # what rank 0 sees: another run may be writing it
-    if not run.load_reference_logprobs and not there:
+        dtype = trainer.placement.reference_dtype(moving=bool(run.sync_reference))
         model = models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
-        reference.score(trainer, model, items + test_items, folder, meta)
-        del model
+        return model, items, test_items
+    return None, *_scored(settings, trainer, items, test_items)
+
+
+def _scored(
+    settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
+) -> tuple[list[Item], list[Item]]:
+    """Return the items with the reference's log-probabilities, scored once and shared between runs."""
+    # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
+    config = models.start_of(settings.model)
+    dtype = trainer.placement.reference_dtype(moving=False)
+
+    def load() -> torch.nn.Module:
+        return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
+
+    folder = reference.cached(trainer, items + test_items, load)
     trainer.processes.print(f"reference log-probabilities: {folder}")
-    return None, reference.attach(items, folder, meta), reference.attach(test_items, folder, meta)
+    return reference.attach(trainer, items, folder), reference.attach(trainer, test_items, folder)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 import launch
 import models
@@ -17,7 +18,7 @@ from conversations import Conversation
 from dataloader import Example, Tokens
 from engine.placement import Replicated
 from engine.processes import Processes
-from teacher.cache import Entry
+from teacher.quantities import Entry
 from tests.helpers import composed
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
@@ -44,8 +45,11 @@ class Bigram(torch.nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.nn.Parameter(torch.randn(VOCAB, VOCAB, dtype=torch.float64, generator=generator))
-        self.reward, self.config = reward, SimpleNamespace(pad_token_id=PAD)
+        self.reward, self.config = reward, LlamaConfig(vocab_size=VOCAB, pad_token_id=PAD)
         self.value_head = SimpleNamespace(values=None)
+
+    def get_output_embeddings(self) -> None:
+        """Say that no layer of its own makes the logits."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool, logits_to_keep: Tensor | None = None):
         """Return an object with logits [B, kept, V], or a reward model's [B, 1]."""

@@ -28,6 +28,7 @@ from settings.needs import Needs
 from settings.schema import Settings, settings_from
 from tasks.estimate import compared, estimated, of_stage, print_plan
 from teacher.cache import Meta, Writer, finish
+from teacher.quantities import TABLE, quantity_named
 from tests.helpers import ROOT, composed, write_pairs
 from tests.helpers import launch as command
 from tests.test_pipeline import planned
@@ -129,23 +130,22 @@ def test_activations_are_those_that_autograd_keeps(dtype: torch.dtype, checkpoin
     assert estimate.activations(shape, Batch(3, 64, 63, 100), setup)[0] == pytest.approx(actual, rel=0.05)
 
 
-@pytest.mark.parametrize(("vocab", "advantages"), [(259, False), (259, True), (128_256, False), (128_256, True)])
-def test_cache_bytes_are_those_of_a_written_cache(vocab: int, advantages: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocab", [259, 128_256])
+@pytest.mark.parametrize("name", [row.name for row in TABLE])
+def test_cache_bytes_are_those_of_a_written_cache(vocab: int, name: str, tmp_path: Path) -> None:
     k, prompt, response, count = 50, 20, 30, 8
-    meta = Meta("advantage" if advantages else "logprob", k, vocab, "t", None, "t", "t", "d", "")
+    quantity = quantity_named(name)
+    meta = Meta(name, k, vocab, "t", None, "t", "t", "d", "")
     writer, rng = Writer(tmp_path, meta), np.random.default_rng(0)
     for _ in range(count):
         ids = rng.integers(0, vocab, prompt + response).tolist()
-        values = np.zeros((response, k), np.float32)
-        entries = rng.integers(0, vocab, (response, k))
-        writer.add(
-            ids, [False] * prompt + [True] * response, entries, values, values[:, 0], values if advantages else None
-        )
+        arrays = {a.name: np.zeros((response, k) if a.wide else response) for a in quantity.arrays}
+        writer.add(ids, [False] * prompt + [True] * response, arrays)
     writer.close()
-    finish(tmp_path)
+    finish(tmp_path, meta, writer.keys)
     actual = sum(f.stat().st_size for f in tmp_path.glob("shard-*/*"))
     work = Work(count, count * (prompt + response), 0, count * response)
-    assert estimate.cache_bytes(k, vocab, advantages, work) == actual
+    assert estimate.cache_bytes(quantity, k, vocab, work) == actual
 
 
 # ---- memory

@@ -26,6 +26,7 @@ import models
 from generation.hf import sample
 from settings.schema import GenerationConfig, ModelConfig, typed
 from teacher.cache import Reader
+from teacher.quantities import Entry
 from tests.helpers import ROOT, WORDS, composed, rows_of
 from tests.helpers import launch as run_launch
 
@@ -245,7 +246,7 @@ def test_the_two_backends_caches_agree(base, greedy):
     for row in rows_of(greedy[1] / "generations.jsonl"):
         ids = row["prompt_ids"] + row["response_ids"]
         mask = [False] * len(row["prompt_ids"]) + [True] * len(row["response_ids"])
-        ours, theirs = hf.get(ids, mask), vllm.get(ids, mask)
+        ours, theirs = (Entry(**reader.get(ids, mask)) for reader in (hf, vllm))
         assert (np.abs(ours.values - theirs.values) <= np.abs(ours.values) * 2**-10 + 1e-4).all()
         assert np.abs(ours.tail - theirs.tail).max() <= 2**-11 + 1e-4
         for t in zip(ours.ids, theirs.ids, ours.values, strict=True):  # another id only where two are tied
@@ -257,7 +258,7 @@ def test_the_two_backends_caches_agree(base, greedy):
 def test_a_cache_is_not_continued_by_the_other_backend(base, greedy):
     common = ["task=cache", f"cache.generations={greedy[1] / 'generations.jsonl'}", "cache.top_k=20"]
     (base / "cache_vllm/DONE").unlink()
-    with pytest.raises(ValueError, match="made with backend='vllm', this run has 'hf'"):
+    with pytest.raises(ValueError, match="made with another backend: backend='vllm', this run has 'hf'"):
         launch.run_task(composed(*overrides(base, "cache_vllm", *common)))
 
 

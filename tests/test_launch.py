@@ -281,7 +281,7 @@ def test_runs_share_the_reference_of_the_same_data_and_refuse_another(tmp_path, 
         launcher.run_task(composed(*base(tmp_path, data, f"loss={loss}", f"exp_name={name}", *cached)))
     assert capsys.readouterr().err.count("reference:") > 0
     folder, *others = shared.iterdir()
-    assert not others and {p.name for p in folder.iterdir()} == {"DONE", "meta.json", "logps.safetensors"}
+    assert not others and {p.name for p in folder.iterdir()} == {"DONE", "meta.json", "shard-00000"}
     launcher.run_task(composed(*base(tmp_path, data, "loss=kto", "exp_name=d", *cached)))
     assert len(list(shared.iterdir())) == 2  # its mismatched sequences are others: another artifact
     load = [f"++load_reference_logprobs={folder}", "n_steps=1"]

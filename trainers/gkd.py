@@ -12,10 +12,11 @@ from torch import Tensor
 from dataloader import Example, Tokens
 from engine.metrics import Mean
 from functional import entropies, generalized_jsd
-from models import ResponseLogits, response_logits
+from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
 from settings.typed import Place
+from teacher.precision import teacher_logits
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item
 from trainers.rollouts import Micros, answers, row_seed, with_response
@@ -95,9 +96,7 @@ class GKD(BasicTrainer):
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the divergence's sum."""
-        teacher = self.frozen_models["teacher"]
-        with torch.no_grad(), self.autocast(teacher):
-            wanted = response_logits(teacher, batch.sequences, self.vocab_size).logits
+        wanted = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size).logits
         divergence = generalized_jsd(out.logits, wanted, self.config.beta, self.config.temperature)
         tokens, real = len(divergence), batch.supervised(0)
         with torch.no_grad():

@@ -18,6 +18,7 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
 from settings.typed import Place
+from teacher.precision import teacher_logits
 from trainers.batches import Batch, Item
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
 from trainers.rollouts import RolloutConfig, RolloutTrainer
@@ -30,7 +31,8 @@ class OPDConfig(RolloutConfig):
     teacher: Place
     discount: float
     clip: float
-    online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
+    is_online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
+    has_rewards = False
     verifier = None
     reward_model = None
 
@@ -50,6 +52,7 @@ def distillation_advantages(logps: Tensor, teacher_logps: Tensor, discount: floa
 class OPD(RolloutTrainer):
     """Unit: tokens. Slot: the student's response."""
 
+    VERSION = 2
     config: OPDConfig
     Config = OPDConfig
     needs = Needs("prompts", teacher="live")
@@ -67,10 +70,9 @@ class OPD(RolloutTrainer):
         """Return the items with their notes [n, 2]."""
         batch = self.batch_of(items)
         response = batch.sequences.response
-        own, teacher = (
-            by_row(self.token_logps_of(model, batch.sequences).float(), response)
-            for model in (self.policy, self.frozen_models["teacher"])
-        )
+        asked = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size)
+        logps = self.token_logps_of(self.policy, batch.sequences), token_logps(asked.logits, asked.targets)
+        own, teacher = (by_row(values.float(), response) for values in logps)
         notes = torch.stack([own, distillation_advantages(own, teacher, self.config.discount)], dim=-1).cpu().numpy()
         lengths = response.sum(dim=1).tolist()
         return [

@@ -16,10 +16,11 @@ from torch import Tensor
 from dataloader import Example
 from engine.metrics import Mean
 from functional import generalized_jsd, mixed_logps, row_sums, token_logps
-from models import ResponseLogits, response_logits
+from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place
+from teacher.precision import teacher_logits
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
 from trainers.rollouts import reward_of
@@ -126,8 +127,5 @@ class RewardWeighted(BasicTrainer):
     @torch.no_grad()
     def _teacher_logits(self, batch: Batch) -> Tensor:
         """Return the log of the teachers' average probabilities [N, V], up to a constant a row."""
-        found = []
-        for model in self.frozen_models.values():
-            with self.autocast(model):
-                found.append(response_logits(model, batch.sequences, self.vocab_size).logits)
-        return mixed_logps(found)
+        teachers = self.frozen_models.values()
+        return mixed_logps([teacher_logits(model, batch.sequences, self.vocab_size).logits for model in teachers])

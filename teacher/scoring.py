@@ -1,0 +1,133 @@
+"""How each quantity is computed from the logits of one or two frozen models, and the loop that writes it.
+
+A function a row of quantities.TABLE, of the same name. Letters: N response tokens of a batch (flat), K entries, V
+vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dataloader import Sequences, Tokens, collate
+from functional import gather_logps, log_normalizers, token_logps, topk_logps
+from models import ResponseLogits, response_logits
+from teacher.cache import Arrays, Writer, content_key
+from teacher.precision import teacher_logits
+from teacher.quantities import Quantity
+
+
+class Asked(NamedTuple):
+    """Each model's logits on one batch, computed when asked for, so that two [N, V] are never held; and the knobs."""
+
+    logits: tuple[Callable[[], ResponseLogits], ...]
+    k: int
+    beta: float
+
+
+def logprob(asked: Asked) -> dict[str, Tensor]:
+    """Return the teacher's K most probable ids, their log-probabilities and the mass outside."""
+    ids, logps, tail = topk_logps(asked.logits[0]().logits, asked.k)
+    return {"ids": ids, "values": logps, "tail": tail}
+
+
+def advantage(asked: Asked) -> dict[str, Tensor]:
+    """Return beta (log pi_teacher - log pi_reference) at the teacher's K most probable ids (ADPA, arXiv 2502.17927)."""
+    found = logprob(asked)
+    logps = found["values"]
+    return found | {
+        "values": asked.beta * (logps - gather_logps(asked.logits[1]().logits, found["ids"])),
+        "teacher_logps": logps,
+    }
+
+
+def token_logp(asked: Asked) -> dict[str, Tensor]:
+    """Return the log-probability of each response token."""
+    out = asked.logits[0]()
+    return {"logps": token_logps(out.logits, out.targets)}
+
+
+def value(asked: Asked) -> dict[str, Tensor]:
+    """Return the log-sum-exp of the logits that predict each response token."""
+    return {"values": log_normalizers(asked.logits[0]().logits)}
+
+
+SCORES: dict[str, Callable[[Asked], dict[str, Tensor]]] = {
+    f.__name__: f for f in (logprob, advantage, token_logp, value)
+}
+
+
+class Scorer:
+    """One or two frozen models that score batches of sequences.
+
+    computing: the context in which a quantity of a policy's path is scored; teachers need none.
+    """
+
+    def __init__(
+        self,
+        quantity: Quantity,
+        teachers: Sequence[Any],
+        tokenizer: Any,
+        k: int = 0,
+        beta: float = 1.0,
+        computing: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.quantity, self.teachers, self.k, self.beta, self.computing = quantity, teachers, k, beta, computing
+        self.vocab_size, self.pad_id = len(tokenizer), tokenizer.pad_token_id
+
+    @torch.inference_mode()
+    def __call__(self, rows: Sequence[Tokens]) -> list[Arrays]:
+        """Return the quantity's arrays of each row."""
+        device = next(self.teachers[0].parameters()).device
+        batch = Sequences(*(part.to(device) for part in collate(list(rows), self.pad_id)))
+        asked = tuple(lambda model=model: self._logits(model, batch) for model in self.teachers)
+        found = SCORES[self.quantity.name](Asked(asked, self.k, self.beta))
+        return split_rows(found, [sum(row.response) for row in rows])
+
+    def _logits(self, model: Any, batch: Sequences) -> ResponseLogits:
+        if not self.quantity.policy_path:
+            return teacher_logits(model, batch, self.vocab_size)
+        with self.computing(model):
+            return response_logits(model, batch, self.vocab_size)
+
+
+def split_rows(found: dict[str, Tensor], lengths: list[int]) -> list[Arrays]:
+    """Split flat arrays [N, ...] into those of each row, as numpy arrays."""
+    parts = {name: [part.cpu().numpy() for part in array.split(lengths)] for name, array in found.items()}
+    return [{name: arrays[i] for name, arrays in parts.items()} for i in range(len(lengths))]
+
+
+def batches_of(sequences: Sequence[Tokens], size: int) -> list[list[Tokens]]:
+    """Cut each content once into batches, longest first, so that memory fails at once if it does.
+
+    Batches do not depend on who scores them, nor on what a killed run has left: other neighbors mean other padding,
+    and other last bits.
+    """
+    unique = {content_key(t.ids, t.response): t for t in sequences}
+    ordered = [t for _, t in sorted(unique.items(), key=lambda row: (-len(row[1].ids), row[0]))]
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def left_to_do(batches: list[list[Tokens]], written: set[bytes], rank: int, world_size: int) -> list[list[Tokens]]:
+    """Return this process's share of the batches that are not written."""
+    share = batches[rank::world_size]
+    return [batch for batch in share if not all(content_key(t.ids, t.response) in written for t in batch)]
+
+
+def score_all(
+    todo: list[list[Tokens]], writer: Writer, scorer: Callable[[list[Tokens]], list[Arrays]], what: str, show: bool
+) -> None:
+    """Score batches and write each as soon as it is known."""
+    started, tokens = time.perf_counter(), 0
+    with tqdm(total=sum(map(len, todo)), desc=what, mininterval=1, disable=not show) as bar:
+        for batch in todo:
+            for row, arrays in zip(batch, scorer(batch), strict=True):
+                writer.add(row.ids, row.response, arrays)
+                tokens += sum(row.response)
+            writer.flush()
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
