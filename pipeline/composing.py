@@ -128,23 +128,33 @@ def composed(name: str, line: Line, choices: Choices) -> Config:
 
 def _laid_over(config: Config, line: Line) -> Config | None:
     """Return a config with a line's values in it, as Hydra would; None for what only Hydra can do."""
-    for key, value in [("task", line.task), *line.values, *_typed_values(line.users)]:
-        unknown = key.startswith("loss.") and not _has(config, key)
+    own = [Value(key, value, key.startswith("loss.")) for key, value in line.values]
+    for key, value, must_exist in [Value("task", line.task), *own, *_typed_values(line.users)]:
+        unknown = must_exist and not _has(config, key)
         if unknown or value is ONLY_HYDRA or (isinstance(value, str) and "${" in value):
             return None
         config = merged(config, _nested(key, value))
     return config
 
 
-ONLY_HYDRA = object()  # in the place of a value: an override that adds, deletes, or names what is not there
+ONLY_HYDRA = object()  # in the place of a value: an override that adds or deletes
 
 
-def _typed_values(users: tuple[str, ...]) -> list[tuple[str, Any]]:
+class Value(NamedTuple):
+    """A value of a command line; without + and ++ its key has to be there."""
+
+    key: str
+    value: Any
+    must_exist: bool = False
+
+
+def _typed_values(users: tuple[str, ...]) -> list[Value]:
     """Read the overrides that a user typed."""
     found = []
     for override in OverridesParser.create().parse_overrides(list(users)) if users else []:
-        plain = override.is_force_add() and not override.is_sweep_override() and override.package is None
-        found.append((override.key_or_group, override.value() if plain else ONLY_HYDRA))
+        special = override.is_add() or override.is_delete() or override.is_sweep_override() or override.package
+        value = ONLY_HYDRA if special else override.value()
+        found.append(Value(override.key_or_group, value, not override.is_force_add()))
     return found
 
 
