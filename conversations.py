@@ -6,10 +6,11 @@ columns unless the config names it (`datasets.NAME.format`).
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from settings.artifacts import read_jsonl
 
 Message = dict[str, str]
 Row = dict[str, Any]
@@ -24,41 +25,6 @@ class Conversation(NamedTuple):
     rejected: list[Message] | None
     response: list[Message] | None
     meta: dict[str, Any]
-
-
-def resumed_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSONL file that a killed run was writing, after cutting off a torn last one; none without a
-    file.
-    """
-    rows: list[dict[str, Any]] = []
-    size = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            row = None
-        if row is None:
-            break
-        rows.append(row)
-        size += len(line)
-    if path.is_file():
-        os.truncate(path, size)
-    return rows
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSONL file; a broken line is a ValueError with file and line number."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}): {line[:80]!r}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a row must be an object, this is {type(row).__name__}")
-            yield row
 
 
 def read_rows(source: str, key: str = "datasets") -> list[dict[str, Any]]:
@@ -364,10 +330,3 @@ def pair_row(chosen: Row, rejected: Row) -> Row:
         "tokenizer_digest": chosen["tokenizer_digest"],
         "meta": chosen.get("meta") or {},
     }
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write a JSONL file whole or not at all."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)

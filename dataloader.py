@@ -18,11 +18,11 @@ from conversations import (
     Conversation,
     Message,
     format_of,
-    read_jsonl,
     read_rows,
     to_conversation,
     tokenizer_of,
 )
+from settings.artifacts import read_jsonl
 from settings.schema import DatasetConfig, ModelConfig
 from templates import adds_bos, render, tokenizer_digest, turn_end
 

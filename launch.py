@@ -6,7 +6,6 @@ python launch.py pipeline=quickstart
 """
 
 import importlib
-import json
 import os
 import re
 import shlex
@@ -19,6 +18,10 @@ from typing import Any
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from engine import environment
+
+environment.prepare(os.environ)  # before anything imports torch
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -26,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.sweeps import as_sweep, job_folder
+from settings.artifacts import is_done, mark_done, remove_parts, write_json, write_text
 from settings.help import help_text
 from settings.methods import config_fields, find_method
 from settings.needs import check_needs
@@ -34,15 +38,19 @@ from settings.schema import Settings, nearest, require, settings_from, with_loss
 from settings.tasks import TASKS, check_task, counted
 
 
-def method_of(raw: dict[str, Any]) -> Any:
-    """Return the trainer class that loss.trainer names; a wrong key of its section is refused before it is imported."""
-    name, section = raw["loss"].get("trainer", ""), raw["loss"]
+def check_loss(section: dict[str, Any]) -> None:
+    """Refuse a loss section without its inputs or with a wrong key; its method is read for that and not imported."""
     missing = [key for key, value in section.items() if value == "???"]
     require(not missing, f"loss={section['name']} needs loss.{missing[0] if missing else ''}=PATH on the command line")
+    known = list(config_fields(section.get("trainer", "")))
+    for key in section if known else ():
+        require(key in (*known, "name", "trainer"), f"unknown key 'loss.{key}'.{nearest(key, known)}")
+
+
+def method_of(raw: dict[str, Any]) -> Any:
+    """Return the trainer class that loss.trainer names: one of trainers/, or of a package of the user's own."""
+    name = raw["loss"].get("trainer", "")
     find_method(name)
-    known = [*config_fields(name), "name", "trainer"]
-    for key in section:
-        require(len(known) == 2 or key in known, f"unknown key 'loss.{key}'.{nearest(str(key), known)}")
     module, _, cls = name.rpartition(".")
     method = getattr(importlib.import_module(module), cls)
     basic = importlib.import_module("trainers.basic").BasicTrainer
@@ -61,6 +69,7 @@ def settings_of(raw: dict[str, Any]) -> Settings:
         quantity_of(settings.cache)  # refuses what contradicts itself before anything is written
     if raw["task"] != "train":
         return settings
+    check_loss(raw["loss"])
     method = method_of(raw)
     settings = with_loss(settings, method.Config)
     check_needs(settings, method.needs, raw["loss"]["name"], method.head)
@@ -93,7 +102,7 @@ def open_run_dir(settings: Settings) -> bool:
     """
     run_dir = settings.run.run_dir
     stored = run_dir / "config.yaml"
-    begun = (run_dir / "DONE").exists() or any(run_dir.glob("checkpoint-*/DONE"))
+    begun = is_done(run_dir) or any(map(is_done, run_dir.glob("checkpoint-*")))
     if begun and stored.is_file():
         old = OmegaConf.to_container(OmegaConf.load(stored))
         assert isinstance(old, dict)
@@ -103,15 +112,14 @@ def open_run_dir(settings: Settings) -> bool:
                 f"{run_dir} holds a run with another configuration: {difference}. "
                 "Choose another exp_name or run_count, or remove that folder"
             )
-        if (run_dir / "DONE").exists():
+        if is_done(run_dir):
             return False
     if os.environ.get("RANK", "0") == "0":
         run_dir.mkdir(parents=True, exist_ok=True)
-        part = run_dir / f"config.yaml.{os.getpid()}"
-        part.write_text(OmegaConf.to_yaml(OmegaConf.create(settings.raw)), encoding="utf-8")
-        part.replace(stored)
-        (run_dir / "command.txt").write_text(shlex.join([sys.executable, *sys.argv]) + "\n", encoding="utf-8")
-        (run_dir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n", encoding="utf-8")
+        remove_parts(run_dir)
+        write_text(stored, OmegaConf.to_yaml(OmegaConf.create(settings.raw)))
+        write_text(run_dir / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
+        write_json(run_dir / "versions.json", versions())
     return True
 
 
@@ -126,7 +134,7 @@ def run_task(raw: dict[str, Any]) -> None:
     if not task.is_done_once:
         return
     if os.environ.get("RANK", "0") == "0":
-        (settings.run.run_dir / "DONE").touch()
+        mark_done(settings.run.run_dir)
         print(f"done: {settings.run.run_dir}", flush=True)
 
 
@@ -142,6 +150,7 @@ def run(config: DictConfig) -> None:
     assert isinstance(raw, dict)
     plain: dict[str, Any] = {str(k): v for k, v in raw.items()}
     plain["datasets"] = plain.get("datasets") or {}
+    environment.check(os.environ, plain)
     varied = job_folder()
     if varied:
         plain["run_count"] = f"{plain['run_count']}/{varied}" if plain["run_count"] else varied
@@ -166,7 +175,7 @@ def show_costs(stages: list[Any], estimate: dict[str, Any], run_dir: Path | None
         print_plan(stages, estimate)
         return
     path = run_dir / "costs.md"
-    path.write_text(costs(stages, estimate) + "\n", encoding="utf-8")
+    write_text(path, costs(stages, estimate) + "\n")
     print(f"predicted and actual costs: {path}")
 
 

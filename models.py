@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,14 +84,38 @@ def predicting(response: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def last_token_scores(model: torch.nn.Module, sequences: Sequences) -> Tensor:
-    """Return a reward model's score of each row [rows], taken at its last token: the end of the response.
+    """Return a reward model's score of each row [rows], taken at its last attended token: the end of the response.
 
-    The library finds that token as the last one that is not the model's padding, so padding is written as that.
+    The library takes it at the last token that is not the model's padding, which may be what ends a response. So for
+    this call padding is an id with which no row ends.
     """
     inner: Any = getattr(model, "module", model)  # DDP wraps the model
-    ids = sequences.ids.masked_fill(~sequences.attention, inner.config.pad_token_id)
-    scores = model(input_ids=ids, attention_mask=sequences.attention.long(), use_cache=False).logits[:, 0]
+    config = inner.config.get_text_config()
+    ids, attention, _ = sequences
+    ends = set(ids.gather(1, attention.sum(dim=1, keepdim=True) - 1).flatten().tolist())
+    padding, own = next(i for i in range(config.vocab_size) if i not in ends), config.pad_token_id
+    config.pad_token_id = padding
+    try:
+        out = model(input_ids=ids.masked_fill(~attention, padding), attention_mask=attention.long(), use_cache=False)
+    finally:
+        config.pad_token_id = own
+    scores = out.logits[:, 0]
     return scores if scores.dtype == torch.float64 else scores.float()
+
+
+@contextmanager
+def scoring(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and every part of it back into its own mode afterward.
+
+    For what is scored and not learned from: with dropout two scorings of the same tokens would differ.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 # ---- sources
@@ -123,6 +148,11 @@ def model_source(config: ModelConfig) -> str | None:
     """Return where the weights come from: from_checkpoint, load_from or name_or_path; None if they are built."""
     source = config.from_checkpoint or config.load_from or config.name_or_path
     return local_source(source) if source else None
+
+
+def start_of(config: ModelConfig) -> ModelConfig:
+    """Return the model that training started from, the reference: from_checkpoint moves the policy only."""
+    return replace(config, from_checkpoint=None)
 
 
 @cache

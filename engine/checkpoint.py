@@ -1,14 +1,11 @@
 """Checkpoints to resume from: checkpoint-N/ with model, optimizer and trainer state, DONE written last.
 
-A model that is whole on every rank is written by rank 0 and read back with `weights_only=True`: such a checkpoint runs
-no code.
-A sharded one is written by all ranks, each its part (torch.distributed.checkpoint, whose index is a pickle: resume only
-from
-folders of your own). Either can be read by another number of ranks, or by a run of the other kind.
+A model that is whole on every rank is written by rank 0 and read back with `weights_only=True`: that runs no code.
+A sharded one is written by all ranks, each its part (torch.distributed.checkpoint). Its index is a pickle: resume only
+from folders of your own. Either can be read by another number of ranks, or by a run of the other kind.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,38 +20,42 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from settings.artifacts import is_done, mark_done, remove_folder, replace_folder, write_json
+
 Models = Mapping[str, torch.nn.Module]  # "model", and "reference" where it moves with the policy
+
+
+def whole_ones(run_dir: Path) -> list[Path]:
+    """Return the whole checkpoints by step; a `part` is none, even if a kill came between its DONE and its renaming."""
+    steps = {p: p.name.removeprefix("checkpoint-") for p in run_dir.glob("checkpoint-*") if is_done(p)}
+    return sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: int(steps[p]))
 
 
 def newest(run_dir: Path) -> Path | None:
     """Return the whole checkpoint with the highest step, or None."""
-    whole = [p.parent for p in run_dir.glob("checkpoint-*/DONE")]
-    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return next(reversed(whole_ones(run_dir)), None)
 
 
 def part(run_dir: Path, step: int) -> Path:
-    """Return the folder that becomes checkpoint-{step} when it is whole."""
+    """Return the folder that becomes checkpoint-{step} when it is whole; it has one name, as all ranks write there."""
     return run_dir / f"checkpoint-{step}.tmp"
 
 
 def open_folder(run_dir: Path, step: int) -> None:
     """Make `part`, and remove what an earlier run left of this step; one rank calls it."""
     for folder in (part(run_dir, step), run_dir / f"checkpoint-{step}"):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
     part(run_dir, step).mkdir(parents=True)
 
 
 def close_folder(run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> None:
     """Write the trainer's state and DONE, give the folder its name, remove older ones; one rank calls it."""
     unfinished = part(run_dir, step)
-    (unfinished / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-    (unfinished / "DONE").touch()
-    unfinished.rename(run_dir / f"checkpoint-{step}")
-    if keep_last:
-        older = sorted(run_dir.glob("checkpoint-*/DONE"), key=lambda p: int(p.parent.name.split("-")[1]))
-        for mark in older[:-keep_last]:
-            mark.unlink()  # no longer whole, whatever happens to the rest
-            shutil.rmtree(mark.parent, ignore_errors=True)
+    write_json(unfinished / "state.json", {"step": step, **state}, indent=None)
+    mark_done(unfinished)
+    replace_folder(unfinished, run_dir / f"checkpoint-{step}")
+    for folder in whole_ones(run_dir)[:-keep_last] if keep_last else ():
+        remove_folder(folder)
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -118,8 +119,7 @@ def _wanted(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def remove_all(run_dir: Path) -> None:
     """Remove every checkpoint: the final model stands."""
     for folder in run_dir.glob("checkpoint-*"):
-        (folder / "DONE").unlink(missing_ok=True)  # no longer whole, should a kill leave the rest half removed
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
 
 
 def examples_seen(run_dir: Path) -> int:

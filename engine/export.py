@@ -1,6 +1,5 @@
 """LoRA adapters, put on and merged, and ordinary Hugging Face folders as what is written."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models import seeded
+from settings.artifacts import whole_folder
 from settings.schema import ModelConfig
 
 
@@ -48,29 +48,29 @@ def merged(model: Any, state_dict: dict[str, Tensor] | None = None) -> PreTraine
     whole = {name: value.detach().cpu().clone() for name, value in (state_dict or model.state_dict()).items()}
     twin.load_state_dict(whole, assign=True)
     twin.get_base_model().tie_weights()
-    return twin.merge_and_unload()
+    whole_model = twin.merge_and_unload()
+    if whole_model.can_generate():  # its own ends of turn and defaults: the architecture alone does not hold them
+        whole_model.generation_config = model.get_base_model().generation_config
+    return whole_model
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write an ordinary Hugging Face folder (LoRA merged): into folder.tmp first, renamed when whole."""
+    """Write an ordinary Hugging Face folder (LoRA merged): whole or not at all."""
     if state_dict is not None:  # gathered weights have lost their ties: one tensor under two names again
         first: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             shared = first.setdefault(id(parameter), name)
             if shared in state_dict and name in state_dict:
                 state_dict[name] = state_dict[shared]
-    part = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        if hasattr(model, "merge_and_unload"):
-            merged(model, state_dict).save_pretrained(part)
-        else:
-            model.save_pretrained(part, state_dict=state_dict)
-        tokenizer.save_pretrained(part)
+        with whole_folder(folder) as part:
+            if hasattr(model, "merge_and_unload"):
+                merged(model, state_dict).save_pretrained(part)
+            else:
+                model.save_pretrained(part, state_dict=state_dict)
+            tokenizer.save_pretrained(part)
+            mode = (part / "config.json").stat().st_mode
+            for file in part.iterdir():
+                file.chmod(mode)  # safetensors leaves its files readable by their owner only, whatever the umask says
     except SafetensorError as error:  # a full disk, for one
-        raise ValueError(f"could not write the model to {part}: {error}") from error
-    mode = (part / "config.json").stat().st_mode
-    for file in part.iterdir():
-        file.chmod(mode)  # safetensors leaves its files readable by their owner only, whatever the umask says
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+        raise ValueError(f"could not write the model to {folder}: {error}") from error

@@ -1,6 +1,5 @@
 """What a run really took: peak memory of every device, seconds, tokens a second. Written into the run's folder."""
 
-import json
 import resource
 import sys
 import time
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from settings.artifacts import write_json
 
 
 class Used(NamedTuple):
@@ -31,8 +32,9 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Return the most that this process ever held. On Linux not from getrusage: a child there begins with its parent's
-    peak.
+    """Return the most that this process ever held.
+
+    On Linux not from getrusage: a child there begins with its parent's peak.
     """
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return _status("VmHWM") or (used if sys.platform == "darwin" else used * 1024)
@@ -86,7 +88,7 @@ def write(run_dir: Path, used: list[Used], seconds: float, tokens: float, device
         "tokens": round(tokens),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
     }
-    (run_dir / "resources.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(run_dir / "resources.json", found)
     return found
 
 

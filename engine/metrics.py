@@ -1,12 +1,13 @@
 """Metrics as sums and counts: one division at the end, one all-reduce on logging steps."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+
+from settings.artifacts import append_row, whole_rows, write_jsonl
 
 
 class Mean(NamedTuple):
@@ -48,22 +49,13 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
-        kept = []
-        if resume_step > 0 and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resume_step:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # a line torn by a kill
-        part = path.with_name(f"{path.name}.tmp")  # a kill while rewriting in place would lose the rows
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        part.replace(path)
+        kept = [row for row, _ in whole_rows(path) if row["step"] <= resume_step] if resume_step > 0 else []
+        write_jsonl(path, kept)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row."""
         with self.path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
+            append_row(out, row)
 
 
 def named(values: dict[str, float], split: str) -> dict[str, float]:

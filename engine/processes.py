@@ -5,6 +5,7 @@ else: it wraps no model and prepares no optimizer. Every wait has a limit of hou
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -26,7 +27,10 @@ class Processes:
     def __init__(self) -> None:
         # Without cpu=True accelerate starts every process of a CPU run on its own, unless a variable tells it
         # otherwise.
-        self.state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+        on_cpu = not torch.accelerator.is_available()
+        if on_cpu:  # DeepSpeed, which accelerate imports where it is installed, else prints that it wonders
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        self.state = PartialState(cpu=on_cpu, timeout=PATIENCE)
         self.rank, self.world_size = self.state.process_index, self.state.num_processes
         self.device: torch.device = self.state.device
         self.is_main = self.rank == 0
@@ -65,6 +69,9 @@ class Processes:
         Another run of this Python process may open a new one.
         """
         if self.world_size > 1:
+            deepspeed = sys.modules.get("deepspeed.comm")
+            if deepspeed is not None and deepspeed.is_initialized():
+                deepspeed.destroy_process_group()  # with the groups that it keeps itself
             self.state.destroy_process_group()
             self.state._reset_state()
 

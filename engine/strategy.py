@@ -26,7 +26,9 @@ def placement_of(asked: str, config: ModelConfig, processes: Processes) -> Place
     if wanted == "none" and several:
         raise ValueError(f"{how}: strategy=none runs one; choose ddp, fsdp or auto")
     if wanted == "deepspeed":
-        raise NotImplementedError
+        from engine.zero import ZeRO  # which needs an extra
+
+        return ZeRO(processes, config)
     return (Sharded if wanted == "fsdp" else Replicated)(processes, config)
 
 

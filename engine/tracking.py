@@ -1,9 +1,8 @@
 """wandb over resumes: one wandb run a run folder, each row once.
 
-wandb drops (live) or moves (on sync) a row whose step is not above the last one, and a second offline file of the same
-id replaces the first
-when it is synced. So every row has a place of its own, every offline file holds the whole history, and only the newest
-one counts.
+wandb drops (live) or moves (on sync) a row whose step is not above the last one: so every row has a place of its own.
+A second offline file of the same id replaces the first when it is synced: so every offline file holds the whole
+history, and only the newest one counts.
 """
 
 import hashlib
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from settings.artifacts import write_text
 from settings.schema import Settings
 
 
@@ -35,8 +35,9 @@ class Tracker:
 
 
 def place(row: dict[str, Any]) -> int:
-    """Return wandb's own step of a row: a training row and the evaluation after it are two, and one of them may be
-    missing.
+    """Return wandb's own step of a row.
+
+    A training row and the evaluation after it are two, and one of them may be missing.
     """
     return 2 * row["step"] + ("loss/eval" in row)
 
@@ -50,14 +51,12 @@ def run_id(run_dir: Path, resume_step: int) -> str:
     if resume_step > 0 and file.is_file():
         return file.read_text(encoding="utf-8").strip()
     found = hashlib.sha256(f"{run_dir.resolve()} {time.time_ns()}".encode()).hexdigest()[:16]
-    file.write_text(found + "\n", encoding="utf-8")
+    write_text(file, found + "\n")
     return found
 
 
 def tracker(settings: Settings, resume_step: int) -> Tracker | None:
-    """Start wandb if it is enabled, after metrics.jsonl was cut to resume_step; offline unless asked for, never waiting
-    for a login.
-    """
+    """Start wandb if it is enabled, after metrics.jsonl was cut to resume_step; it never waits for a login."""
     if not settings.wandb["enabled"]:
         return None
     import wandb

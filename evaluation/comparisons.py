@@ -4,15 +4,15 @@ Many pairs make one of them differ by luck alone. So a pair counts as separate o
 all pairs, is below LEVEL; the 95 % intervals beside it are those of each pair alone.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from evaluation.intervals import holm, paired_difference, paired_p_values
+from evaluation.metrics import at, is_number
 
 LEVEL = 0.05  # chance that any pair of one table is called separate though it is not
 
@@ -66,7 +66,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def interval_of(entry: Mapping[str, Any], key: str = "ci95") -> tuple[float, float] | None:
     """Return (low, high) of an entry's interval, None where it has none."""
-    ci95 = entry.get(key)
+    ci95 = at(entry, key)
     if isinstance(ci95, Sequence) and len(ci95) == 2 and all(is_number(v) for v in ci95):
         return float(ci95[0]), float(ci95[1])
     return None
@@ -95,8 +95,3 @@ def best_model(
     known = {name: interval for name, interval in intervals.items() if interval is not None}
     top = max(known, key=lambda name: known[name][0])
     return top if all(known[top][0] > high for name, (_, high) in known.items() if name != top) else None
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Tell whether value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

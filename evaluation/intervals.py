@@ -88,13 +88,29 @@ def score_interval(values: Sequence[float]) -> Interval:
     return bootstrap_interval(values)
 
 
-def seed_interval(scores: Sequence[float]) -> Interval | None:
-    """Return the Student-t interval of the mean over seeds, one score a seed; None for fewer than two seeds."""
+def seed_interval(scores: Sequence[float], bounds: Interval | None = None) -> Interval | None:
+    """Return the Student-t interval of the mean over seeds, one score a seed; None for fewer than two seeds.
+
+    With bounds it is taken on the logit of the mean's place between them (delta method) and transformed back: it never
+    leaves them, and far from them it is the plain one. ValueError for a score outside.
+    """
     if len(scores) < 2:
         return None
     numbers = np.asarray(scores, dtype=np.float64)
-    half = student_quantile(len(scores) - 1) * numbers.std(ddof=1) / math.sqrt(len(scores))
-    return float(numbers.mean() - half), float(numbers.mean() + half)
+    mean = float(numbers.mean())
+    half = student_quantile(len(scores) - 1) * float(numbers.std(ddof=1)) / math.sqrt(len(scores))
+    if bounds is None:
+        return mean - half, mean + half
+    low, high = bounds
+    if numbers.min() < low or numbers.max() > high:
+        raise ValueError(f"scores={list(scores)}: each must be in [{low}, {high}]")
+    place, width = (mean - low) / (high - low), half / (high - low)
+    if half == 0 or not 0 < place < 1:  # then all scores are equal
+        return mean, mean
+    center, reach = math.log(place / (1 - place)), width / (place * (1 - place))
+    ends = (0.5 + 0.5 * math.tanh((center + sign * reach) / 2) for sign in (-1, 1))  # the logistic function
+    first, second = (low + (high - low) * end for end in ends)
+    return first, second
 
 
 def paired_difference(

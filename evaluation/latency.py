@@ -31,9 +31,7 @@ WARMUP = 2  # batches: compilation, caches of kernels, pages of memory
 
 
 class Timing(NamedTuple):
-    """One batch: seconds until all prompts have their first token, then of every step, and the tokens of these
-    steps.
-    """
+    """One batch: seconds until all prompts have their first token, then those of every step, and the steps' tokens."""
 
     first_token: float
     steps: list[float]

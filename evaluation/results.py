@@ -1,6 +1,6 @@
 """The results of task=evaluate: metrics with intervals, win rates, the table, and the files in the run's folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from evaluation.comparisons import best_model, compare_all
 from evaluation.intervals import score_interval
 from evaluation.majority import majority_metrics
+from evaluation.metrics import DIGITS, METRICS, Metric, at, is_number
 from evaluation.records import Evaluated, Responses, main_temperature
 from evaluation.text_statistics import text_metrics
 from evaluation.win_rate import against, judged_points, points_of, win_rate
@@ -30,9 +31,7 @@ def summary(responses: Responses, phrases: Sequence[str]) -> dict[str, Any]:
 
 
 def win_rates(own: Responses, opponent: Responses, name: str, verdict: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the win rate by the verifier's scores (`against`), and by the reward model or judge (`judged`), where
-    there is one.
-    """
+    """Return the win rate by the verifier's scores (`against`) and by the reward model or judge (`judged`), if any."""
     row: dict[str, Any] = {"judged": verdict} if verdict else {}
     if own.scores:
         row["against"] = against(own.scores, opponent.scores, own.num_tokens, opponent.num_tokens, name)
@@ -120,10 +119,26 @@ def results_of(
     }
 
 
-def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
-    if value is None:
+def written(entry: Mapping[str, Any], metric: Metric, prefix: str = "") -> str:
+    """Write a metric of an entry with its interval over prompts, where it has one; a dash where it is missing."""
+    value, ends = at(entry, prefix + metric.key), at(entry, metric.interval and prefix + metric.interval)
+    if not is_number(value):
         return "-"
-    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    digits = DIGITS[metric.unit]
+    return f"{value:.{digits}f}" + (f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else "")
+
+
+def _headings(models: Mapping[str, Mapping[str, Any]], opponent: str | None) -> list[tuple[str, str, Metric]]:
+    """Return (heading, what goes before the key, metric) of each column: the scores of every pass, then the rest."""
+    rows, first = list(models.values()), METRICS[0]
+    votes = next((row["majority"]["votes"] for row in rows if "majority" in row), None)
+    temperature = rows[0].get("temperature", 0)
+    passes = {"": f"{first.label}, t {temperature:g}", "greedy.": "greedy", "majority.": f"majority of {votes}"}
+    columns = [(f"{words} [95 %]", prefix, first) for prefix, words in passes.items()]
+    for metric in METRICS[1:]:
+        over = f" over {opponent}" if metric.group == "wins" else ""
+        columns += [(metric.label + over + (" [95 %]" if metric.interval else ""), "", metric)] * metric.headline
+    return [column for column in columns if any(is_number(at(row, column[1] + column[2].key)) for row in rows)]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -131,35 +146,10 @@ def table(results: dict[str, Any]) -> str:
 
     A model is marked best only where it is separate from every other one after Holm's correction.
     """
-    lines, best = [], best_model(results["models"], results.get("comparisons"))
-    by = next((row["judged"]["by"] for row in results["models"].values() if "judged" in row), "judge")
-    for name, row in results["models"].items():
-        other, greedy, majority = row.get("against", {}), row.get("greedy", {}), row.get("majority", {})
-        verdict = row.get("judged", {})
-        ranked = "reward" if "reward_accuracy" in row else "logprob"
-        lines.append(
-            {
-                "model": f"**{name}** ▲" if name == best else name,
-                f"score, t {row.get('temperature', 0):g} [95 %]": _with_interval(row.get("score"), row.get("ci95")),
-                "greedy [95 %]": _with_interval(greedy.get("score"), greedy.get("ci95")),
-                f"majority of {majority.get('votes')} [95 %]": _with_interval(
-                    majority.get("score"), majority.get("ci95")
-                ),
-                f"win rate over {results['opponent']}": _with_interval(row.get("win_rate"), other.get("win_rate_ci95")),
-                f"win rate by the {by}": _with_interval(verdict.get("win_rate"), verdict.get("win_rate_ci95")),
-                "at equal length": _with_interval(
-                    verdict.get("length_controlled_win_rate"), verdict.get("length_controlled_ci95")
-                ),
-                "reward accuracy": _with_interval(row.get("reward_accuracy"), row.get("reward_accuracy_ci95")),
-                "log-prob accuracy": _with_interval(row.get("logprob_accuracy"), row.get("logprob_accuracy_ci95")),
-                "margin, nats": _with_interval(row.get(f"{ranked}_margin"), None),
-                "tokens": f"{row['mean_response_tokens']:.1f}" if "mean_response_tokens" in row else "-",
-                "ended": _with_interval(row.get("eot_rate"), None),
-                "refused": _with_interval(row.get("refusal_rate"), None),
-                "repeated 4-grams": _with_interval(row.get("repeated_4grams"), None),
-                "loops": _with_interval(row.get("loop_rate"), None),
-            }
-        )
-    columns = [column for column in lines[0] if any(line[column] != "-" for line in lines)]
-    body = ["| " + " | ".join(line[column] for column in columns) + " |" for line in lines]
-    return "\n".join(["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *body]) + "\n"
+    models, best = results["models"], best_model(results["models"], results.get("comparisons"))
+    headings = _headings(models, results["opponent"])
+    lines = [["model", *(heading for heading, _, _ in headings)], ["---"] * (len(headings) + 1)]
+    for name, row in models.items():
+        cells = [written(row, metric, prefix) for _, prefix, metric in headings]
+        lines.append([f"**{name}** ▲" if name == best else name, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

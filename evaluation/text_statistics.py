@@ -36,9 +36,7 @@ def repeated_grams(text: str) -> float:
 
 
 def _periodic_end(items: Sequence[str], longest: int, shortest: int) -> bool:
-    """Tell whether the last items repeat with a period of at most `longest`, three times or more, over `shortest`
-    items.
-    """
+    """Tell whether the end repeats a unit of at most `longest` items three times or more, over `shortest` items."""
     for unit in range(1, longest + 1):
         span = max(TURNS * unit, shortest)
         tail = items[-span:]
@@ -48,8 +46,9 @@ def _periodic_end(items: Sequence[str], longest: int, shortest: int) -> bool:
 
 
 def ends_in_loop(text: str) -> bool:
-    """Tell whether a response ends by saying the same words, or characters, over and over; it may be cut inside a
-    turn.
+    """Tell whether a response ends by saying the same words, or characters, over and over.
+
+    The last turn of the loop may be cut.
     """
     return _periodic_end(text.split(), LONGEST_WORDS, SHORTEST_WORDS) or _periodic_end(
         text.strip(), LONGEST_CHARACTERS, SHORTEST_CHARACTERS

@@ -1,9 +1,7 @@
-"""Win rates against an opponent on the same prompts: by a verifier's or reward model's scores, or by a judge's
-verdicts.
+"""Win rates against an opponent on the same prompts: by scores of a verifier or reward model, or a judge's verdicts.
 
-A judge sees each pair of responses in both orders; where the two verdicts do not agree it is a tie. Beside the plain
-win rate
-stands one at equal length.
+A judge sees each pair of responses in both orders. Where the two verdicts do not agree it is a tie.
+Beside the plain win rate stands one at equal length.
 """
 
 from collections.abc import Sequence
@@ -48,8 +46,9 @@ def judged_points(
 
 
 def fitted(points: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Fit P(win) = s(theta + phi x) to points in [0, 1] and standardised length terms x [P] by Newton's method; (theta,
-    phi).
+    """Fit P(win) = s(theta + phi x) by Newton's method and return (theta, phi).
+
+    points [P] in [0, 1]; x, the lengths' terms [P], is standardized.
     """
     design = np.stack([np.ones_like(lengths), lengths], axis=1)
     weights = np.zeros(2)
@@ -67,12 +66,11 @@ def fitted(points: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def length_controlled(
     points: Sequence[float], own: Sequence[int], other: Sequence[int], seed: int = 0
 ) -> dict[str, Any]:
-    """Return the win rate at equal length: s(theta) of a logistic regression of the points on tanh(length difference /
-    its deviation).
+    """Return the win rate at equal length, with a bootstrap interval over prompts.
 
-    The regression is that of AlpacaEval 2 (2404.04475) without its term for each instruction's difficulty, which needs
-    many
-    models: so its metrics are not comparable with AlpacaEval's. The interval is a bootstrap over prompts.
+    It is s(theta) of a logistic regression of the points on tanh(length difference / its deviation). That is AlpacaEval
+    2's regression (2404.04475) without its term for each instruction's difficulty, which needs many models. So the
+    number is not comparable with AlpacaEval's.
     """
     difference = np.asarray(own, dtype=float) - np.asarray(other, dtype=float)
     x = np.tanh(difference / max(float(difference.std()), 1e-9))
@@ -89,8 +87,9 @@ def length_controlled(
 def win_rate(
     points: Sequence[float | None], own: Sequence[int], other: Sequence[int], opponent: str, by: str
 ) -> dict[str, Any]:
-    """Return wins, ties, losses and both win rates, with intervals; prompts without a verdict are left out and
-    counted.
+    """Return wins, ties, losses and both win rates, with intervals.
+
+    Prompts without a verdict are left out and counted.
     """
     kept = [(p, a, b) for p, a, b in zip(points, own, other, strict=True) if p is not None]
     if not kept:

@@ -4,7 +4,6 @@ trainer's.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -74,9 +73,7 @@ def stop_notes(config: ModelConfig, tokenizer: Any, stop: list[int], teacher: st
         notes.append(f"the chat template writes no token after a turn; responses end with {end!r}")
     if teacher is None:
         return notes
-    theirs_config = replace(
-        config, name_or_path=teacher, tokenizer_name_or_path=None, load_from=None, from_checkpoint=None, build=None
-    )
+    theirs_config = config.of_folder(teacher)
     their_tokenizer = models.load_tokenizer(theirs_config)
     theirs = models.stop_ids_of(theirs_config, their_tokenizer)
     ours = {(i, tokenizer.convert_ids_to_tokens(i)) for i in stop}

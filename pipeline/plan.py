@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from pipeline.composing import Choices, Line, composed, merged, spelled
 from pipeline.digests import digest_of
+from settings.artifacts import is_done
 from settings.paths import CONFIG, ROOT
 from settings.schema import nearest, require, typed
 from settings.tasks import STAGES, TASKS, reads
@@ -87,7 +88,7 @@ class Stage(NamedTuple):
     @property
     def done(self) -> bool:
         """Tell whether the stage has finished."""
-        return (self.folder / "DONE").is_file()
+        return is_done(self.folder)
 
 
 # ---- recipes
@@ -130,10 +131,13 @@ def recipes_of(config: PipelineConfig) -> dict[str, Recipe]:
 
 
 def _evaluated(section: dict[str, Any], off: set[str]) -> dict[str, Any]:
-    """Return the evaluation section without the models of the stages that are switched off, and their references."""
+    """Return the evaluation section without what names a stage that is switched off."""
     names = {k: v for k, v in section.get("models", {}).items() if v and not off.intersection(mentioned(v))}
     references = {k: v for k, v in section.get("reference", {}).items() if k in names and v}
-    return {**section, "models": names, "reference": references}
+    found = {**section, "models": names, "reference": references}
+    if "comparisons" in section:
+        found["comparisons"] = [pair for pair in section["comparisons"] if not off.intersection(pair)]
+    return found
 
 
 def needs_of(recipe: Recipe) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.plan import Stage, build_plan
+from settings.artifacts import is_done, write_bytes, write_json, write_text
 
 TAIL_LINES = 20  # of a failed stage's log
 GRACE_SECONDS = 10.0  # between SIGINT and SIGKILL
@@ -102,17 +103,15 @@ def describe(stages: list[Stage], run_dir: Path, overrides: list[str]) -> None:
         {"stage": s.label, "digest": s.digest, "folder": str(s.folder), "command": shlex.join(s.command)}
         for s in stages
     ]
-    (run_dir / "plan.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (run_dir / "command.txt").write_text(shlex.join(["launch.py", *overrides]) + "\n", encoding="utf-8")
+    write_json(run_dir / "plan.json", rows)
+    write_text(run_dir / "command.txt", shlex.join(["launch.py", *overrides]) + "\n")
 
 
 def publish(last: Stage, run_dir: Path) -> None:
     """Copy the last stage's results into the run's folder and print the table."""
     for name in RESULTS:
         if (last.folder / name).is_file():
-            part = run_dir / f"{name}.{os.getpid()}"
-            shutil.copyfile(last.folder / name, part)
-            part.replace(run_dir / name)
+            write_bytes(run_dir / name, (last.folder / name).read_bytes())
     if (last.folder / "results.md").is_file():
         print("\n" + (last.folder / "results.md").read_text(encoding="utf-8"))
     print(f"results: {run_dir}", flush=True)
@@ -155,7 +154,7 @@ class Runner:
         for stage in list(self.waiting):
             if self.failed or len(self.running) >= self.parallel:
                 return
-            if all((folder / "DONE").is_file() for folder in stage.needs):
+            if all(is_done(folder) for folder in stage.needs):
                 self._start(stage)
 
     def _start(self, stage: Stage) -> None:
@@ -206,7 +205,7 @@ class Runner:
                 "seconds": round(seconds, 1),
                 "needs": [str(folder) for folder in stage.needs],
             }
-            (stage.folder / "stage.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            write_json(stage.folder / "stage.json", facts)
             finished = len(self.stages) - len(self.waiting) - len(self.running) - len(self.failed)
             self._say(f"{stage.label}: done in {seconds:.0f} s ({finished}/{len(self.stages)})")
             return

@@ -1,7 +1,6 @@
 """Charts of the report as inline SVG: the small line charts of a metrics.jsonl, and a dot-and-whisker plot of scores.
 
-Names arrive escaped; everything else drawn here is a number. Colors are classes, so that light and dark are the style
-sheet's business.
+Names arrive escaped; everything else drawn here is a number. Colors are classes: the style sheet knows light and dark.
 """
 
 import json
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.comparisons import is_number
+from evaluation.metrics import is_number
 
 WIDTH, HEIGHT = 300, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
@@ -57,8 +56,9 @@ def read_curves(path: Path) -> Curves:
 
 
 def panel_of(metric: str) -> tuple[str, str]:
-    """Split a metric's name into (panel, series): loss/eval -> (loss, eval); rewards_train/accuracies ->
-    (rewards/accuracies, train).
+    """Split a metric's name into (panel, series).
+
+    loss/eval -> (loss, eval); rewards_train/accuracies -> (rewards/accuracies, train).
     """
     head, slash, tail = metric.partition("/")
     if tail in ("train", "eval"):
@@ -182,9 +182,7 @@ class Plotted(NamedTuple):
 
 
 def interval_chart(rows: Sequence[Plotted]) -> str:
-    """Draw a dot with its whisker (over prompts), a thin line (over seeds), ticks for the seeds, a diamond for
-    greedy.
-    """
+    """Draw scores: a dot, its whisker over prompts, a thin line over seeds, a tick a seed, a diamond for greedy."""
     if not rows:
         return ""
     numbers = [0.0]

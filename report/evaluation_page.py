@@ -1,6 +1,5 @@
 """The readable side of task=evaluate: summary.md and report.html in the run's folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from evaluation.win_rate import alpaca_eval_rows
 from models import local_source
 from report.gather import NUM_SAMPLES, Evaluation, advantages_of, curves_of, samples_of, tokens_of
 from report.page import write_report
-from report.tables import benchmarks_section, latency_section, pairs_section, text_section
+from report.tables import benchmarks_section, latency_section, metric_sections
+from settings.artifacts import write_json, write_jsonl, write_text
 from settings.schema import EvaluationConfig, Settings
 from teacher.cache import Reader
 from teacher.quantities import Entry
@@ -81,10 +81,10 @@ def write_artifacts(
     cache: str | None,
 ) -> None:
     """Write summary.md and report.html; samples.jsonl stands there already."""
-    (run_dir / "summary.md").write_text(summary_text(table, results, timed), encoding="utf-8")
+    write_text(run_dir / "summary.md", summary_text(table, results, timed))
     evaluation = Evaluation(run_dir, results["seed"], results, {})
     models = results["models"]
-    more = pairs_section(models) + text_section(models) + benchmarks_section(models) + latency_section(timed)
+    more = metric_sections(models) + benchmarks_section(models) + latency_section(timed)
     write_report(
         run_dir,
         TITLE,
@@ -108,13 +108,6 @@ def advantages_found(evaluation: Evaluation) -> list[dict[str, Any]]:
 MAX_SAMPLES = 200  # responses a model in samples.jsonl
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def write_results(settings: Settings, results: dict[str, Any], evaluated: dict[str, Evaluated]) -> None:
     """Write samples.jsonl, scores.json, results.md, summary.md, report.html and, last, results.json."""
     run_dir = settings.run.run_dir
@@ -129,26 +122,22 @@ def write_results(settings: Settings, results: dict[str, Any], evaluated: dict[s
             scores = {
                 name: one.responses[main].scores[i] for name, one in evaluated.items() if one.responses[main].scores
             }
-            samples.append(
-                json.dumps(
-                    {"prompt": prompt, "temperature": main, "responses": texts, "scores": scores}, ensure_ascii=False
-                )
-            )
-        _write(run_dir / "samples.jsonl", "\n".join(samples) + "\n")
+            samples.append({"prompt": prompt, "temperature": main, "responses": texts, "scores": scores})
+        write_jsonl(run_dir / "samples.jsonl", samples)
         (run_dir / "alpaca_eval").mkdir(exist_ok=True)
         for name, one in evaluated.items():
             rows = alpaca_eval_rows(one.prompts, one.responses[main].texts, name)
-            _write(run_dir / "alpaca_eval" / f"{name}.json", json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+            write_json(run_dir / "alpaca_eval" / f"{name}.json", rows)
         every = {
             f"{temperature:g}": {name: one.responses[temperature].scores for name, one in evaluated.items()}
             for temperature in temperatures
         }
         if first.majority_scores:
             every["majority"] = {name: one.majority_scores for name, one in evaluated.items()}
-        _write(run_dir / "scores.json", json.dumps(every) + "\n")
-    _write(run_dir / "results.md", table(results))
+        write_json(run_dir / "scores.json", every, indent=None)
+    write_text(run_dir / "results.md", table(results))
     timed = {name: one.latency for name, one in evaluated.items() if one.latency}
     if timed:
-        _write(run_dir / "latency.json", json.dumps(timed, indent=1) + "\n")
+        write_json(run_dir / "latency.json", timed)
     write_artifacts(run_dir, table(results), results, timed, settings.evaluation.advantages)
-    _write(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
+    write_json(run_dir / "results.json", results)

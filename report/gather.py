@@ -1,6 +1,4 @@
-"""What a report shows beside its scores, gathered from run folders: curves, sample responses, advantages token by
-token.
-"""
+"""What a report shows beside its scores, gathered from run folders: curves, responses, advantages token by token."""
 
 import json
 import math
@@ -11,6 +9,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from dataloader import read_generations
+from settings.artifacts import DONE
 from teacher.cache import Reader
 from teacher.quantities import Entry
 
@@ -28,7 +27,7 @@ class Evaluation(NamedTuple):
 
 def read_evaluation(folder: Path) -> Evaluation:
     """Read an evaluation; ValueError if it is not whole."""
-    for name in ("DONE", "results.json", "scores.json"):
+    for name in (DONE, "results.json", "scores.json"):
         if not (folder / name).is_file():
             raise ValueError(
                 f"{folder} is no finished evaluation with a verifier: {name} is missing. Run task=evaluate there"

@@ -8,13 +8,14 @@ import base64
 import hashlib
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.comparisons import all_pairs, best_model, interval_of, is_number
+from evaluation.comparisons import all_pairs, best_model, interval_of
+from evaluation.metrics import is_number
 from report.charts import Curves, Plotted, Series, interval_chart, line_chart, panel_of, read_curves
+from settings.artifacts import write_text
 
 HERE = Path(__file__).resolve().parent
 MOST_OPEN = 15  # differences that stand open: more are folded away
@@ -420,7 +421,5 @@ def write_report(
     )
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    part = run_dir / f"report.html.{os.getpid()}"
-    part.write_text(page(title, body), encoding="utf-8")
-    part.replace(run_dir / "report.html")
+    write_text(run_dir / "report.html", page(title, body))
     return run_dir / "report.html"

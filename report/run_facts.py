@@ -9,6 +9,7 @@ from models import config_digest, model_source
 from pipeline.digests import content_digest
 from report.charts import read_curves
 from report.model_card import Facts, Source, card
+from settings.artifacts import write_text
 from settings.paths import ROOT, found
 from settings.schema import Settings
 
@@ -98,6 +99,4 @@ def facts_of(settings: Settings, objective: str, head: str, num_train: int, num_
 
 def write_card(folder: Path, facts: Facts) -> None:
     """Write the folder's README.md, whole or not at all."""
-    part = folder / "README.md.tmp"
-    part.write_text(card(facts), encoding="utf-8")
-    part.replace(folder / "README.md")
+    write_text(folder / "README.md", card(facts))

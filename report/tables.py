@@ -4,9 +4,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation.comparisons import interval_of
-from report.page import number, section, text, written_interval
+from evaluation.metrics import DIGITS, Metric, at, is_number, present
+from report.page import number, section, text
 
 Row = Sequence[str]  # cells as HTML; the first one heads the row
+SECTIONS = {  # the groups of evaluation/metrics.py that have a section of their own: title, and a note below
+    "wins": ("Win rates", '<p class="note">Against the opponent, on the same prompts; a tie counts half.</p>'),
+    "pairs": (
+        "Held-out pairs",
+        '<p class="note">Reward: the log-ratio to the reference. Log-prob: without a reference.</p>',
+    ),
+    "text": (
+        "Text statistics",
+        '<p class="note">Refused: one of evaluation.refusal_phrases stands in the first 150 characters. Repeated '
+        "4-grams: share of a response’s 4-grams of words that stood in it before. Loops: responses that end by saying "
+        "the same thing over and over.</p>",
+    ),
+}
 
 
 def html_table(label: str, columns: Row, rows: Sequence[Row]) -> str:
@@ -21,59 +35,39 @@ def html_table(label: str, columns: Row, rows: Sequence[Row]) -> str:
     )
 
 
-def with_interval(entry: Mapping[str, Any], key: str) -> str:
-    """Write a metric with its 95 % interval, KEY_ci95, where it has one."""
-    interval = f" {written_interval(entry, f'{key}_ci95')}" if interval_of(entry, f"{key}_ci95") else ""
-    return number(entry.get(key)) + interval
+def metric_cell(entry: Mapping[str, Any], metric: Metric, prefix: str = "") -> str:
+    """Write a metric with its 95 % interval: over seeds where there are several, else over prompts."""
+    digits, key = DIGITS[metric.unit], prefix + metric.key
+    seeds = at(entry, f"{prefix}over_seeds") or {}
+    ends = seeds.get(metric.key) or interval_of(entry, prefix + metric.interval if metric.interval else "")
+    interval = f" [{number(ends[0], digits)}, {number(ends[1], digits)}]" if ends else ""
+    return number(at(entry, key), digits) + interval
 
 
-def pairs_section(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write how the models rank the held-out pairs; empty where none was asked to."""
-    rows = []
+def metric_section(group: str, models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write one group of metrics, a row for each model and way of decoding; empty where no model has any."""
+    rows: list[tuple[str, str, Mapping[str, Any], str]] = []  # model, decoding, entry, what goes before the key
     for name, entry in models.items():
-        for kind, words in (("reward", "log-ratio to the reference"), ("logprob", "log-probability")):
-            if f"{kind}_accuracy" in entry:
-                cells = [
-                    with_interval(entry, f"{kind}_accuracy"),
-                    number(entry.get(f"{kind}_margin")),
-                    text(entry["num_pairs"]),
-                ]
-                rows.append([text(name), words, *cells])
-    columns = ["model", "ranked by", "accuracy [95 %]", "mean margin, nats", "pairs"]
-    return section("pairs", "Held-out pairs", html_table("Held-out pairs", columns, rows)) if rows else ""
-
-
-def text_section(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write lengths, refusals and repetition, sampled and greedy; empty without responses."""
-    rows = []
-    for name, entry in models.items():
-        passes = {f"temperature {entry.get('temperature', 0):g}": entry}
-        if entry.get("temperature") != 0:
-            passes["greedy"] = entry.get("greedy") or {}
-        for how, one in passes.items():
-            if "refusal_rate" not in one:
-                continue
-            lengths = [number(one[f"{key}_response_tokens"], 1) for key in ("mean", "p50", "p95")]
-            rates = [with_interval(one, key) for key in ("eot_rate", "refusal_rate", "repeated_4grams", "loop_rate")]
-            rows.append([text(name), how, *lengths, *rates])
-    columns = [
-        "model",
-        "decoding",
-        "tokens, mean",
-        "p50",
-        "p95",
-        "ended",
-        "refused [95 %]",
-        "repeated 4-grams",
-        "loops [95 %]",
+        rows.append((name, f"temperature {entry.get('temperature', 0):g}", entry, ""))
+        if group == "text" and entry.get("temperature") != 0 and "greedy" in entry:
+            rows.append((name, "greedy", entry, "greedy."))
+    metrics = present([entry for _, _, entry, _ in rows], group)
+    if not metrics:
+        return ""
+    title, note = SECTIONS[group]
+    decoded = group == "text"
+    cells = [
+        [text(name), *([how] if decoded else []), *(metric_cell(entry, metric, prefix) for metric in metrics)]
+        for name, how, entry, prefix in rows
+        if any(is_number(at(entry, prefix + metric.key)) for metric in metrics)
     ]
-    note = (
-        '<p class="note">Refused: one of evaluation.refusal_phrases stands in the first 150 characters. Repeated '
-        "4-grams: share of a "
-        "response’s 4-grams of words that stood in it before. Loops: responses that end by saying the same thing over "
-        "and over.</p>"
-    )
-    return section("text", "Text statistics", html_table("Text statistics", columns, rows) + note) if rows else ""
+    columns = ["model", *(["decoding"] if decoded else []), *(text(metric.label) for metric in metrics)]
+    return section(group, title, html_table(title, columns, cells) + note)
+
+
+def metric_sections(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write every group of metrics beside the scores."""
+    return "".join(metric_section(group, models) for group in SECTIONS)
 
 
 def benchmarks_section(models: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,8 +1,7 @@
 """A judge behind an OpenAI-compatible chat server: a score of one response, or which of two is better.
 
-What a judge says is kept in a file, one row a question, found by content: a killed run does not ask twice. A response
-that
-does not end as the template asks is no verdict; it is an error or a counted skip, never a tie.
+What a judge says is kept in a file, one row a question, found by content: a killed run does not ask twice.
+A response that does not end as the template asks is no verdict. It is an error or a counted skip, never a tie.
 """
 
 import hashlib
@@ -15,8 +14,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from conversations import resumed_rows
 from generation.server import Server, in_parallel, served_model
+from settings.artifacts import append_row, resumed_rows
 from settings.paths import found
 from settings.schema import JudgeConfig, require
 
@@ -45,8 +44,9 @@ def last_line(text: str) -> str:
 
 
 def parsed(kind: str, text: str) -> float:
-    """Read the last line of a judge's response: a score from 1 to 10, or a verdict as the points of A (1, 0.5, 0);
-    Unparsed if it is neither.
+    """Read the last line of a judge's response: a score from 1 to 10, or a verdict as the points of A (1, 0.5, 0).
+
+    Raises Unparsed if it is neither.
     """
     found = (SCORE if kind == "score" else VERDICT).fullmatch(last_line(text))
     if found is None:
@@ -97,8 +97,9 @@ class Judge:
         return Question(filled(self.pair, prompt=prompt, first=first, second=second), "verdict")
 
     def asked(self, questions: Sequence[Question]) -> list[float | None]:
-        """Return the answer to each question, None for one that was skipped; ValueError if on_error=fail meets
-        nonsense.
+        """Return the answer to each question, None for one that was skipped.
+
+        Raises ValueError where an answer cannot be read and on_error=fail.
         """
         wanted = {self._key(q): q for q in questions if self._key(q) not in self.known}
         with self.store.open("a", encoding="utf-8") as out:
@@ -116,8 +117,7 @@ class Judge:
                     self.skipped[str(error)] += 1
                     continue
                 self.known[key] = value
-                out.write(json.dumps({"key": key, "value": value, "text": text}, ensure_ascii=False) + "\n")
-                out.flush()
+                append_row(out, {"key": key, "value": value, "text": text})
         return [self.known.get(self._key(q)) for q in questions]
 
     def _key(self, question: Question) -> str:

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tqdm import tqdm
 import models
 from conversations import Message
 from dataloader import Sequences, Tokens, collate, encode_turn, fit_prompt
-from settings.schema import ModelConfig, Settings
+from settings.schema import Settings
 
 
 def check_reward_model(folder: str, key: str) -> None:
@@ -36,21 +35,12 @@ class RewardModel:
 
     def __init__(self, settings: Settings, folder: str, key: str) -> None:
         check_reward_model(folder, key)
-        self.config: ModelConfig = replace(
-            settings.model,
-            name_or_path=folder,
-            tokenizer_name_or_path=None,
-            load_from=None,
-            from_checkpoint=None,
-            build=None,
-            num_layers=None,
-        )
+        self.config = settings.model.of_folder(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = models.load_tokenizer(self.config)
         dtype = models.resolve_dtype(self.config.policy_dtype, self.device)
         loaded: Any = models.load_model(self.config, dtype=dtype, trainable=False, head="reward")
         self.model = loaded.to(self.device)
-        models.set_padding(self.model, self.tokenizer)
         self.shortened: Counter[str] = Counter()
 
     def tokens(self, prompt: list[Message], response: str, ended: bool) -> Tokens:

@@ -18,11 +18,24 @@ def check_needs(settings: Settings, needs: Needs, name: str, head: str) -> None:
         "the "
         "response tokens only: leave it out, the reference stays in memory",
     )
+    require(
+        needs.reference == ""
+        or not model.from_checkpoint
+        or bool(model.load_from or model.name_or_path or model.build),
+        f"model.from_checkpoint={model.from_checkpoint}: loss={name} needs a reference, and the model where training "
+        "started is not named. Set model.load_from=FOLDER or model.name_or_path to where training started",
+    )
     if run.sync_reference:
         key = f"sync_reference={run.sync_reference}"
         require(needs.reference != "", f"{key}: loss={name} has no reference model to move")
         require(
             not cached, f"{key} moves the reference while training, cached log-probabilities stand still: choose one"
+        )
+        rate = run.sync_reference_rate
+        require(
+            rate == 1 or model.master_dtype != "bfloat16",
+            f"sync_reference_rate={rate} with model.master_dtype=bfloat16: the average is stored as the policy is, and "
+            "in bfloat16 it does not move. Leave model.master_dtype=auto, or copy with sync_reference_rate=1",
         )
         require(
             not model.use_peft,

@@ -156,6 +156,18 @@ class ModelConfig:
             "no model: set model.name_or_path (a folder or hub name), model.load_from, or choose another model=GROUP",
         )
 
+    def of_folder(self, folder: str) -> "ModelConfig":
+        """Return the same settings for another model: the weights, layers and tokenizer of a folder as they are."""
+        return replace(
+            self,
+            name_or_path=folder,
+            tokenizer_name_or_path=None,
+            load_from=None,
+            from_checkpoint=None,
+            build=None,
+            num_layers=None,
+        )
+
 
 @dataclass(frozen=True)
 class DatasetConfig:

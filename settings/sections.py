@@ -128,6 +128,7 @@ class EvaluationConfig:
     calculator: bool
     refusal_phrases: list[str]
     advantages: Place | None
+    comparisons: list[list[str]]
     latency: bool
     latency_backends: list[str]
     latency_batch_sizes: list[int]
@@ -161,6 +162,11 @@ class EvaluationConfig:
             require(
                 bool(phrase.strip()),
                 "evaluation.refusal_phrases holds an empty phrase: every response would be a refusal",
+            )
+        for pair in self.comparisons:
+            require(
+                len(pair) == 2 and pair[0] != pair[1],
+                f"evaluation.comparisons holds {pair}: an entry is two different models, [first, second]",
             )
         self._check_latency()
         require(

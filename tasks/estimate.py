@@ -19,6 +19,7 @@ from estimate.arithmetic import Batch, Memory, Model, Setup, Work
 from estimate.shape import shape_of
 from estimate.tables import comparison, cost_table, single, table
 from pipeline.plan import Stage
+from settings.artifacts import write_json
 from settings.methods import needs_of
 from settings.needs import Needs
 from settings.paths import found as find
@@ -43,7 +44,7 @@ def run(settings: Settings) -> None:
         found = estimated(settings, settings.estimate.of)
         print(single(found))
     path = settings.run.run_dir / "estimate.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(path, found)
 
 
 def compared(settings: Settings) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """task=evaluate: judge several models on the same held-out prompts and pairs.
 
-Writes results.json (scores with 95 % intervals over prompts, comparisons), results.md (a table), scores.json (every
-prompt's score, for paired comparisons later), samples.jsonl (responses side by side), summary.md and report.html (all
-of
-it, tasks/evaluation_report.py), and with evaluation.latency latency.json.
+Writes into the run's folder (report/evaluation_page.py):
+
+    results.json, results.md      metrics with 95 % intervals over prompts, comparisons; the table
+    scores.json, samples.jsonl    every prompt's score, for paired comparisons later; responses side by side
+    summary.md, report.html       all of it, to read
+    latency.json                  with evaluation.latency
+
 With several processes each takes its share of the models; rank 0 writes.
 """
 
@@ -28,7 +31,7 @@ from generation.hf import sample
 from generation.interface import Response
 from report.evaluation_page import check_advantages, write_results
 from rewards.verifiers import Verifier, prompt_text, resolve_verifier, scored, vote_of
-from settings.schema import EvaluationConfig, GenerationConfig, ModelConfig, Settings
+from settings.schema import EvaluationConfig, GenerationConfig, Settings
 
 
 class HeldOut(NamedTuple):
@@ -164,20 +167,13 @@ def rank_pairs(logps: np.ndarray, reference_logps: np.ndarray | None, reference:
 def evaluate_model(settings: Settings, name: str, processes: Processes, verifier: Verifier | None) -> Evaluated:
     """Answer the prompts with one model at every temperature, and rank the pairs."""
     config = settings.evaluation
-    own: ModelConfig = replace(
-        settings.model,
-        name_or_path=config.models[name],
-        load_from=None,
-        from_checkpoint=None,
-        build=None,
-        num_layers=None,
-    )
+    own = settings.model.of_folder(config.models[name])
     dtype = models.resolve_dtype(own.policy_dtype, processes.device)
-    tokenizer = models.load_tokenizer(replace(own, tokenizer_name_or_path=None))
+    tokenizer = models.load_tokenizer(own)
     data = held_out(settings, tokenizer)
 
     def load(source: str) -> Any:
-        return models.load_model(own, source=source, dtype=dtype, trainable=False).to(processes.device)
+        return models.load_model(own.of_folder(source), dtype=dtype, trainable=False).to(processes.device)
 
     model = load(config.models[name])
     responses = {}

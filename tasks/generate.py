@@ -1,8 +1,8 @@
 """task=generate: sample responses of a model to the prompts of the data sets, as token ids.
 
-The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: which prompts, the rows on disk,
-and going on where a killed run stopped. A row is written as soon as its response is there. At the end the rows stand
-in a fixed order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone.
+The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: prompts, rows on disk, and going on
+where a killed run stopped. A row is written as soon as its response is there. At the end the rows stand in a fixed
+order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone.
 """
 
 import importlib
@@ -18,11 +18,11 @@ import torch
 import transformers
 
 import models
-from conversations import resumed_rows
 from dataloader import Example, Tokens, load_examples
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.hf import HfBackend
 from generation.interface import Answer, Backend, Progress, cut, length_batches
+from settings.artifacts import append_row, resumed_rows, write_bytes, write_json
 from settings.schema import ModelConfig, Settings
 from templates import adds_bos, special_ids, tokenizer_digest
 
@@ -153,8 +153,7 @@ def _write(
     with path.open("a", encoding="utf-8") as out:
         for answer in answers:
             row = _row(jobs[answer.number], answer, tokenizer, stop, head)
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            out.flush()
+            append_row(out, row)
             progress.add(answer.ids)
 
 
@@ -246,18 +245,14 @@ def _in_order(path: Path, prompts: list[list[int]], n: int) -> None:
     found = {row["index"] * n + row["sample"]: line for line in lines for row in [json.loads(line)]}
     ordered = [found[i] for batch in length_batches(prompts, 1) for i in batch]
     if ordered != lines:
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(b"".join(ordered))
-        part.replace(path)
+        write_bytes(path, b"".join(ordered))
 
 
 # ---- afterwards
 
 
 def _summarize(path: Path, settings: Settings, tokenizer: Any, name: str) -> None:
-    """Write summary.json beside the rows: counts, and how far the generator's log-probabilities are from the
-    trainer's.
-    """
+    """Write summary.json beside the rows: counts, and how far the generator's log-probs are from the trainer's."""
     with path.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     reasons = Counter(row["finish_reason"] for row in rows)
@@ -278,7 +273,7 @@ def _summarize(path: Path, settings: Settings, tokenizer: Any, name: str) -> Non
     gap = _measured_gap(rows, settings, tokenizer)
     if gap is not None:
         summary["logp_gap"] = gap._asdict()
-    (path.parent / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(path.parent / "summary.json", summary)
     if gap is not None:
         print(check_gap(gap, settings.generation.max_logp_gap))
 

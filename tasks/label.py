@@ -1,10 +1,10 @@
-"""task=label: score responses by a verifier, a reward model or a judge, and write rows that the loaders read back.
+"""task=label: give every response a score (task=select chooses by right or wrong what to train on instead).
 
-Reads generations.jsonl or plain rows {"prompt", "response"}. Writes LABEL/: scores.jsonl (one score a row, as they
-come: a
-killed run goes on there), then labeled.jsonl: every row with its `reward`, or pairs of the best and the worst response
-to a
-prompt, or rows with a `label`; summary.json counts what was left out.
+A verifier, a reward model or a judge scores. Reads generations.jsonl or plain rows {"prompt", "response"}. Writes
+
+    LABEL/scores.jsonl    one score a row, as they come: a killed run goes on there
+    LABEL/labeled.jsonl   every row with its `reward`; or with a `label`; or pairs of a prompt's best and worst response
+    LABEL/summary.json    what was left out
 """
 
 import hashlib
@@ -23,13 +23,12 @@ from conversations import (
     key_of,
     pair_row,
     read_rows,
-    resumed_rows,
     to_conversation,
-    write_rows,
 )
 from rewards.judge import SCORE_PLACES, Judge, read_template
 from rewards.reward_model import RewardModel
 from rewards.verifiers import code_of, prompt_text, resolve_verifier, scored
+from settings.artifacts import append_row, resumed_rows, write_json, write_jsonl
 from settings.schema import LabelConfig, Settings
 
 VERSION = 1
@@ -135,8 +134,7 @@ def all_scores(settings: Settings, responses: list[Response], folder: Path, coun
         for response, value in scores_of(settings, todo, folder, counts) if todo else ():
             key = keys[response.number]
             known[key] = value
-            out.write(json.dumps({"key": key, "score": value}) + "\n")
-            out.flush()
+            append_row(out, {"key": key, "score": value})
     return {number: known[key] for number, key in keys.items() if key in known}
 
 
@@ -170,8 +168,9 @@ def labeled(responses: list[Response], scores: dict[int, float], threshold: floa
 def best_against_worst(
     responses: list[Response], scores: dict[int, float], margin: float, counts: Counter[str]
 ) -> list[dict[str, Any]]:
-    """Return a pair for each prompt whose best and worst responses lie more than `margin` apart; the first of equals is
-    taken.
+    """Return a pair for each prompt whose best and worst responses lie more than `margin` apart.
+
+    Of equals the first is taken.
     """
     groups: dict[str, list[Response]] = {}
     for response in responses:
@@ -211,7 +210,7 @@ def run(settings: Settings) -> None:
             f"nothing to write of {config.responses}: {dict(counts)}. Sample more responses (generation.n), or warmer "
             "ones"
         )
-    write_rows(folder / "labeled.jsonl", rows)
+    write_jsonl(folder / "labeled.jsonl", rows)
     values = list(scores.values())
     summary = {
         "responses": len(responses),
@@ -220,6 +219,6 @@ def run(settings: Settings) -> None:
         "mean_score": sum(values) / max(1, len(values)),
         **counts,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary)
     print("\n".join(f"{value:10.4g} {what}" for what, value in summary.items()))
     print(f"{folder / 'labeled.jsonl'}", flush=True)

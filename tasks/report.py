@@ -1,8 +1,8 @@
-"""task=report sweep=DIR: one table of all runs below DIR, seeds pooled; writes DIR/summary.md and DIR/report.html.
+"""task=report sweep=DIR: compare the runs of a sweep (task=summarize pools evaluations of the same models instead).
 
-Runs whose configurations differ in the seed alone are one row: mean and 95 % interval over seeds (Student's t). The
-best value of a column is marked only where its interval lies apart from every other one; losses are compared only
-between rows whose loss is the same, since another method or another weight has another scale.
+Writes DIR/summary.md and DIR/report.html. Runs whose configurations differ in the seed alone are one row: mean and 95 %
+interval over seeds. The best value of a column is marked only where its interval lies apart from every other one.
+Losses are compared only between rows whose loss is the same: another method or another weight has another scale.
 """
 
 import json
@@ -13,21 +13,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from evaluation.comparisons import is_number
-from evaluation.intervals import Interval, seed_interval
+from evaluation.intervals import Interval
+from evaluation.metrics import MORE, NEITHER, TRAINING, Metric, interval_over_seeds, metric_of, values_in
 from report.charts import Plotted, interval_chart, read_curves
 from report.page import curves_section, page, section, text
+from settings.artifacts import is_done, write_text
 from settings.schema import Settings
 from settings.tasks import counted
-
-# What a column says of a run, in this order, and whether more is better.
-TRAINING = (
-    ("rewards_eval/accuracies", True),
-    ("loss/eval", False),
-    ("rewards_train/accuracies", True),
-    ("loss/train", False),
-)
-EVALUATION = (("score", True), ("win_rate", True), ("reward_accuracy", True))
 
 
 class Job(NamedTuple):
@@ -55,13 +47,12 @@ class Row(NamedTuple):
 def values_of(folder: Path) -> dict[str, float]:
     """Return what a finished run says of itself: the last of its metrics, and the scores of an evaluation."""
     curves = read_curves(folder / "metrics.jsonl").points
-    values = {name: curves[name][-1][1] for name, _ in TRAINING if name in curves}
+    values = {metric.key: curves[metric.key][-1][1] for metric in TRAINING if metric.key in curves}
     file = folder / "results.json"
     models = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else {}
     for model, entry in models.items():
-        for kind, _ in EVALUATION:
-            if is_number(entry.get(kind)):
-                values[kind if len(models) == 1 else f"{kind} {model}"] = float(entry[kind])
+        for key, value in values_in(entry):
+            values[key if len(models) == 1 else f"{key} {model}"] = value
     return values
 
 
@@ -71,7 +62,7 @@ def read_jobs(sweep: Path) -> list[Job]:
     for file in sorted(sweep.rglob("config.yaml")):
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         if isinstance(config, dict) and {"task", "seed", "loss"} <= config.keys():
-            folder, done = file.parent, (file.parent / "DONE").is_file()
+            folder, done = file.parent, is_done(file.parent)
             jobs.append(Job(folder, str(folder.relative_to(sweep)), config, done, values_of(folder) if done else {}))
     if not jobs:
         raise ValueError(
@@ -116,19 +107,19 @@ def rows_of(jobs: list[Job]) -> list[Row]:
 
 def columns_of(rows: list[Row]) -> list[str]:
     """Return the columns that some row fills, training's first."""
-    known = [name for name, _ in TRAINING]
+    known = [metric.key for metric in TRAINING]
     found = dict.fromkeys(name for row in rows for name in row.values)
     return [name for name in known if name in found] + [name for name in found if name not in known]
 
 
-def more_is_better(column: str) -> bool:
-    """Tell in which direction a column is read."""
-    return dict((*TRAINING, *EVALUATION))[column.split(" ")[0]]
+def shown(column: str) -> Metric:
+    """Return the metric that a column holds; a model's name may stand behind its key."""
+    return metric_of(column.split(" ")[0])
 
 
 def spread(row: Row, column: str) -> Interval | None:
     """Return a row's interval over seeds; None for one seed, or a row without this column."""
-    return seed_interval(list(row.values.get(column, {}).values()))
+    return interval_over_seeds(shown(column).unit, list(row.values.get(column, {}).values()))
 
 
 def mean(row: Row, column: str) -> float:
@@ -139,11 +130,13 @@ def mean(row: Row, column: str) -> float:
 
 def best_rows(rows: list[Row], column: str) -> list[Row]:
     """Return the rows whose interval lies on the better side of every other comparable one; at most one a loss."""
+    if shown(column).better == NEITHER:
+        return []
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if column in row.values:
             groups.setdefault(row.loss if column.startswith("loss/") else "", []).append(row)
-    sign, found = 1.0 if more_is_better(column) else -1.0, []
+    sign, found = 1.0 if shown(column).better == MORE else -1.0, []
     for group in groups.values():
         intervals = [spread(row, column) for row in group]
         signed = [sorted((sign * i[0], sign * i[1])) for i in intervals if i is not None]
@@ -167,9 +160,7 @@ def cell(row: Row, column: str) -> str:
 
 
 def table(rows: list[Row], unfinished: list[Job]) -> str:
-    """Return the sweep as Markdown: a row for each configuration, the best of a column in bold where it is
-    separated.
-    """
+    """Return the sweep as Markdown: a row for each configuration, the separated best of a column in bold."""
     columns = columns_of(rows)
     best = {column: best_rows(rows, column) for column in columns}
     lines = [["run", "seeds", *columns], ["---"] * (len(columns) + 2)]
@@ -206,8 +197,7 @@ def html(title: str, rows: list[Row], unfinished: list[Job]) -> str:
         )
         head = '<th scope="col">run</th><th scope="col">seeds</th><th scope="col">mean [95 % over seeds]</th>'
         body += (
-            f"<h3>{text(column)} ({'more' if more_is_better(column) else 'less'} is "
-            f"better)</h3>{interval_chart(plotted)}"
+            f"<h3>{text(column)} ({shown(column).better} is better)</h3>{interval_chart(plotted)}"
             f'<div class="scroll" tabindex="0" role="region" aria-label="{text(column)}"><table class="results">'
             f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
         )
@@ -229,7 +219,5 @@ def run(settings: Settings) -> None:
     written = table(rows, unfinished)
     print(written)
     for name, content in (("summary.md", written), ("report.html", html(f"Sweep {sweep.name}", rows, unfinished))):
-        part = sweep / f"{name}.{os.getpid()}"
-        part.write_text(content, encoding="utf-8")
-        part.replace(sweep / name)
+        write_text(sweep / name, content)
         print(sweep / name, flush=True)

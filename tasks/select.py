@@ -1,18 +1,16 @@
-"""task=select: from sampled responses and a verifier to preference pairs, or to correct responses unlike each other.
+"""task=select: choose, by right or wrong, what to train on (task=label gives every response a score instead).
 
-Reads a generations.jsonl with n responses to each question and writes JSONL files, with the sampled token ids, that the
-loaders read back (nothing is tokenized a second time):
+Reads a generations.jsonl with n responses to each question. Writes JSONL files that the loaders read back, with the
+sampled token ids (nothing is tokenized a second time):
 
     SELECT/pairs_train.jsonl   make=pairs: a correct (chosen) with an incorrect (rejected) response to the same question
     SELECT/pairs_test.jsonl    make=pairs, holdout > 0: the pairs of other questions, for evaluation only
-    SELECT/distinct.jsonl      make=distinct: correct responses, none too similar to one kept before it or to the data
-    set's own
+    SELECT/distinct.jsonl      make=distinct: correct responses that are unlike those kept before and the data set's own
     SELECT/counts.json         what was kept and dropped
 
 Questions of the data sets' test split are left out and counted; generations sampled from a test split are refused.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,12 +27,11 @@ from conversations import (
     format_of,
     key_of,
     pair_row,
-    read_jsonl,
     read_rows,
     to_conversation,
-    write_rows,
 )
 from rewards.verifiers import Verifier, resolve_verifier, scored
+from settings.artifacts import read_jsonl, write_json, write_jsonl
 from settings.schema import DatasetConfig, Settings
 
 VERSION = 1
@@ -89,8 +86,7 @@ def conversations_of(datasets: Mapping[str, DatasetConfig], split: str) -> Itera
 def verified(rows: Iterable[Row], verifier: Verifier, held_out: set[str], counts: Counter[str]) -> list[Question]:
     """Sort the responses by question and correctness, in order of first appearance.
 
-    Correct means that the verifier says so and that the response has ended; a correct one that was cut is on neither
-    side.
+    Correct means that the verifier says so and that the response has ended. One that was cut is on neither side.
     """
     questions: dict[str, Question] = {}
     seen: set[tuple[str, str]] = set()
@@ -179,9 +175,7 @@ def make_distinct(
     max_similarity: float,
     counts: Counter[str],
 ) -> list[Row]:
-    """Return earlier rows and then the new correct responses unlike them, unlike the originals and unlike each
-    other.
-    """
+    """Return earlier rows, then the correct responses that are unlike them, the originals and each other."""
     kept: dict[str, list[frozenset[str]]] = {key: [words(text) for text in texts] for key, texts in originals.items()}
     for row in earlier:
         kept.setdefault(key_of(row["prompt"]), []).append(words(row["response"]))
@@ -237,8 +231,8 @@ def run(settings: Settings) -> None:
             "another model"
         )
     for name, selected in files.items():
-        write_rows(folder / name, selected)
+        write_jsonl(folder / name, selected)
         counts[f"rows of {name}"] = len(selected)
-    (folder / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "counts.json", counts)
     print("\n".join(f"{count:8} {what}" for what, count in counts.items()))
     print(f"{', '.join(files)} in {folder}", flush=True)

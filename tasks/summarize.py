@@ -1,44 +1,35 @@
-"""task=summarize: pool the evaluations of several seeds into one table with intervals, and write the report.
+"""task=summarize: pool evaluations of the same models, one a seed (task=report compares the runs of a sweep instead).
 
-evaluation.models names the folders of task=evaluate, one a seed. Writes results.json, results.md and report.html.
-Two intervals stand side by side: over prompts (the same models, other prompts) and over seeds (other data, other
-initialization), which is the wider one and counts for a claim about a method.
+evaluation.models names the folders of task=evaluate. Writes results.json, results.md and report.html.
+Two intervals stand side by side. Over prompts: the same models, other prompts. Over seeds: other data, another
+initialization; it is the wider one and counts for a claim about a method.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from evaluation.intervals import paired_difference, score_interval, seed_interval
+from evaluation.metrics import DIGITS, METRICS, PASSES, at, interval_over_seeds, is_number, present, put
 from report.gather import Evaluation, advantages_of, curves_of, read_evaluation, samples_of
 from report.page import write_report
-from settings.schema import Settings
-
-# What the chain promises first; each pair is compared on the same prompts, where both models are there.
-COMPARISONS = (
-    ("teacher_dpo", "teacher_sft"),
-    ("adpa_plus", "student_sft"),
-    ("adpa_plus", "student_dpo"),
-    ("adpa_plus", "student_dpo_nll"),
-    ("adpa_plus", "dckd"),
-    ("adpa_plus", "dckd_long"),
-    ("adpa_plus", "adpa_plus_gamma0"),
-    ("adpa", "student_sft"),
-    ("dpo_st", "sft"),
-    ("sft_1", "sft"),
-    ("self_training", "sft"),
-    ("sft_1", "self_training"),
-    ("dpo_st", "sft_1"),
-)
+from report.tables import metric_sections
+from settings.artifacts import write_json, write_text
+from settings.schema import Settings, nearest
 
 
-def pooled(evaluations: list[Evaluation], temperature: str, model: str) -> dict[str, Any]:
-    """Return the mean over seeds of a model's score, its interval over prompts (ci95) and over seeds."""
+def pooled(evaluations: list[Evaluation], temperature: str, model: str, decoded: str | None = None) -> dict[str, Any]:
+    """Return what the table and the report show of a model over seeds: every metric that all seeds have.
+
+    The score is that of all prompts, with its interval over prompts (ci95). Any metric has an interval over seeds.
+    `decoded` names the entry below the model's own that these scores belong to: greedy, majority.
+    """
     by_seed = {e.seed: e.scores[temperature][model] for e in evaluations}
     means = [sum(scores) / len(scores) for scores in by_seed.values()]
     everything = [score for scores in by_seed.values() for score in scores]
-    across = seed_interval(means)
-    return {
+    across = interval_over_seeds(METRICS[0].unit, means, everything)
+    entries = [e.results["models"][model] for e in evaluations]
+    found = pooled_metrics([entry.get(decoded) or {} for entry in entries] if decoded else entries)
+    return found | {
         "score": sum(means) / len(means),
         "ci95": list(score_interval(everything)),
         "ci95_over_seeds": list(across) if across else None,
@@ -48,11 +39,32 @@ def pooled(evaluations: list[Evaluation], temperature: str, model: str) -> dict[
     }
 
 
+def pooled_metrics(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean and interval over seeds of each metric that every seed's entry has; one seed keeps its own intervals.
+
+    The means stand where an evaluation has its values, the intervals under `over_seeds`, by the metric's key.
+    """
+    found: dict[str, Any] = {"over_seeds": {}}
+    for metric in METRICS:
+        values = [at(entry, metric.key) for entry in entries]
+        if metric.pool != "seeds" or not all(map(is_number, values)):
+            continue
+        put(found, metric.key, sum(values) / len(values))
+        across = interval_over_seeds(metric.unit, values)
+        if across:
+            found["over_seeds"][metric.key] = list(across)
+        elif metric.interval and at(entries[0], metric.interval):
+            put(found, metric.interval, at(entries[0], metric.interval))
+    return found
+
+
 def compared(evaluations: list[Evaluation], temperature: str, first: str, second: str) -> dict[str, Any]:
     """Return the difference of two models' scores on the same prompts, with both intervals."""
     pairs = [(e.scores[temperature][first], e.scores[temperature][second]) for e in evaluations]
     difference, interval = paired_difference([x for a, _ in pairs for x in a], [x for _, b in pairs for x in b])
-    across = seed_interval([sum(a) / len(a) - sum(b) / len(b) for a, b in pairs])
+    shares = all(0 <= score <= 1 for pair in pairs for scores in pair for score in scores)
+    means = [sum(a) / len(a) - sum(b) / len(b) for a, b in pairs]
+    across = seed_interval(means, (-1.0, 1.0) if shares else None)
     return {
         "first": first,
         "second": second,
@@ -62,7 +74,17 @@ def compared(evaluations: list[Evaluation], temperature: str, first: str, second
     }
 
 
-def summarized(evaluations: list[Evaluation]) -> dict[str, Any]:
+def pairs_of(comparisons: list[list[str]], names: list[str]) -> list[tuple[str, str]]:
+    """Return the pairs of evaluation.comparisons both of whose models are there; ValueError where neither is."""
+    for pair in comparisons:
+        if not set(pair) & set(names):
+            raise ValueError(
+                f"evaluation.comparisons holds {pair}, and neither is an evaluated model.{nearest(pair[0], names)}"
+            )
+    return [(first, second) for first, second in comparisons if {first, second} <= set(names)]
+
+
+def summarized(evaluations: list[Evaluation], comparisons: list[list[str]]) -> dict[str, Any]:
     """Return what results.json holds: scores at temperature 1 on top, greedy beside them, and the comparisons."""
     names, temperatures = list(evaluations[0].results["models"]), list(evaluations[0].scores)
     for e in evaluations[1:]:
@@ -71,22 +93,19 @@ def summarized(evaluations: list[Evaluation]) -> dict[str, Any]:
                 f"{e.folder} and {evaluations[0].folder} judge other models or temperatures: they cannot be pooled"
             )
     main = "1" if "1" in temperatures else temperatures[0]
-    models = {name: pooled(evaluations, main, name) for name in names}
-    if "0" in temperatures:
-        for name in names:
-            models[name]["greedy"] = pooled(evaluations, "0", name)
-    if "majority" in temperatures:
-        for name in names:
-            models[name]["majority"] = pooled(evaluations, "majority", name)
-    pairs = [pair for pair in COMPARISONS if set(pair) <= set(names)]
+    models = {name: pooled(evaluations, main, name) | {"temperature": float(main)} for name in names}
+    for decoded, key in {"greedy": "0", "majority": "majority"}.items():
+        for name in names if key in temperatures else ():
+            models[name][decoded] = pooled(evaluations, key, name, decoded)
+    pairs = pairs_of(comparisons, names)
+    compare = {"comparisons": main, "greedy_comparisons": "0", "majority_comparisons": "majority"}
     return {
         "models": models,
         "temperature": float(main),
-        "comparisons": [compared(evaluations, main, *pair) for pair in pairs],
-        "greedy_comparisons": [compared(evaluations, "0", *pair) for pair in pairs] if "0" in temperatures else [],
-        "majority_comparisons": [compared(evaluations, "majority", *p) for p in pairs]
-        if "majority" in temperatures
-        else [],
+        **{
+            name: [compared(evaluations, key, *pair) for pair in pairs] if key in temperatures else []
+            for name, key in compare.items()
+        },
     }
 
 
@@ -97,35 +116,65 @@ def _span(interval: list[float] | None, digits: str = ".3f") -> str:
     return f"[{interval[0]:{digits}}, {interval[1]:{digits}}]" if interval else "-"
 
 
+def _markdown(rows: list[list[str]]) -> str:
+    """Return rows as a Markdown table; the first is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 def table(results: dict[str, Any]) -> str:
-    """Return the results as Markdown: per seed, pooled with both intervals, greedy; then the differences."""
-    seeds = next(iter(results["models"].values()))["seeds"]
-    several = len(seeds) > 1
-    extra = [name for name in ("greedy", "majority") if name in next(iter(results["models"].values()))]
-    sampled = f"temperature {results['temperature']:g}"
-    head = ["model", *([f"seed {seed}" for seed in seeds] if several else []), sampled, "95 % over prompts"]
-    head += ["95 % over seeds"] if several else []
-    for name in extra:
-        head += [name, "95 % over prompts"] + (["95 % over seeds"] if several else [])
-    lines = [head, ["---"] * len(head)]
+    """Return the results as Markdown: the scores, the differences, then every other metric."""
+    return scores_table(results) + differences_text(results) + metrics_table(results["models"])
+
+
+def scores_table(results: dict[str, Any]) -> str:
+    """Return the scores by seed and pooled with both intervals, sampled and in every other way of decoding."""
+    first = next(iter(results["models"].values()))
+    several = len(first["seeds"]) > 1
+    extra = [name for name in PASSES if name in first]
+    head = ["model", *([f"seed {seed}" for seed in first["seeds"]] if several else [])]
+    for words in (f"temperature {results['temperature']:g}", *extra):
+        head += [words, "95 % over prompts"] + (["95 % over seeds"] if several else [])
+    rows = [head]
     for name, row in results["models"].items():
         cells = [name, *([f"{score:.3f}" for score in row["per_seed"].values()] if several else [])]
         for part in (row, *(row[name] for name in extra)):
-            cells += [f"{part['score']:.3f}", _span(part["ci95"])] + (
-                [_span(part["ci95_over_seeds"])] if several else []
-            )
-        lines.append(cells)
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    titles = ((sampled, "comparisons"), ("greedy", "greedy_comparisons"), ("majority", "majority_comparisons"))
-    for title, key in titles:
+            cells += [f"{part['score']:.3f}", _span(part["ci95"])]
+            cells += [_span(part["ci95_over_seeds"])] if several else []
+        rows.append(cells)
+    return _markdown(rows)
+
+
+def differences_text(results: dict[str, Any]) -> str:
+    """Return the differences on the same prompts as lists, sampled and in every other way of decoding."""
+    text = ""
+    sampled = f"temperature {results['temperature']:g}"
+    for title, key in ((sampled, "comparisons"), *((name, f"{name}_comparisons") for name in PASSES)):
         rows = results.get(key, [])
         if rows:
             text += f"\nDifferences on the same prompts, {title}:\n\n"
         for row in rows:
-            seeds_too = f", over seeds {_span(row['ci95_over_seeds'], '+.3f')}" if several else ""
+            seeds = f", over seeds {_span(row['ci95_over_seeds'], '+.3f')}" if row["ci95_over_seeds"] else ""
             pair = f"{row['first']} - {row['second']}: {row['difference']:+.3f}"
-            text += f"- {pair}, 95 % {_span(row['ci95'], '+.3f')}{seeds_too}\n"
+            text += f"- {pair}, 95 % {_span(row['ci95'], '+.3f')}{seeds}\n"
     return text
+
+
+def metrics_table(models: dict[str, dict[str, Any]]) -> str:
+    """Return the other headline metrics, sampled, as means over seeds with their interval; empty without any."""
+    metrics = [metric for metric in present(list(models.values())) if metric.headline and metric.pool == "seeds"]
+    if not metrics:
+        return ""
+    rows = [["model", *(metric.label for metric in metrics)]]
+    for name, entry in models.items():
+        cells = [name]
+        for metric in metrics:
+            value, digits = at(entry, metric.key), f".{DIGITS[metric.unit]}f"
+            ends = entry["over_seeds"].get(metric.key)
+            cells.append("-" if value is None else f"{value:{digits}}" + (f" {_span(ends, digits)}" if ends else ""))
+        rows.append(cells)
+    several = any(entry["over_seeds"] for entry in models.values())
+    return f"\nOther metrics{', mean [95 % over seeds]' if several else ''}:\n\n{_markdown(rows)}"
 
 
 # ---- the report
@@ -135,18 +184,19 @@ def run(settings: Settings) -> None:
     """Pool the evaluations and write table and report into the run's folder."""
     folders = [Path(folder).expanduser() for folder in settings.evaluation.models.values()]
     evaluations = [read_evaluation(folder) for folder in folders]
-    results = summarized(evaluations)
+    results = summarized(evaluations, settings.evaluation.comparisons)
     run_dir = settings.run.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (run_dir / "results.md").write_text(table(results), encoding="utf-8")
+    write_json(run_dir / "results.json", results)
+    write_text(run_dir / "results.md", table(results))
     print(table(results))
     path = write_report(
         run_dir,
-        "From a teacher to an aligned small student",
+        "Summary over seeds",
         curves_of(evaluations),
         results,
         samples_of(evaluations[0]),
         advantages_of(evaluations[0]),
+        metric_sections(results["models"]),
     )
     print(path, flush=True)

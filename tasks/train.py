@@ -2,7 +2,7 @@
 
 import gc
 import importlib
-from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -14,6 +14,7 @@ from engine.processes import Processes
 from engine.strategy import placement_of
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
+from settings.artifacts import write_text
 from settings.schema import Settings
 from teacher.precision import teacher_dtype
 from trainers import reference
@@ -38,7 +39,7 @@ def run(settings: Settings) -> None:
     objective = f"loss={settings.raw['loss']['name']}: {trainer.objective()}"
     processes.print(f"{objective}\nstrategy={placement.name}, {processes.world_size} process(es)")
     if processes.is_main:
-        (settings.run.run_dir / "objective.txt").write_text(objective + "\n", encoding="utf-8")
+        write_text(settings.run.run_dir / "objective.txt", objective + "\n")
     _show(train[0], tokenizer, processes)
     items = trainer.items(train, "train")
     test_items = trainer.items(test, "test") if test else []
@@ -128,14 +129,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
             dtype = teacher_dtype(settings.model, device)
         else:
             dtype = models.resolve_dtype(settings.model.reference_dtype, device)
-        config = replace(
-            settings.model,
-            name_or_path=folder,
-            tokenizer_name_or_path=None,
-            load_from=None,
-            from_checkpoint=None,
-            build=None,
-        )
+        config = settings.model.of_folder(folder)
         tokenizer = models.load_tokenizer(config)
         if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
             raise ValueError(
@@ -143,9 +137,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
                 "tokens, or other "
                 "words): it would read other text. Use a model of the same family"
             )
-        model = models.load_model(
-            config, source=folder, dtype=dtype, trainable=False, head=head, empty=trainer.placement.empty
-        )
+        model = models.load_model(config, dtype=dtype, trainable=False, head=head, empty=trainer.placement.empty)
         trainer.frozen_models[name] = trainer.placement.place_frozen(model)
 
 
@@ -153,18 +145,18 @@ def _reference(
     settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
 ) -> tuple[torch.nn.Module | None, list[Item], list[Item]]:
     """Return the frozen reference, or None and items that carry its log-probabilities (or LoRA, whose base it is)."""
-    run, config = settings.run, settings.model
+    run, config = settings.run, models.start_of(settings.model)
     cached = run.cache_reference_logprobs or run.load_reference_logprobs
-    if config.use_peft and not cached:
-        return None, items, test_items
     dtype = trainer.placement.reference_dtype(moving=bool(run.sync_reference))
 
-    def load() -> torch.nn.Module:
+    def load(dtype: torch.dtype) -> torch.nn.Module:
         return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
 
-    if not cached:
-        return load(), items, test_items
-    # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
-    folder = reference.cached(trainer, items + test_items, load)
-    trainer.processes.print(f"reference log-probabilities: {folder}")
-    return None, reference.attach(trainer, items, folder), reference.attach(trainer, test_items, folder)
+    if cached or trainer.keeps_start:
+        still = trainer.placement.reference_dtype(moving=False)
+        folder = reference.cached(trainer, items + test_items, partial(load, still))
+        trainer.processes.print(f"reference log-probabilities: {folder}")
+        items, test_items = (reference.attach(trainer, part, folder) for part in (items, test_items))
+    if cached or (config.use_peft and not settings.model.from_checkpoint):
+        return None, items, test_items
+    return load(dtype), items, test_items

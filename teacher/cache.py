@@ -12,15 +12,16 @@ import hashlib
 import json
 import math
 import os
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from settings.artifacts import is_done, mark_done, read_jsonl, whole_rows, write_json
 from teacher.quantities import Array, quantity_named
 
 FORMAT_VERSION = 2
@@ -110,18 +111,6 @@ def _files(meta: Mapping[str, Any]) -> list[_File]:
     ]
 
 
-def _rows(lines: Iterable[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the whole rows of an index with their length in bytes, up to the first torn one."""
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return
-        if not line.endswith(b"\n"):  # torn just before its end
-            return
-        yield row, len(line)
-
-
 def _whole_rows(shard: Path, files: list[_File]) -> tuple[list[dict[str, Any]], int]:
     """Return the index rows whose arrays are all there, and their bytes in the index."""
     path = shard / "index.jsonl"
@@ -129,14 +118,14 @@ def _whole_rows(shard: Path, files: list[_File]) -> tuple[list[dict[str, Any]], 
     size = tokens = responses = 0
     if not path.is_file():
         return rows, size
-    lines = path.read_bytes().splitlines(keepends=True)
+    indexed = list(whole_rows(path))  # before the sizes: another process may be writing
     there = {f.name: (shard / f"{f.name}.bin").stat().st_size // f.dtype.itemsize for f in files}
-    for row, length in _rows(lines):
+    for row, end in indexed:
         tokens, responses = tokens + row["n"], responses + row["l"]
         if any(there[f.name] < f.size(tokens, responses) for f in files):
             break
         rows.append(row)
-        size += length
+        size = end
     return rows, size
 
 
@@ -148,12 +137,12 @@ def stored_keys(folder: Path | str, meta: Meta) -> set[bytes]:
 
 def begin(folder: Path, meta: Meta) -> None:
     """Write meta.json, or compare with the one there: ValueError names what differs."""
-    path = folder / "meta.json"
-    if path.is_file():
-        read_meta(folder, {key: getattr(meta, key) for key in IDENTITY})
-        return
+    path, identity = folder / "meta.json", {key: getattr(meta, key) for key in IDENTITY}
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, asdict(meta))
+    if not path.is_file():
+        with suppress(FileNotFoundError):  # a process of another machine, with our number, was first
+            write_json(path, asdict(meta))
+    read_meta(folder, identity)
 
 
 class Writer:
@@ -238,17 +227,9 @@ def finish(folder: Path | str, meta: Meta, keys: set[bytes]) -> Meta:
     files = _files(asdict(meta))
     rows = [row for shard in folder.glob("shard-*") for row in _whole_rows(shard, files)[0]]
     counted = replace(meta, num_sequences=len(rows), num_tokens=sum(r["l"] for r in rows))
-    _write_atomically(folder / "meta.json", asdict(counted))
-    for part in folder.glob("meta.json.*"):  # of a process that was killed
-        part.unlink()
-    (folder / "DONE").touch()
+    write_json(folder / "meta.json", asdict(counted))
+    mark_done(folder)
     return counted
-
-
-def _write_atomically(path: Path, value: object) -> None:
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    part.replace(path)
 
 
 class _Shard:
@@ -259,7 +240,7 @@ class _Shard:
         self.arrays = {f.name: _mapped(folder / f"{f.name}.bin", f) for f in self.files}
         self.places: dict[bytes, tuple[int, int, int, int]] = {}
         token = length = 0
-        for row, _ in _rows((folder / "index.jsonl").read_bytes().splitlines(keepends=True)):
+        for row in read_jsonl(folder / "index.jsonl"):
             self.places[bytes.fromhex(row["key"])] = (token, row["n"], length, row["l"])
             token, length = token + row["n"], length + row["l"]
 
@@ -292,7 +273,7 @@ class Reader:
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.folder, self.decode = Path(folder).expanduser(), decode
-        if not (self.folder / "DONE").is_file():
+        if not is_done(self.folder):
             state = (
                 "is not finished (no DONE): run the same command again" if self.folder.is_dir() else "does not exist"
             )

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 import launch
 import models
@@ -44,7 +45,7 @@ class Bigram(torch.nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.nn.Parameter(torch.randn(VOCAB, VOCAB, dtype=torch.float64, generator=generator))
-        self.reward, self.config = reward, SimpleNamespace(pad_token_id=PAD)
+        self.reward, self.config = reward, LlamaConfig(vocab_size=VOCAB, pad_token_id=PAD)
         self.value_head = SimpleNamespace(values=None)
 
     def get_output_embeddings(self) -> None:

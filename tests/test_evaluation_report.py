@@ -18,7 +18,7 @@ from evaluation.harness import metrics_of
 from evaluation.latency import WARMUP, Timing, batches_of, hf_timed, timing_metrics
 from report.evaluation_page import advantages_in
 from report.page import write_report
-from report.tables import benchmarks_section, latency_section, pairs_section, text_section
+from report.tables import benchmarks_section, latency_section, metric_sections
 from settings.schema import Settings, settings_from
 from tasks import evaluate
 from teacher.cache import Meta, Writer, finish
@@ -233,10 +233,10 @@ def cells_of(dom: str, section: str) -> list[str]:
 def test_a_browser_renders_tables_samples_and_advantages_without_an_error(folder: Path, tmp_path: Path) -> None:
     dom, log = rendered(folder / "e/report.html", tmp_path / "profile")
     results = json.loads((folder / "e/results.json").read_text())
-    scores, responses = cells_of(dom, "results"), cells_of(dom, "responses")
+    scores, statistics = cells_of(dom, "results"), cells_of(dom, "text")
     for name, row in results["models"].items():
         assert name in scores and f"[{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]" in scores
-        assert f"{row['p95_response_tokens']:.1f}" in responses
+        assert f"{row['p95_response_tokens']:.1f}" in statistics
         assert any(cell.startswith(f"{row['logprob_accuracy']:.3f} [") for cell in cells_of(dom, "pairs"))
     assert f"{results['comparisons'][0]['p_holm']:.4f}" in scores and "not separate" in scores
     assert "hf" in cells_of(dom, "latency")
@@ -289,7 +289,7 @@ def test_what_names_say_is_escaped_in_every_further_table(tmp_path: Path) -> Non
         ]
     }
     models_ = {nasty: entry}
-    more = pairs_section(models_) + text_section(models_) + benchmarks_section(models_) + latency_section(timed)
+    more = metric_sections(models_) + benchmarks_section(models_) + latency_section(timed)
     page = write_report(tmp_path, "x", {}, {"models": models_}, [], [], more).read_text(encoding="utf-8")
     assert "<img" not in page and page.count("&lt;img") >= 8
-    assert {"pairs", "responses", "benchmarks", "latency"} <= set(re.findall(r'href="#(\w+)"', page))
+    assert {"pairs", "text", "benchmarks", "latency"} <= set(re.findall(r'href="#(\w+)"', page))

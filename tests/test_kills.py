@@ -1,9 +1,7 @@
-"""Twenty kills at random moments of a run, of task=cache and of a pipeline: nothing is lost, and the same bits come
-out.
+"""Twenty kills at random moments of a run, of task=cache and of a pipeline: nothing is lost, the same bits come out.
 
-A kill is SIGKILL to every process of the command. One in five hits the start-up; the others come at a random moment
-within
-`window` seconds after the run has gone on from where the last one was killed (so even a slow machine makes progress).
+A kill is SIGKILL to every process of the command. One in five hits the start-up. The others come at a random moment
+within `window` seconds after the run has gone on from where the last one was killed: a slow machine goes on, too.
 """
 
 import hashlib
@@ -150,7 +148,7 @@ def test_a_run_survives_twenty_kills(tmp_path: Path, zygote: Zygote) -> None:
     left = {path.name for path in (tmp_path / "killed").iterdir()} - {
         path.name for path in (tmp_path / "whole").iterdir()
     }
-    assert not {name for name in left if not name.startswith("config.yaml.")}, left  # no torn checkpoint stays
+    assert not left  # no torn checkpoint stays
 
 
 @pytest.mark.distributed

@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 import launch
 from tests.chain import chain_of
 from tests.helpers import ROOT, composed, rows_of
-from tests.test_sharding import free_port
+from tests.test_sharding import SGD, SGD_ATOL, free_port
 
 STEPS = 3
-# Sums over 8 ragged rows in another order: measured up to 2e-6 on parameters after 3 AdamW steps at lr 1e-3.
-ATOL = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,7 @@ def run_overrides(method: str, world: dict[str, str], name: str, accumulation: i
         f"datasets.local.train={world['data']}",
         world["start"],
         f"exp_name={method}_{name}",
-        "lr=1e-3",
+        *SGD,
         f"n_steps={STEPS}",
         "log_every=1",
         "model.batch_size=8",
@@ -61,7 +59,7 @@ def assert_same(one, other) -> None:
     weights, rows = one
     other_weights, other_rows = other
     for key, value in weights.items():
-        torch.testing.assert_close(value, other_weights[key], atol=ATOL, rtol=0)
+        torch.testing.assert_close(value, other_weights[key], atol=SGD_ATOL, rtol=0)
     for a, b in zip(rows, other_rows, strict=True):
         for key in ("loss/train", "grad_norm"):
             np.testing.assert_allclose(a[key], b[key], rtol=2e-5)
@@ -73,9 +71,9 @@ def test_accumulation_changes_nothing(method, world):
     launch.run_task(composed(*run_overrides(method, world, "parts", 8)))
     whole = result(world, f"{method}_whole")
     assert_same(whole, result(world, f"{method}_parts"))
-    # The steps moved the parameters by far more than the tolerance: equality is not that of standing still.
+    # The steps moved the parameters by far more than the tolerance: 1e-4 of a gradient would be seen.
     begun = load_file(Path(world["base"]) / "start" / "FINAL" / "model.safetensors")
-    assert max(float((whole[0][k] - begun[k]).abs().max()) for k in begun) > 50 * ATOL
+    assert max(float((whole[0][k] - begun[k]).abs().max()) for k in begun) > 10_000 * SGD_ATOL
 
 
 @pytest.mark.distributed

@@ -7,10 +7,13 @@ import sys
 import pytest
 import torch
 
-from tests.bigram import gradient_of, items_of, loss_of, trainer_of
+from conversations import Conversation
+from dataloader import Example
+from tests.bigram import gradient_of, items_of, loss_of, tokens, trainer_of
 from tests.helpers import ROOT
 from tests.test_sharding import free_port
 from tests.twins import TWINS, World
+from trainers.kto import mismatched
 
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Options that change the numbers, each against the same twin.
@@ -149,6 +152,58 @@ def test_kto_keeps_shares_from_opposite_ends():
     for item in items:
         response = item.scored[0].ids[2:]
         assert item.scored[0].ids[:2] == item.sequences[0].ids[:2] and response != item.sequences[0].ids[2:]
+
+
+def many_pairs(count: int) -> list[Example]:
+    """Pairs with prompts of their own; chosen responses are fives, rejected ones sevens."""
+    nothing = Conversation([], None, None, None, {})
+    prompts = [[1 + i // 10, 1 + i % 10] for i in range(count)]
+    return [Example(p, tokens(p, [5] * 3), tokens(p, [7] * 3), None, nothing) for p in prompts]
+
+
+def test_z_0_of_kto_is_that_of_a_mix_of_chosen_and_rejected():
+    """A policy that raised chosen responses by as much as it lowered rejected ones is as far from the start as before.
+
+    With the response of the next row with another prompt, always a chosen one, z_0 would be 3 times what it learned.
+    """
+    trainer = trainer_of("kto")
+    items = trainer.items(many_pairs(40), "train")
+    used = [item.scored[0].ids[-1] for item in items]
+    assert abs(used.count(7) - 40) <= 2  # each response once, but where a prompt's two follow each other
+    assert all(item.scored[0].ids[:2] == item.sequences[0].ids[:2] for item in items)
+    row = torch.zeros(11, dtype=torch.float64)
+    row[5], row[7] = 0.1, -0.1
+    with torch.no_grad():
+        trainer.policy.table.copy_(row.expand(11, 11))
+        trainer.reference.table.zero_()
+    shift = float(row.logsumexp(0) - torch.zeros(11).logsumexp(0))  # of the normalizer, on every token
+    gains = [3 * (0.1 - shift), 3 * (-0.1 - shift)]
+    batch = trainer.prepared([trainer.batch_of(items)], True)[0]
+    assert float(batch.shared) == pytest.approx(
+        max(0.0, (used.count(5) * gains[0] + used.count(7) * gains[1]) / 80), abs=1e-9
+    )
+    assert float(batch.shared) < 0.02 and gains[0] > 0.29
+    # Also a batch of ten pairs, as they come in the data, sees both kinds.
+    kinds = [set(used[start : start + 20]) for start in range(0, 80, 20)]
+    assert kinds == [{5, 7}] * 4
+
+
+def test_kto_pairs_by_the_seed_alone():
+    def others(*overrides: str) -> list[list[int]]:
+        trainer = trainer_of("kto", *overrides)
+        return [item.scored[0].ids for item in trainer.items(many_pairs(12), "train")]
+
+    assert others("seed=1") == others("seed=1") != others("seed=2")
+
+
+def test_kto_pairs_a_response_with_another_prompt_wherever_two_prompts_are():
+    pairs = many_pairs(2)
+    rows = [(pairs[0].prompt, pairs[0].chosen)] * 5 + [(pairs[1].prompt, pairs[1].rejected)]
+    for seed in range(4):
+        joined = mismatched(rows, 99, seed)
+        assert [other.ids[-1] for other in joined] == [7] * 5 + [5]
+    with pytest.raises(ValueError, match="two different prompts"):
+        mismatched(rows[:5], 99, 0)
 
 
 def test_the_running_mean_of_bco_goes_on_from_step_to_step():

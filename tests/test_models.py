@@ -155,6 +155,27 @@ def test_num_layers_keeps_the_first_blocks_and_leaves_other_sources_alone(config
         models.load_model(replace(student, num_layers=9), trainable=False)
 
 
+def test_settings_of_another_folder_take_its_weights_layers_and_tokenizer_and_nothing_of_their_own(
+    config, model, tokenizer, tmp_path
+):
+    export.save_model(model, tokenizer, tmp_path / "m")
+    own = replace(
+        config,
+        name_or_path="/nowhere/a",
+        load_from="/nowhere/b",
+        from_checkpoint="/nowhere/c",
+        tokenizer_name_or_path="/nowhere/d",
+        num_layers=1,
+        batch_size=12,
+    )
+    other = own.of_folder(str(tmp_path / "m"))
+    assert models.config_digest(other) == models.model_digest(tmp_path / "m")
+    loaded = models.load_model(other, trainable=False)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert models.tokenizer_digest(models.load_tokenizer(other)) == models.tokenizer_digest(tokenizer)
+    assert (other.batch_size, other.max_length) == (12, own.max_length)
+
+
 def test_saving_and_loading_gives_the_same_model_and_digest(config, model, tokenizer, tmp_path):
     folder = tmp_path / "FINAL"
     export.save_model(model, tokenizer, folder)

@@ -68,8 +68,8 @@ ACCELERATE = {
     "fsdp_2x2gpu": 4,
     "fsdp_2x4gpu": 8,
     "fsdp_2x8gpu": 16,
-    "fsdp1_hybrid_2x8gpu": 16,
-    "deepspeed_zero3": 4,
+    "deepspeed_zero3_2gpu": 2,
+    "deepspeed_zero3_4gpu": 4,
 }
 # Pipelines say what a stage does in a line above it; their settings are keys explained elsewhere.
 COMMENTED = sorted(
@@ -142,7 +142,7 @@ def test_an_accelerate_configuration_loads_and_starts_so_many_processes(name: st
     assert loaded.mixed_precision == "no"
     if name.startswith("fsdp"):
         assert loaded.distributed_type == "FSDP"
-        assert loaded.fsdp_config["fsdp_version"] == (1 if name.startswith("fsdp1") else 2)
+        assert loaded.fsdp_config["fsdp_version"] == 2
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
@@ -151,7 +151,7 @@ def test_a_lock_pins_everything_and_names_no_host(path: Path) -> None:
     assert "://" not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["base", "dev", "lm_eval", "vllm", "vllm_gpu"])
+@pytest.mark.parametrize("name", ["base", "dev", "lm_eval", "deepspeed", "vllm", "vllm_gpu"])
 def test_a_lock_holds_what_its_in_file_asks_for(name: str) -> None:
     lock = pinned(ROOT / "requirements" / f"{name}.lock")
     for line in (ROOT / "requirements" / f"{name}.in").read_text(encoding="utf-8").splitlines():
@@ -159,6 +159,14 @@ def test_a_lock_holds_what_its_in_file_asks_for(name: str) -> None:
         if asked:
             assert asked[0] in lock, f"{asked[0]} is not in {name}.lock: run requirements/compile.sh"
             assert "#" in line, f"{name}.in does not say why it asks for {asked[0]}"
+
+
+def test_deepspeeds_lock_leaves_out_what_every_environment_has() -> None:
+    extra = pinned(ROOT / "requirements" / "deepspeed.lock")
+    assert not extra.keys() & pinned(ROOT / "requirements" / "base.lock").keys()
+    for name in ("vllm", "vllm_gpu"):  # installed over these, too
+        lock = pinned(ROOT / "requirements" / f"{name}.lock")
+        assert {package: lock[package] for package in extra.keys() & lock.keys()}.items() <= extra.items()
 
 
 def test_locks_installed_over_one_another_agree() -> None:
@@ -182,6 +190,13 @@ def test_the_installer_refuses_an_unknown_flag_with_its_usage() -> None:
     done = run_installer("--everything")
     assert done.returncode == 2
     assert "unknown flag: --everything" in done.stderr and "usage:" in done.stderr
+
+
+def test_the_installers_usage_names_its_flags() -> None:
+    done = run_installer("--help")
+    assert done.returncode == 0
+    for flag in ("--dev", "--smollm2", "--vllm", "--lm-eval", "--deepspeed", "--cuda"):
+        assert f"\n  {flag} " in done.stdout
 
 
 def test_the_installer_refuses_an_old_python(tmp_path: Path) -> None:

@@ -158,6 +158,15 @@ def test_seeds_give_separate_stages_and_one_summary() -> None:
     )
 
 
+def test_comparisons_of_stages_that_are_switched_off_leave_the_summary() -> None:
+    stages = root_config(["pipeline=quickstart"])["pipeline"]["stages"]
+    wanted = stages["summarize"]["set"]["evaluation"]["comparisons"]
+    assert ["adpa_plus", "dckd"] in wanted and ["adpa", "student_sft"] in wanted
+    found = planned(NOWHERE, *MAIN)["summarize"].config["evaluation"]["comparisons"]
+    on = {*CHAIN}
+    assert found == [pair for pair in wanted if set(pair) <= on] and ["adpa_plus", "dckd"] in found
+
+
 # ---- refusals
 
 

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,16 @@ FSDP_FILE = {  # what `accelerate launch --config_file accelerate_config/fsdp_2g
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
+DEEPSPEED_FILE = {  # what `accelerate launch --config_file accelerate_config/deepspeed_zero3_2gpu.yaml` sets
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+}
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed: ./install.sh --deepspeed")
 
 
 class Case(NamedTuple):
@@ -161,14 +172,17 @@ def test_in_bfloat16_policy_and_reference_begin_with_the_same_bits(world):
         ("torchrun", ["strategy=fsdp"], {}),
         ("accelerate", [], FSDP_FILE),
         ("ddp", ["strategy=ddp"], {}),
+        pytest.param("zero", [], DEEPSPEED_FILE, marks=needs_deepspeed),
     ],
-    ids=["fsdp by torchrun", "fsdp by accelerate's file", "ddp"],
+    ids=["fsdp by torchrun", "fsdp by accelerate's file", "ddp", "deepspeed by accelerate's file"],
 )
 def test_every_method_gives_the_model_of_one_process(world, tmp_path, name, overrides, environment):
     chosen = cases(world) if name != "accelerate" else [c for c in cases(world) if "_" not in c.name]
+    if name == "zero":
+        chosen = [c for c in chosen if not c.name.endswith("_lora") or c.name in ("dpo_lora", "ppo_lora")]
     runs = [{"overrides": [*common(world, case, name), *overrides], "environment": environment} for case in chosen]
-    if name == "torchrun":
-        runs.append({"overrides": [*common(world, bfloat16(world), name), *overrides], "environment": {}})
+    if name in ("torchrun", "zero"):
+        runs.append({"overrides": [*common(world, bfloat16(world), name), *overrides], "environment": environment})
     two_processes(runs, tmp_path)
     wrong = []
     for case in chosen:
@@ -179,5 +193,5 @@ def test_every_method_gives_the_model_of_one_process(world, tmp_path, name, over
         for a, b in zip(one, other, strict=True):
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5), case.name
     assert not wrong, "\n".join(wrong)
-    if name == "torchrun":
+    if name in ("torchrun", "zero"):
         check_ln_2(world, name)

@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 import launch
 import models
+from engine.export import save_model
 from generation.on_policy import RowSampler, sample_rows
+from tests import rewards
 from tests.helpers import composed, rows_of, write_pairs
-from tests.test_sharding import two
+from tests.test_sharding import SGD, SGD_ATOL, two
 from trainers.basic import BasicTrainer
 from trainers.grpo import group_advantages
 from trainers.rollouts import row_seed
 
-ATOL = 2e-5  # as in test_layout.py
 ONLINE = {
     "ppo": ["loss=ppo", "loss.verifier=tests.rewards:share_of_e"],
     "grpo": ["loss=grpo", "loss.n=4", "loss.verifier=tests.rewards:share_of_e"],
@@ -111,11 +112,11 @@ def test_a_group_is_compared_with_itself():
 def test_micro_batches_change_neither_responses_nor_parameters(name, base):
     for parts in (1, 4):
         run = [*ONLINE[name], f"exp_name={name}_by_{parts}", "n_steps=3", f"model.gradient_accumulation_steps={parts}"]
-        run += ["optimizer=SGD", "lr=0.1"]  # AdamW would blow up the rounding of gradients near zero
+        run += SGD  # AdamW would blow up the rounding of gradients near zero
         launch.run_task(composed(*online(base, *run)))
     one, four = (weights(base / f"{name}_by_{parts}") for parts in (1, 4))
     for key, value in one.items():
-        torch.testing.assert_close(value, four[key], atol=1e-6, rtol=0)  # measured: 1.2e-7
+        torch.testing.assert_close(value, four[key], atol=SGD_ATOL, rtol=0)  # measured: 1.2e-7
     rewards = [
         [row["reward/train"] for row in rows_of(base / f"{name}_by_{parts}" / "metrics.jsonl")] for parts in (1, 4)
     ]
@@ -125,12 +126,13 @@ def test_micro_batches_change_neither_responses_nor_parameters(name, base):
 
 @pytest.mark.distributed
 def test_two_shards_response_and_learn_as_one_process(base):
-    sharded = two(online(base, *ONLINE["ppo"], "exp_name=two", "n_steps=2"))
-    launch.run_task(composed(*online(base, *ONLINE["ppo"], "exp_name=one", "n_steps=2")))
+    run = [*ONLINE["ppo"], "n_steps=2", *SGD]
+    sharded = two(online(base, *run, "exp_name=two"))
+    launch.run_task(composed(*online(base, *run, "exp_name=one")))
     _, errors = sharded.communicate(timeout=240)
     assert sharded.returncode == 0, errors[-3000:]
     for key, value in weights(base / "one").items():
-        torch.testing.assert_close(value, weights(base / "two")[key], atol=ATOL, rtol=0)
+        torch.testing.assert_close(value, weights(base / "two")[key], atol=SGD_ATOL, rtol=0)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(base, monkeypatch):
@@ -203,10 +205,66 @@ def test_offline_methods_learn_from_rewards_in_the_data(base):
         assert logged[-1]["loss/train"] < logged[0]["loss/train"]
 
 
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_lineages_command_line_learns_from_the_labels_of_the_data(name, base):
+    """`loss=ppo` alone: chosen responses are worth 1, rejected ones 0; with a verifier the policy answers."""
+    test = f"datasets.local.test={base}/pairs.jsonl"
+    run = [*common(base), f"model.load_from={base}/start/FINAL", f"loss={name}", "model.batch_size=24", "log_every=1"]
+    launch.run_task(composed(*run, f"exp_name={name}_typed", "n_steps=1", test))
+    assert rows_of(base / f"{name}_typed" / "metrics.jsonl")[0]["reward/train"] == pytest.approx(0.5)
+    assert "; responses: the data's\n" in (base / f"{name}_typed" / "objective.txt").read_text()
+    judged = ["loss.verifier=tests.rewards:share_of_e", "loss.max_new_tokens=4", f"exp_name={name}_judged", "n_steps=1"]
+    launch.run_task(composed(*run, *judged))
+    objective = (base / f"{name}_judged" / "objective.txt").read_text()
+    assert "; responses: the policy's own, rewards by tests.rewards:share_of_e\n" in objective
+
+
+def test_a_reward_model_gives_rollouts_the_scores_that_task_label_gives(base):
+    """One of a third party, whose padding is its end of turn: the score is taken at the end of turn all the same."""
+    tokenizer = models.load_tokenizer(launch.settings_of(composed(*common(base))).model)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"num_labels": 1, "pad_token_id": tokenizer.eos_token_id}
+    with models.seeded(5):
+        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special))
+    tokenizer.pad_token = tokenizer.eos_token
+    model.save_pretrained(base / "third_party")
+    tokenizer.save_pretrained(base / "third_party")
+    texts = ("ant", "beebee", "catcatcat")
+    given = base / "given.jsonl"
+    given.write_text(
+        "".join(json.dumps({"prompt": f"say {text}", "response": text, "reward": 0}) + "\n" for text in texts)
+    )
+    label = ["task=label", f"label.responses={given}", f"label.reward_model={base}/third_party", "exp_name=labels"]
+    launch.run_task(composed(*common(base), *label))
+    scores = [row["reward"] for row in rows_of(base / "labels" / "LABEL" / "labeled.jsonl")]
+    run = ["loss=ppo", "loss.online=false", f"loss.reward_model={base}/third_party", "exp_name=scored", "n_steps=1"]
+    launch.run_task(composed(*online(base, *run, f"datasets.local.train={given}")))
+    logged = rows_of(base / "scored" / "metrics.jsonl")[0]["reward/train"]
+    assert logged == pytest.approx(sum(scores) / 3, abs=1e-6) and len(set(scores)) == 3
+
+
+def test_a_verifier_sees_no_token_that_ends_the_turn(base):
+    """A model may name a second end of turn that its tokenizer does not know as one."""
+    config = launch.settings_of(composed(*common(base), f"model.load_from={base}/start/FINAL")).model
+    tokenizer = models.load_tokenizer(config)
+    ends = list(range(ord("a"), ord("z") + 1))  # bytes: nearly every response ends at its first letter
+    model = models.load_model(config, trainable=True)
+    model.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        *tokenizer.convert_tokens_to_ids(list(map(chr, ends))),
+    ]
+    save_model(model, tokenizer, base / "many_ends")
+    rewards.SEEN.clear()
+    run = ["loss=ppo", "loss.verifier=tests.rewards:remembered", "exp_name=ends", "n_steps=1"]
+    launch.run_task(composed(*online(base, *run, f"model.load_from={base}/many_ends")))
+    assert rewards.SEEN and not any(letter in text for text in rewards.SEEN for letter in map(chr, ends))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["loss=ppo"], "loss.online=true needs somebody who scores"),
+        (["loss=ppo", "loss.online=true"], "loss.online=true needs somebody who scores"),
+        (["loss=ppo", "loss.online=perhaps"], "loss.online='perhaps' is not known; choose one of auto, true, false"),
         (["loss=grpo", "loss.verifier=tests.rewards:share_of_e", "loss.n=1"], "a group needs at least 2 responses"),
         (
             [*ONLINE["ppo"], "loss.rollout_batches=3", "save_every=4"],

@@ -124,8 +124,3 @@ def test_the_ranks_get_what_accelerate_launch_would_set(name, monkeypatch):
     variables = accelerate_variables(ROOT / "accelerate_config" / name, nodes=2, world=4)
     assert variables["ACCELERATE_USE_FSDP"] == "true" and variables["FSDP_VERSION"] == "2"
     assert variables["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
-
-
-def test_deepspeeds_settings_reach_the_ranks_too():
-    variables = accelerate_variables(ROOT / "accelerate_config" / "deepspeed_zero3.yaml", nodes=1, world=4)
-    assert variables["ACCELERATE_USE_DEEPSPEED"] == "true" and variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import launch as launcher
-from evaluation.intervals import seed_interval
+from evaluation.metrics import interval_over_seeds
 from pipeline.sweeps import as_sweep, fixed_keys, folder_name
 from tasks.report import best_rows, read_jobs, rows_of, table
 from tests.helpers import composed, launch, write_pairs
@@ -143,7 +143,7 @@ def test_seeds_are_pooled_and_the_best_is_marked_only_where_intervals_separate(t
     assert [row.name for row in best_rows(rows, "rewards_eval/accuracies")] == ["beta=0.1"]
     assert best_rows(rows[1:], "rewards_eval/accuracies") == []  # 0.50 and 0.51 with overlapping intervals
     assert best_rows(rows, "loss/eval") == []  # another beta: another scale
-    low, high = seed_interval(list(rows[0].values["rewards_eval/accuracies"].values()))
+    low, high = interval_over_seeds("share", list(rows[0].values["rewards_eval/accuracies"].values()))
     text = table(rows, [job for job in jobs if not job.done])
     assert f"[{low:.4g}, {high:.4g}]**" in text and text.count("**") == 2
     assert "Unfinished, left out" in text and "beta=0.4" in text

@@ -4,20 +4,21 @@ L = w_sft NLL(y_w) - gamma mean_t sum_{a in top k} pi_theta(a|s_t) A(s_t, a), on
 A = log pi_dpo - log pi_ref from the verified advantage cache. Linear in pi_theta: entropy and mass are watched.
 """
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dataloader import Example, read_generations
+from dataloader import Example, Generation, Tokens, read_generations
 from engine.metrics import Mean
 from functional import entropies, expected_advantage, gather_logps, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place
-from teacher.lookup import generations_by_prompt, open_cache
-from teacher.quantities import Entry
+from teacher.lookup import entry_of, generations_by_prompt, open_cache
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
 
@@ -48,9 +49,34 @@ def floored(advantages: Tensor, teacher_logps: Tensor, floor: float) -> Tensor:
     return advantages.masked_fill(absurd, 0.0)
 
 
+def dealt(
+    examples: Sequence[Example], generations: Mapping[tuple[int, ...], Sequence[Generation]]
+) -> list[tuple[Tokens, Tokens]]:
+    """Deal the generations of each prompt out to its rows: (chosen, generated) of every item, in the rows' order.
+
+    m rows and G generations of one prompt give max(m, G) items, in which every generation is supervised once and every
+    chosen response equally often: as often as each row has generations, G // m, or once. What does not come out even
+    is supervised alone: a generation too many without a chosen response, a row too many without a generation.
+    """
+    rows = Counter(tuple(example.prompt) for example in examples)
+    seen: Counter[tuple[int, ...]] = Counter()
+    joined = []
+    for example in examples:
+        prompt = tuple(example.prompt)
+        mine = generations[prompt][seen[prompt] :: rows[prompt]]
+        seen[prompt] += 1
+        share = len(generations[prompt]) // rows[prompt]
+        chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
+        bare = Tokens(example.prompt, [False] * len(example.prompt))
+        joined += [(chosen if k < max(1, share) else bare, generation.tokens) for k, generation in enumerate(mine)]
+        joined += [] if mine else [(chosen, bare)]
+    return joined
+
+
 class ADPA(BasicTrainer):
     """Units: tokens (sequence_sum: sequences). Slots: chosen, generated."""
 
+    VERSION = 2
     config: ADPAConfig
     Config = ADPAConfig
     needs = Needs("responses", teacher="advantage")
@@ -62,20 +88,17 @@ class ADPA(BasicTrainer):
     source = "2502.17927"
 
     def items(self, examples: list[Example], split: str) -> list[Item]:
-        """Join each row with every response generated for the very ids of its prompt, and their advantages."""
+        """Join rows with the responses generated for the very ids of their prompts, and these with their advantages."""
         if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
             return [Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ()) for e in examples]
         reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
         generations = generations_by_prompt(
             read_generations(self.config.generations, self.tokenizer), examples, self.config.generations
         )
-        items = []
-        for example in examples:
-            chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
-            for generation in generations[tuple(example.prompt)]:
-                tokens = generation.tokens
-                items.append(Item((chosen, tokens), (None, Entry(**reader.get(tokens.ids, tokens.response)))))
-        return items
+        return [
+            Item(pair, (None, entry_of(reader, pair[1]) if any(pair[1].response) else None))
+            for pair in dealt(examples, generations)
+        ]
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count chosen tokens (NLL) and generated tokens or sequences (advantage); no advantage without a teacher."""

@@ -22,7 +22,7 @@ from engine.optimizer import learning_rate_scale, seed_step
 from engine.placement import Placement
 from engine.tracking import tracker
 from functional import token_logps
-from models import response_logits
+from models import response_logits, scoring
 from settings.needs import Needs
 from settings.schema import Settings
 from trainers.batches import Batch, Item, items_digest, make_batch
@@ -32,7 +32,7 @@ from trainers.value_head import VALUE_HEAD
 class BasicTrainer:
     """Train a policy on items. Subclasses set Config, needs, formula and source, and define items, counts and sums."""
 
-    VERSION: ClassVar[int] = 1  # raise it when a method's numbers change: pipelines then run its stages again
+    VERSION: ClassVar[int] = 2  # raise it when a method's numbers change: pipelines then run its stages again
     Config: ClassVar[type]  # the dataclass of config/loss/NAME.yaml
     needs: ClassVar[Needs]
     formula: ClassVar[str]  # what is minimized, with the config's keys in {braces}
@@ -55,6 +55,7 @@ class BasicTrainer:
         self.reference: torch.nn.Module | None = None
         self.frozen_models: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
+        self.keeps_start = False  # items carry the start's log-probabilities even beside a live reference, which moves
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
     # ---- what a method defines
@@ -113,7 +114,7 @@ class BasicTrainer:
         if self.reference is not None:
             yield self.reference
         else:
-            with self.placement.unwrapped(self.policy).disable_adapter():
+            with self.placement.unwrapped(self.policy).disable_adapter(), scoring(self.policy):
                 yield self.policy
 
     def reference_logps(self, batch: Batch) -> Tensor:
@@ -244,7 +245,8 @@ class BasicTrainer:
         run = self.run_config
         seed_step(run.seed, step, self.processes.rank)
         self.policy.train()
-        batches = self.prepared([self.batch_of(items) for items in self.micro_items(step)], True)
+        with scoring(self.policy):  # what a rollout answers and what `prepared` looks at is not learned from
+            batches = self.prepared([self.batch_of(items) for items in self.micro_items(step)], True)
         counts = self.global_counts(batches)
         for i, batch in enumerate(batches):
             with self.placement.micro_batch(last=i == len(batches) - 1):
@@ -269,14 +271,14 @@ class BasicTrainer:
     def evaluate(self) -> dict[str, float]:
         """Return the global means over the test items, `loss/eval` among them."""
         window = Window()
-        self.policy.eval()
         size, world_size = self.model_config.eval_batch_size, self.processes.world_size
         micros: list[list[Item]] = []
         for start in range(0, len(self.test_items), size * world_size):
             indices = list(range(start, min(start + size * world_size, len(self.test_items))))
             micros += self.deal(self.test_items, indices, size, world_size)
-        for batch in self.prepared([self.batch_of(items) for items in self.rollout(micros, 0)], False):
-            window.add(self.terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
+        with scoring(self.policy):
+            for batch in self.prepared([self.batch_of(items) for items in self.rollout(micros, 0)], False):
+                window.add(self.terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
         return named(means(window.reduced(self._reduce)), "eval")
 
     def _evaluate_and_log(self, step: int) -> dict[str, float]:

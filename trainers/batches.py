@@ -126,11 +126,20 @@ def _top_k(entries: list[Entry]) -> TopK | None:
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """Hash the sequences of items in their order."""
+    """Hash what is learned from, in its order: sequences, labels or rewards, notes, and who the teacher was.
+
+    Of a teacher's entries the first token's are hashed: another teacher, k or beta has others there, and all of a
+    cache would be gigabytes.
+    """
     digest = hashlib.sha256()
     for item in items:
         for tokens in (*item.sequences, *item.scored):
             digest.update(content_key(tokens.ids, tokens.response))
+        digest.update(repr(item.label).encode())
+        digest.update(b"" if item.notes is None else item.notes.tobytes())
+        for entry in item.entries:
+            parts = () if entry is None else (entry.ids[:1], entry.values[:1], entry.tail[:1])
+            digest.update(b"".join([b"entries", *(part.tobytes() for part in parts)]))
     return digest.hexdigest()[:16]
 
 

@@ -48,7 +48,7 @@ class GRPOConfig(RewardedConfig):
         require(self.beta >= 0, f"loss.beta={self.beta} must not be negative")
         require(0 < self.clip < 1, f"loss.clip={self.clip} must be in (0, 1)")
         require(self.std_epsilon > 0, f"loss.std_epsilon={self.std_epsilon} must be above 0")
-        require(not self.online or self.n >= 2, f"loss.n={self.n}: a group needs at least 2 responses to compare")
+        require(not self.is_online or self.n >= 2, f"loss.n={self.n}: a group needs at least 2 responses to compare")
         check_humanline(self)
 
 
@@ -85,6 +85,7 @@ def reference_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
 class GRPO(RolloutTrainer):
     """Unit: responses (token_mean: tokens). Slot: the response; label: its reward."""
 
+    VERSION = 2
     config: GRPOConfig
     Config = GRPOConfig
     needs = Needs("prompts", reference="logps")
@@ -95,14 +96,19 @@ class GRPO(RolloutTrainer):
     )
     source = "2402.03300"
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # Offline, the policy that responded is taken to be the start, wherever the reference has moved since.
+        self.keeps_start = bool(self.run_config.sync_reference) and not self.config.is_online
+
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Take prompts, or given responses with their rewards."""
         items = super().items(examples, split)
-        if self.config.online or split == "test":
+        if self.config.is_online or split == "test":
             return items
         require(
-            not self.rollouts.has_rewards,
-            "loss=grpo with loss.online=false compares all responses to a prompt at once, before training: let "
+            not self.config.has_rewards,
+            "loss=grpo on responses of the data compares all responses to a prompt at once, before training: let "
             "task=label write their "
             "rewards into the data, and leave out loss.verifier and loss.reward_model",
         )
@@ -126,15 +132,16 @@ class GRPO(RolloutTrainer):
     def noted(self, items: list[Item]) -> list[Item]:
         """Return the items with their notes [n, 3]."""
         batch = self.batch_of(items)
-        reference = self.reference_logps(batch)
-        # Offline, the policy that responded is the start, whose log-probabilities the reference has.
-        old = self.token_logps_of(self.policy, batch.sequences) if self.config.online else reference
+        old = (
+            self.token_logps_of(self.policy, batch.sequences) if self.config.is_online else self.reference_logps(batch)
+        )
+        reference = self.reference_logps(batch._replace(reference_logps=None) if self.keeps_start else batch)
         pairs = (
             torch.stack([old.float(), reference.float()], dim=1)
             .cpu()
             .split(batch.sequences.response.sum(dim=1).tolist())
         )
-        if self.config.online:
+        if self.config.is_online:
             advantages = self.advantages([item.label or 0.0 for item in items], [item.source for item in items])
         else:  # a held-out response is compared with nothing
             advantages = [

@@ -69,11 +69,18 @@ def kept(count: int, share: float, seed: int, last: bool) -> set[int]:
     return set(order[count - number :] if last else order[:number])
 
 
-def mismatched(examples: list[tuple[list[int], Tokens]], max_length: int) -> list[Tokens]:
-    """Join each prompt's ids with the response of the next example that has another prompt, cut to max_length."""
+def mismatched(examples: list[tuple[list[int], Tokens]], max_length: int, seed: int) -> list[Tokens]:
+    """Join each prompt's ids with the response of the next example, in a shuffled round, that has another prompt.
+
+    Shuffled because in data made of pairs the next prompt's first response is always a chosen one. The round is a
+    function of the seed and the data: no layout and no resume changes it. Longer ones are cut to max_length.
+    """
+    count = len(examples)
+    order = np.random.default_rng([seed, 1]).permutation(count).tolist()
+    places = {i: place for place, i in enumerate(order)}
     joined = []
     for i, (prompt, _) in enumerate(examples):
-        others = (examples[(i + step) % len(examples)] for step in range(1, len(examples)))
+        others = (examples[order[(places[i] + step) % count]] for step in range(1, count))
         other = next((tokens for other_prompt, tokens in others if other_prompt != prompt), None)
         if other is None:
             raise ValueError(
@@ -88,6 +95,7 @@ def mismatched(examples: list[tuple[list[int], Tokens]], max_length: int) -> lis
 class KTO(BasicTrainer):
     """Unit: sequences. Slot: the response; scored beside it: the mismatched one."""
 
+    VERSION = 2
     config: KTOConfig
     Config = KTOConfig
     needs = Needs("feedback", reference="logps")
@@ -118,7 +126,7 @@ class KTO(BasicTrainer):
             )
         if config.zero_reference_point:
             return [Item((tokens,), label=label) for _, tokens, label in rows]
-        others = mismatched([(prompt, tokens) for prompt, tokens, _ in rows], self.model_config.max_length)
+        others = mismatched([(prompt, tokens) for prompt, tokens, _ in rows], self.model_config.max_length, seed)
         return [
             Item((tokens,), label=label, scored=(other,))
             for (_, tokens, label), other in zip(rows, others, strict=True)

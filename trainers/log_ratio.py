@@ -1,6 +1,6 @@
 """Losses of a pair's two log-ratios u = log pi_theta/pi_0 of y_w and v of y_l: each a line of maths, in one module.
 
-[B] in, [B] out. Where a loss looks at the whole global batch (AOT, BCO), `prepared` finds that out first.
+[B] in, [B] out. The two that look at the whole global batch are in aot.py and bco.py.
 """
 
 import math
@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional import token_logps
-from settings.schema import one_of, require
+from settings.schema import require
 from trainers.batches import Batch
-from trainers.paired import BetaConfig, PairedTrainer, Pairs, RatioConfig, logistic_loss
+from trainers.paired import BetaConfig, PairedTrainer, Pairs, RatioConfig, SmoothedConfig
 
 # ---- the maths
 
@@ -69,23 +68,7 @@ def discopop_loss(u: Tensor, v: Tensor, beta: float, temperature: float) -> Tens
     return (1 - weight) * -F.logsigmoid(delta) + weight * torch.exp(-delta)
 
 
-def bco_loss(u: Tensor, v: Tensor, beta: float, shift: Tensor | float) -> Tensor:
-    """Return binary classifier optimization of a pair (2404.04656), rewards shifted by their running mean."""
-    return -F.logsigmoid(beta * u - shift) - F.logsigmoid(-(beta * v - shift))
-
-
 # ---- the methods
-
-
-@dataclass(frozen=True)
-class SmoothedConfig(BetaConfig):
-    """Values of losses with a share of wrong labels."""
-
-    label_smoothing: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.label_smoothing < 0.5, f"loss.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
 
 
 class RobustDPO(PairedTrainer):
@@ -241,125 +224,3 @@ class DiscoPOP(PairedTrainer):
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
         """Return discopop_loss."""
         return discopop_loss(pairs.chosen_ratio, pairs.rejected_ratio, self.config.beta, self.config.temperature)
-
-
-class _WholeBatch(PairedTrainer):
-    """A loss that needs the log-ratios of the whole global batch: one more forward pass finds them."""
-
-    @torch.no_grad()
-    def ratios(self, batch: Batch) -> tuple[Batch, Pairs, Tensor]:
-        """Return the batch with its reference scores, the pairs' sums without gradients, and which pairs are real
-        [B].
-        """
-        batch = batch._replace(reference_logps=self.reference_logps(batch))
-        with self.autocast(self.policy):
-            out = self.forward(self.policy, batch.sequences)
-        return batch, self.pairs(token_logps(out.logits, out.targets), out.rows, batch), batch.supervised(0)
-
-
-@dataclass(frozen=True)
-class AOTConfig(SmoothedConfig):
-    """Values of config/loss/aot.yaml."""
-
-    variant: str
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("loss.variant", self.variant, ("paired", "unpaired"))
-
-
-class AOT(_WholeBatch):
-    """Unit: pairs. Quantiles are those of the whole global batch, whatever its layout."""
-
-    config: AOTConfig
-    Config = AOTConfig
-    formula = (
-        "mean over ranks r of −(1−{label_smoothing}) log σ({beta}(a₍r₎ − b₍r₎)) − {label_smoothing} log σ(−{beta}(a₍r₎ "
-        "− b₍r₎)), "
-        "sorted over the global batch; {variant}: paired a = log π_θ(y_w) − log π_θ(y_l), b the same of π_0; unpaired "
-        "a = u, b = v"
-    )
-    source = "2406.05882"
-
-    def compared(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Return the two samples [B] whose quantiles are compared."""
-        if self.config.variant == "unpaired":
-            return pairs.chosen_ratio, pairs.rejected_ratio
-        policy = pairs.chosen - pairs.rejected
-        return policy, policy.detach() - (pairs.chosen_ratio - pairs.rejected_ratio).detach()
-
-    def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
-        """Give each pair the value of the other sample that has the same rank in the global batch: shared [2, B]."""
-        samples, scored = [], []
-        for batch in batches:
-            batch, pairs, real = self.ratios(batch)
-            samples.append((*self.compared(pairs), real))
-            scored.append(batch)
-        mine = [[(float(a), float(b)) for a, b, r in zip(*sample, strict=True) if r] for sample in samples]
-        everyone = self.gathered([value for part in mine for value in part])
-        a_sorted, b_sorted = (
-            torch.tensor([value[i] for value in everyone], dtype=torch.float64).sort().values for i in (0, 1)
-        )
-        return [
-            batch._replace(
-                shared=torch.stack([_partners(a, real, a_sorted, b_sorted), _partners(b, real, b_sorted, a_sorted)])
-            )
-            for batch, (a, b, real) in zip(scored, samples, strict=True)
-        ]
-
-    def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
-        """Return the logistic cost of a against its rank's b; unpaired, b learns from its rank's a with a value of
-        zero.
-        """
-        a, b = self.compared(pairs)
-        assert batch.shared is not None, "prepared() comes first"
-        partner_of_a, partner_of_b = batch.shared.to(a)
-        beta, smoothing = self.config.beta, self.config.label_smoothing
-        losses = logistic_loss(beta * (a - partner_of_a), smoothing)
-        if self.config.variant == "paired":
-            return losses
-        other = logistic_loss(beta * (partner_of_b - b), smoothing)
-        return losses + other - other.detach()
-
-
-def _partners(own: Tensor, real: Tensor, own_sorted: Tensor, other_sorted: Tensor) -> Tensor:
-    """Return the entry of other_sorted [M] at the rank that each of own [B] has in own_sorted [M]; 0 for fillers."""
-    if len(own_sorted) == 0:
-        return torch.zeros_like(own)
-    ranks = torch.searchsorted(own_sorted, own.double().cpu()).clamp_max(len(own_sorted) - 1)
-    return torch.where(real.cpu(), other_sorted[ranks], 0.0).to(own)
-
-
-class BCO(_WholeBatch):
-    """Unit: pairs. The shift is the mean reward of all pairs seen so far, this global batch included."""
-
-    config: BetaConfig
-    Config = BetaConfig
-    formula = (
-        "mean over pairs of −log σ({beta}u − δ) − log σ(δ − {beta}v), δ the running mean of the rewards "
-        "{beta}u and {beta}v"
-    )
-    source = "2404.04656"
-
-    def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
-        """Update the running mean of rewards over the global batch (in training only) and hand it to every part."""
-        total, count, scored = torch.zeros(()), torch.zeros(()), []
-        for batch in batches:
-            batch, pairs, real = self.ratios(batch)
-            scored.append(batch)
-            rewards = self.config.beta * 0.5 * (pairs.chosen_ratio + pairs.rejected_ratio)
-            total, count = total + torch.where(real, rewards, 0.0).sum().double().cpu(), count + real.sum().cpu()
-        batch_total, batch_count = self.global_sum(total, count)
-        total_so_far = self.state.get("bco_total", 0.0) + batch_total * training
-        count_so_far = self.state.get("bco_count", 0.0) + batch_count * training
-        if training:
-            self.state = {"bco_total": total_so_far, "bco_count": count_so_far}
-        if not count_so_far:  # an evaluation before the first step
-            total_so_far, count_so_far = batch_total, max(batch_count, 1.0)
-        shift = torch.tensor(total_so_far / count_so_far)
-        return [batch._replace(shared=shift.to(batch.sequences.ids.device)) for batch in scored]
-
-    def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
-        """Return bco_loss with the shared shift."""
-        assert batch.shared is not None, "prepared() comes first"
-        return bco_loss(pairs.chosen_ratio, pairs.rejected_ratio, self.config.beta, batch.shared.to(pairs.chosen_ratio))

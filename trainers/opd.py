@@ -31,7 +31,8 @@ class OPDConfig(RolloutConfig):
     teacher: Place
     discount: float
     clip: float
-    online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
+    is_online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
+    has_rewards = False
     verifier = None
     reward_model = None
 
@@ -51,6 +52,7 @@ def distillation_advantages(logps: Tensor, teacher_logps: Tensor, discount: floa
 class OPD(RolloutTrainer):
     """Unit: tokens. Slot: the student's response."""
 
+    VERSION = 2
     config: OPDConfig
     Config = OPDConfig
     needs = Needs("prompts", teacher="live")

@@ -21,9 +21,7 @@ from trainers.batches import Batch, Item, supervised_sequence
 
 
 class Pairs(NamedTuple):
-    """Sums over response tokens of B pairs, [B] each: log pi_theta, and log pi_theta - log pi_0 (zeros without
-    pi_0).
-    """
+    """Sums over response tokens of B pairs, [B] each: log pi_theta, and its ratio to pi_0 (zeros without pi_0)."""
 
     chosen: Tensor
     rejected: Tensor
@@ -65,6 +63,17 @@ class BetaConfig(RatioConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.beta > 0, f"loss.beta={self.beta} must be above 0")
+
+
+@dataclass(frozen=True)
+class SmoothedConfig(BetaConfig):
+    """Values of losses with a share of wrong labels."""
+
+    label_smoothing: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.label_smoothing < 0.5, f"loss.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
 
 
 def check_humanline(config: Any) -> None:
@@ -164,3 +173,15 @@ class PairedTrainer(BasicTrainer):
         if getattr(config, "humanline", False):
             text += f"; token log-ratios clamped into [{config.log_epsilon_P}, {config.log_epsilon_R}] (humanline)"
         return text
+
+
+class WholeBatchTrainer(PairedTrainer):
+    """A loss that needs the log-ratios of the whole global batch: one more forward pass finds them."""
+
+    @torch.no_grad()
+    def ratios(self, batch: Batch) -> tuple[Batch, Pairs, Tensor]:
+        """Return the batch with its reference scores, the pairs' sums without gradients, and which are real [B]."""
+        batch = batch._replace(reference_logps=self.reference_logps(batch))
+        with self.autocast(self.policy):
+            out = self.forward(self.policy, batch.sequences)
+        return batch, self.pairs(token_logps(out.logits, out.targets), out.rows, batch), batch.supervised(0)

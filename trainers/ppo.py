@@ -82,6 +82,7 @@ def value_losses(values: Tensor, old_values: Tensor, targets: Tensor, clip: floa
 class PPO(RolloutTrainer):
     """Unit: tokens. Slot: the response; label: its reward."""
 
+    VERSION = 2
     config: PPOConfig
     Config = PPOConfig
     needs = Needs("prompts", reference="logps")

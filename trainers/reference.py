@@ -8,12 +8,14 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import models
 from dataloader import Tokens
+from settings.artifacts import is_done, replace_folder
 from teacher.cache import (
     IDENTITY,
     Arrays,
@@ -41,7 +43,7 @@ def _key(tokens: Tokens) -> bytes:
 
 def meta_of(trainer: BasicTrainer, items: list[Item]) -> Meta:
     """Say what the numbers depend on: the model, its numeric path, the sequences and who cut them."""
-    config, tokenizer = trainer.model_config, trainer.tokenizer
+    config, tokenizer = models.start_of(trainer.model_config), trainer.tokenizer
     return Meta(
         quantity="token_logp",
         k=0,
@@ -67,9 +69,9 @@ def cached(trainer: BasicTrainer, items: list[Item], load: Callable[[], torch.nn
     identity = json.dumps([asdict(meta)[key] for key in IDENTITY])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = Path(run.cache_dir).expanduser() / "reference_logprobs" / digest
-    if not trainer.gathered([(folder / "DONE").is_file()])[0]:  # what rank 0 sees: another run may be writing it
+    if not trainer.gathered([is_done(folder)])[0]:  # what rank 0 sees: another run may be writing it
         score(trainer, load(), items, folder, meta)
-    wait_for((folder / "DONE").is_file)  # a shared disk may show it later
+    wait_for(partial(is_done, folder))  # a shared disk may show it later
     return folder
 
 
@@ -99,11 +101,10 @@ def score(trainer: BasicTrainer, reference: torch.nn.Module, items: list[Item], 
         logps(batches[-1][-1:])
     if rank == 0:
         finish(part, meta, {_key(tokens) for tokens in _sequences(items)})
-        if (folder / "DONE").is_file():  # another run was first
+        if is_done(folder):  # another run was first
             shutil.rmtree(part)
         else:
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
+            replace_folder(part, folder)
 
 
 def attach(trainer: BasicTrainer, items: list[Item], folder: Path) -> list[Item]:

@@ -8,6 +8,7 @@ same, and a run resumes between rollouts. Offline the responses, and maybe their
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from dataloader import Example, Tokens
 from generation.on_policy import sample_rows
 from models import last_token_scores
 from rewards.verifiers import resolve_verifier, scored
-from settings.schema import require
+from settings.schema import one_of, require
 from settings.typed import Code, Place
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
@@ -50,22 +51,33 @@ class RolloutConfig:
 class RewardedConfig(RolloutConfig):
     """Values of config/loss/shared/rewarded.yaml."""
 
-    online: bool
+    online: str
     verifier: Code | None
     reward_model: Place | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("loss.online", self.online.lower(), ("auto", "true", "false"))
         require(
             not (self.verifier and self.reward_model),
             f"loss.verifier={self.verifier} and loss.reward_model={self.reward_model} both give rewards: keep one",
         )
         require(
-            not self.online or bool(self.verifier or self.reward_model),
+            not self.is_online or self.has_rewards,
             "loss.online=true needs somebody who scores new responses: set loss.verifier=module:function or "
             "loss.reward_model=FOLDER "
-            "(or loss.online=false, to learn from responses and rewards in the data)",
+            "(or leave loss.online out, to learn from responses and rewards in the data)",
         )
+
+    @property
+    def has_rewards(self) -> bool:
+        """Tell whether a verifier or a reward model gives the rewards."""
+        return bool(self.verifier or self.reward_model)
+
+    @property
+    def is_online(self) -> bool:
+        """Tell whether the policy answers while it trains; auto: where somebody scores what it says."""
+        return self.has_rewards if self.online.lower() == "auto" else self.online.lower() == "true"
 
 
 class Rollouts:
@@ -85,8 +97,8 @@ class Rollouts:
         )
         cached = run.cache_reference_logprobs or run.load_reference_logprobs
         require(
-            not (config.online and cached),
-            "reference log-probabilities cannot be cached: with loss.online=true every response is new",
+            not (config.is_online and cached),
+            "reference log-probabilities cannot be cached where the policy answers: every response is new",
         )
 
     # ---- items
@@ -94,7 +106,7 @@ class Rollouts:
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Make an item of each prompt (online) or of each response with its reward (offline)."""
         self.examples[split] = examples
-        if self.config.online:
+        if self.config.is_online:
             return [
                 Item((Tokens(e.prompt, [False] * len(e.prompt)),), label=0.0, source=i) for i, e in enumerate(examples)
             ]
@@ -110,14 +122,13 @@ class Rollouts:
             (tokens, label) for tokens, label in ((example.chosen, 1.0), (example.rejected, 0.0)) if tokens is not None
         ]
         if example.response is not None:
-            responses.append((example.response, 0.0 if self.has_rewards else reward_of(example)))
-        require(bool(responses), "a row has a prompt and no response: loss.online=true lets the policy answer")
+            responses.append((example.response, 0.0 if self.config.has_rewards else reward_of(example)))
+        require(
+            bool(responses),
+            "a row has a prompt and no response: let the policy answer, with loss.verifier=module:function or "
+            "loss.reward_model=FOLDER to score what it says",
+        )
         return responses
-
-    @property
-    def has_rewards(self) -> bool:
-        """Tell whether a verifier or a reward model gives the rewards."""
-        return bool(self.config.verifier or self.config.reward_model)
 
     # ---- steps
 
@@ -132,9 +143,9 @@ class Rollouts:
     def responded(self, micros: Micros, step: int) -> Micros:
         """Return items with responses and rewards; held-out prompts (step 0) are answered once."""
         split = "train" if step else "test"
-        if self.config.online:
+        if self.config.is_online:
             micros = [self._answered(items, step, self.config.n if step else 1) for items in micros]
-        return [self._rewarded(items, split) for items in micros] if self.has_rewards else micros
+        return [self._rewarded(items, split) for items in micros] if self.config.has_rewards else micros
 
     def _answered(self, items: list[Item], step: int, n: int) -> list[Item]:
         repeated = [(item, k) for item in items for k in range(n)]
@@ -158,7 +169,7 @@ class Rollouts:
     def _checked(self, item: Item, split: str) -> float:
         assert self.verifier is not None
         conversation = self.examples[split][item.source].conversation
-        text = response_text(self.trainer.tokenizer, item.sequences[0], models.stop_ids(self.trainer.tokenizer))
+        text = response_text(self.trainer.tokenizer, item.sequences[0], stop_ids(self.trainer))
         try:
             return scored(self.verifier, conversation, text)
         except Exception as error:
@@ -179,9 +190,21 @@ class RolloutTrainer(BasicTrainer):
         """Return the reward model, if one scores."""
         return {"reward_model": (self.config.reward_model, "reward")} if self.config.reward_model else {}
 
+    def objective(self) -> str:
+        """Return the formula with the run's numbers, whose responses are learned from, and who scores them."""
+        whose = "the policy's own" if self.config.is_online else "the data's"
+        scorer = self.config.verifier or self.config.reward_model
+        return f"{super().objective()}; responses: {whose}" + (f", rewards by {scorer}" if scorer else "")
+
     def items(self, examples: list[Example], split: str) -> list[Item]:
         """Take prompts, or given responses with their rewards."""
         return self.rollouts.items(examples, split)
+
+    def data_digest(self) -> str:
+        """Hash also what a verifier may read beside a prompt, such as a reference answer."""
+        metas = [example.conversation.meta for example in self.rollouts.examples["train"]]
+        told = json.dumps(metas, sort_keys=True, default=str) if self.rollouts.verifier else ""
+        return hashlib.sha256(f"{super().data_digest()} {told}".encode()).hexdigest()[:16]
 
     def micro_items(self, step: int) -> Micros:
         """Return the micro-batches of the rollout that this step learns from."""
@@ -194,7 +217,6 @@ class RolloutTrainer(BasicTrainer):
     @torch.no_grad()
     def rollout(self, micros: Micros, step: int) -> Micros:
         """Answer, score, and note of each token what the method wants to remember."""
-        self.policy.eval()
         return [self.noted(items) for items in self.rollouts.responded(micros, step)]
 
     def noted(self, items: list[Item]) -> list[Item]:
@@ -221,19 +243,20 @@ def row_seed(seed: int, step: int, source: int, number: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
+def stop_ids(trainer: BasicTrainer) -> list[int]:
+    """Return the ids that end a turn of the policy: its tokenizer's and its own."""
+    return models.stop_ids(trainer.tokenizer, trainer.placement.unwrapped(trainer.policy))
+
+
 def answers(
     trainer: BasicTrainer, prompts: list[list[int]], seeds: list[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
     """Response to each prompt with the policy as it stands; all ranks call it."""
-    placement = trainer.placement
-    model: Any = placement.unwrapped(trainer.policy)
-    stop = models.stop_ids(trainer.tokenizer, model)
-    training = model.training
-    model.eval()
-    with placement.generating(trainer.policy):
-        responses = sample_rows(model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop, placement.in_step)
-    model.train(training)
-    return responses
+    placement, model = trainer.placement, trainer.placement.unwrapped(trainer.policy)
+    with models.scoring(trainer.policy), placement.generating(trainer.policy):
+        return sample_rows(
+            model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop_ids(trainer), placement.in_step
+        )
 
 
 def with_response(item: Item, prompt: list[int], ids: list[int]) -> Item:

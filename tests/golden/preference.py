@@ -9,13 +9,13 @@ from torch import Tensor
 
 from functional import full_kl, log_collision, row_sums, token_logps
 from tests.golden.common import Outputs, Skip, Variant, forward_pair, gradient, response_tokens
+from trainers.aot import partners
+from trainers.bco import bco_loss
 from trainers.dpo import divergence_score, dpo_loss, wpo_weights
 from trainers.kto import kto_loss
 from trainers.log_ratio import (
-    _partners,
     apo_down_loss,
     apo_zero_loss,
-    bco_loss,
     discopop_loss,
     exo_loss,
     hinge_loss,
@@ -35,8 +35,8 @@ def aot(own: Tensor, other: Tensor, beta: float, smoothing: float) -> Tensor:
     """Sort through the ranks that the trainer uses; losses come back by rank, as the reference has them."""
     real = torch.ones(len(own), dtype=torch.bool)
     own_sorted, other_sorted = own.detach().double().sort().values, other.detach().double().sort().values
-    partner_of_own = _partners(own.detach(), real, own_sorted, other_sorted)
-    partner_of_other = _partners(other.detach(), real, other_sorted, own_sorted)
+    partner_of_own = partners(own.detach(), real, own_sorted, other_sorted)
+    partner_of_other = partners(other.detach(), real, other_sorted, own_sorted)
     losses = logistic_loss(beta * (own - partner_of_own), smoothing)
     back = logistic_loss(beta * (partner_of_other - other), smoothing)
     order = own.detach().argsort()
