@@ -2,7 +2,6 @@
 
 import gc
 import importlib
-from functools import partial
 
 import torch
 
@@ -147,16 +146,28 @@ def _reference(
     """Return the frozen reference, or None and items that carry its log-probabilities (or LoRA, whose base it is)."""
     run, config = settings.run, models.start_of(settings.model)
     cached = run.cache_reference_logprobs or run.load_reference_logprobs
-    dtype = trainer.placement.reference_dtype(moving=bool(run.sync_reference))
+    if trainer.keeps_start and not cached:
+        items, test_items = _scored(settings, trainer, items, test_items)
+    if config.use_peft and not cached and not settings.model.from_checkpoint:
+        return None, items, test_items
+    if not cached:
+        dtype = trainer.placement.reference_dtype(moving=bool(run.sync_reference))
+        model = models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
+        return model, items, test_items
+    return None, *_scored(settings, trainer, items, test_items)
 
-    def load(dtype: torch.dtype) -> torch.nn.Module:
+
+def _scored(
+    settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
+) -> tuple[list[Item], list[Item]]:
+    """Return the items with the reference's log-probabilities, scored once and shared between runs."""
+    # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
+    config = models.start_of(settings.model)
+    dtype = trainer.placement.reference_dtype(moving=False)
+
+    def load() -> torch.nn.Module:
         return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
 
-    if cached or trainer.keeps_start:
-        still = trainer.placement.reference_dtype(moving=False)
-        folder = reference.cached(trainer, items + test_items, partial(load, still))
-        trainer.processes.print(f"reference log-probabilities: {folder}")
-        items, test_items = (reference.attach(trainer, part, folder) for part in (items, test_items))
-    if cached or (config.use_peft and not settings.model.from_checkpoint):
-        return None, items, test_items
-    return load(dtype), items, test_items
+    folder = reference.cached(trainer, items + test_items, load)
+    trainer.processes.print(f"reference log-probabilities: {folder}")
+    return reference.attach(trainer, items, folder), reference.attach(trainer, test_items, folder)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from settings.artifacts import is_done, mark_done, read_jsonl, whole_rows, write_json
+from settings.artifacts import is_done, mark_done, read_jsonl, remove_parts, whole_rows, write_json
 from teacher.quantities import Array, quantity_named
 
 FORMAT_VERSION = 2
@@ -228,6 +228,7 @@ def finish(folder: Path | str, meta: Meta, keys: set[bytes]) -> Meta:
     rows = [row for shard in folder.glob("shard-*") for row in _whole_rows(shard, files)[0]]
     counted = replace(meta, num_sequences=len(rows), num_tokens=sum(r["l"] for r in rows))
     write_json(folder / "meta.json", asdict(counted))
+    remove_parts(folder, "meta.json")
     mark_done(folder)
     return counted
 

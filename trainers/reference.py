@@ -5,17 +5,15 @@ Scored once by the trainer's own numeric path, keyed by content; task=cache cach
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import models
 from dataloader import Tokens
-from settings.artifacts import is_done, replace_folder
+from settings.artifacts import is_done, remove_folder, replace_folder
 from teacher.cache import (
     IDENTITY,
     Arrays,
@@ -43,12 +41,12 @@ def _key(tokens: Tokens) -> bytes:
 
 def meta_of(trainer: BasicTrainer, items: list[Item]) -> Meta:
     """Say what the numbers depend on: the model, its numeric path, the sequences and who cut them."""
-    config, tokenizer = models.start_of(trainer.model_config), trainer.tokenizer
+    config, tokenizer = trainer.model_config, trainer.tokenizer
     return Meta(
         quantity="token_logp",
         k=0,
         vocab_size=trainer.vocab_size,
-        teacher_digest=models.config_digest(config),
+        teacher_digest=models.config_digest(models.start_of(config)),
         reference_digest=None,
         tokenizer_digest=models.tokenizer_digest(tokenizer),
         template_digest=models.template_digest(tokenizer),
@@ -71,7 +69,7 @@ def cached(trainer: BasicTrainer, items: list[Item], load: Callable[[], torch.nn
     folder = Path(run.cache_dir).expanduser() / "reference_logprobs" / digest
     if not trainer.gathered([is_done(folder)])[0]:  # what rank 0 sees: another run may be writing it
         score(trainer, load(), items, folder, meta)
-    wait_for(partial(is_done, folder))  # a shared disk may show it later
+    wait_for(lambda: is_done(folder))  # a shared disk may show it later
     return folder
 
 
@@ -102,7 +100,7 @@ def score(trainer: BasicTrainer, reference: torch.nn.Module, items: list[Item], 
     if rank == 0:
         finish(part, meta, {_key(tokens) for tokens in _sequences(items)})
         if is_done(folder):  # another run was first
-            shutil.rmtree(part)
+            remove_folder(part)
         else:
             replace_folder(part, folder)
 
