@@ -14,13 +14,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from settings.artifacts import is_done, mark_done, remove_parts, whole_rows, write_json
+from settings.artifacts import is_done, mark_done, read_jsonl, remove_parts, whole_rows, write_json
 from teacher.quantities import Array, quantity_named
 
 FORMAT_VERSION = 2
@@ -117,8 +118,9 @@ def _whole_rows(shard: Path, files: list[_File]) -> tuple[list[dict[str, Any]], 
     size = tokens = responses = 0
     if not path.is_file():
         return rows, size
+    indexed = list(whole_rows(path))  # before the sizes: another process may be writing
     there = {f.name: (shard / f"{f.name}.bin").stat().st_size // f.dtype.itemsize for f in files}
-    for row, end in whole_rows(path):
+    for row, end in indexed:
         tokens, responses = tokens + row["n"], responses + row["l"]
         if any(there[f.name] < f.size(tokens, responses) for f in files):
             break
@@ -135,12 +137,12 @@ def stored_keys(folder: Path | str, meta: Meta) -> set[bytes]:
 
 def begin(folder: Path, meta: Meta) -> None:
     """Write meta.json, or compare with the one there: ValueError names what differs."""
-    path = folder / "meta.json"
-    if path.is_file():
-        read_meta(folder, {key: getattr(meta, key) for key in IDENTITY})
-        return
+    path, identity = folder / "meta.json", {key: getattr(meta, key) for key in IDENTITY}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(meta))
+    if not path.is_file():
+        with suppress(FileNotFoundError):  # a process of another machine, with our number, was first
+            write_json(path, asdict(meta))
+    read_meta(folder, identity)
 
 
 class Writer:
@@ -239,7 +241,7 @@ class _Shard:
         self.arrays = {f.name: _mapped(folder / f"{f.name}.bin", f) for f in self.files}
         self.places: dict[bytes, tuple[int, int, int, int]] = {}
         token = length = 0
-        for row, _ in whole_rows(folder / "index.jsonl"):
+        for row in read_jsonl(folder / "index.jsonl"):
             self.places[bytes.fromhex(row["key"])] = (token, row["n"], length, row["l"])
             token, length = token + row["n"], length + row["l"]
 

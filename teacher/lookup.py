@@ -3,15 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dataloader import Example, Generation
+from dataloader import Example, Generation, Tokens
 from models import tokenizer_digest
 from teacher.cache import Reader
+from teacher.quantities import Entry
 
 
 def open_cache(folder: str, quantity: str, tokenizer: Any) -> Reader:
     """Open a teacher cache; ValueError if it holds another quantity or was made with another tokenizer."""
     expected: dict[str, object] = {"quantity": quantity, "tokenizer_digest": tokenizer_digest(tokenizer)}
     return Reader(folder, expected, decode=tokenizer.decode)
+
+
+def entry_of(reader: Reader, tokens: Tokens) -> Entry:
+    """Return the K entries a token that a cache of log-probabilities or advantages holds of a sequence."""
+    return Entry(**reader.get(tokens.ids, tokens.response))
 
 
 def generations_by_prompt(

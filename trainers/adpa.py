@@ -18,8 +18,7 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place
-from teacher.lookup import generations_by_prompt, open_cache
-from teacher.quantities import Entry
+from teacher.lookup import entry_of, generations_by_prompt, open_cache
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
 
@@ -97,7 +96,7 @@ class ADPA(BasicTrainer):
             read_generations(self.config.generations, self.tokenizer), examples, self.config.generations
         )
         return [
-            Item(pair, (None, Entry(**reader.get(pair[1].ids, pair[1].response)) if any(pair[1].response) else None))
+            Item(pair, (None, entry_of(reader, pair[1]) if any(pair[1].response) else None))
             for pair in dealt(examples, generations)
         ]
 

@@ -17,8 +17,7 @@ from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place
 from teacher.cache import content_key
-from teacher.lookup import open_cache
-from teacher.quantities import Entry
+from teacher.lookup import entry_of, open_cache
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, supervised_sequence
 
@@ -70,7 +69,7 @@ class DCKD(BasicTrainer):
         if split == "test" and reader.coverage(keys) < 1.0:
             self.processes.print("the teacher cache does not hold the test split: loss/eval is the NLL term alone")
             return [Item(pair) for pair in pairs]
-        return [Item(pair, tuple(Entry(**reader.get(s.ids, s.response)) for s in pair)) for pair in pairs]
+        return [Item(pair, tuple(entry_of(reader, s) for s in pair)) for pair in pairs]
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count chosen tokens (NLL, KL_w) and rejected tokens (KL_l)."""
