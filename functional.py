@@ -133,9 +133,8 @@ def generalized_jsd(
     """Return the generalized Jensen-Shannon divergence of each token [N], from logits [N, V] of student and teacher.
 
     beta KL(teacher || M) + (1 - beta) KL(student || M), M = beta teacher + (1 - beta) student. The ends are the KLs
-    that the
-    scaled divergence tends to: beta 0 is KL(teacher || student), 1 is KL(student || teacher). No factor temperature^2.
-    Source: GKD, arXiv 2306.13649, section 3.
+    that the scaled divergence tends to: beta 0 is KL(teacher || student), 1 is KL(student || teacher). No factor
+    temperature^2. Source: GKD, arXiv 2306.13649, section 3.
     """
     return _chunked(lambda part, other: _jsd(part, other, beta, temperature), logits, (teacher_logits,), chunk, held=8)
 

@@ -1,13 +1,11 @@
 """Our loss and gradient against TRL's, side by side in one process: same weights, same batch, every method both have.
 
     uv venv /tmp/trl-venv && uv pip install --python /tmp/trl-venv/bin/python torch transformers accelerate datasets
-    peft hydra-core omegaconf trl
-    /tmp/trl-venv/bin/python -m benchmarks.parity_trl
+    peft hydra-core omegaconf trl /tmp/trl-venv/bin/python -m benchmarks.parity_trl
 
 A two-layer Llama built from a seed is the policy, another one the reference; both libraries score the very same token
-ids
-in float32 (TRL has no float64 path). Printed: both losses, their difference, and the largest difference of any gradient
-relative to the largest gradient.
+ids in float32 (TRL has no float64 path). Printed: both losses, their difference, and the largest difference of any
+gradient relative to the largest gradient.
 """
 
 import contextlib

@@ -3,8 +3,7 @@
     python -m benchmarks.vocabulary_memory --vocab 152000 --length 2048
 
 The logits of policy and reference [N, V] are there before (bfloat16, as a GPU's forward pass leaves them); printed is
-what
-loss and backward add on top of them, beside the gradient of the policy's logits, which any loss needs.
+what loss and backward add on top of them, beside the gradient of the policy's logits, which any loss needs.
 """
 
 import argparse

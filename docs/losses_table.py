@@ -1,8 +1,7 @@
 """The table of all losses in docs/losses.md, generated from the code: `python -m docs.losses_table` writes it.
 
 Cost counts passes: every learned sequence 3 (forward, and a backward pass twice as dear), every scored one 1, by
-watching the
-models while the loss is computed on six pairs; SFT on the chosen responses is 1.
+watching the models while the loss is computed on six pairs; SFT on the chosen responses is 1.
 """
 
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import torch
 
 import launch
-from tests.bigram import items_of, loss_of, trainer_of
 from tests.golden.coverage import LOSS_CASES
+from tests.support.bigram import items_of, loss_of, trainer_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- losses-table: written by python -m docs.losses_table -->", "<!-- /losses-table -->"

@@ -1,10 +1,9 @@
 """Where models live: on every process (Replicated), or a part on each (engine/sharding.py, engine/zero.py).
 
-A placement puts policy, reference, frozen models and optimizer in their places. It does the backward pass with
-or without a reduction over ranks, clips, steps, gathers the weights, writes and reads checkpoints, and lets the policy
-generate.
-BasicTrainer asks it and has no `if` about it. A policy and its reference take one numeric path: with equal weights they
-give equal log-probabilities to the bit.
+A placement puts policy, reference, frozen models and optimizer in their places. It does the backward pass with or
+without a reduction over ranks, clips, steps, gathers the weights, writes and reads checkpoints, and lets the policy
+generate. BasicTrainer asks it and has no `if` about it. A policy and its reference take one numeric path: with equal
+weights they give equal log-probabilities to the bit.
 """
 
 from collections.abc import Mapping

@@ -2,9 +2,8 @@
 here.
 
 Letters: a model has h hidden units, L blocks of `block` parameters, V words; a micro-batch of a device has `rows` rows
-of
-T tokens, C columns from the first response token to the last, N response tokens. Sizes are bytes.
-Source of the FLOPs: arXiv 2204.02311, appendix B (6 N a token and attention), with attention causal.
+of T tokens, C columns from the first response token to the last, N response tokens. Sizes are bytes. Source of the
+FLOPs: arXiv 2204.02311, appendix B (6 N a token and attention), with attention causal.
 """
 
 import json
@@ -167,12 +166,9 @@ def block_activations(model: Model, master: int, compute: int) -> int:
     tests).
 
     Kept are: of both norms the residual and its normalized value; the inputs of the linear layers; queries, keys,
-    values
-    (repeated for grouped heads, as a padded batch needs) and their mixture; of the feed-forward layer gate, its
-    activation,
-    `up` and the product. Under autocast (master is not compute) the residual is in the stored precision and every
-    linear
-    layer keeps an input of its own.
+    values (repeated for grouped heads, as a padded batch needs) and their mixture; of the feed-forward layer gate, its
+    activation, `up` and the product. Under autocast (master is not compute) the residual is in the stored precision and
+    every linear layer keeps an input of its own.
     """
     h = model.hidden
     inner = 4 * model.attention + (4 if model.gated else 2) * model.intermediate

@@ -1,9 +1,8 @@
 """How long responses take: time to the first token, then per token, on prompts of the data set, with cached keys and
 values.
 
-A timed batch is B real prompts, padded on the left (hf) or put in together (vllm), each answered greedily with
-exactly N
-new tokens. Every batch has other prompts; the first WARMUP batches are not timed. Letters: B prompts, N new tokens.
+A timed batch is B real prompts, padded on the left (hf) or put in together (vllm), each answered greedily with exactly
+N new tokens. Every batch has other prompts; the first WARMUP batches are not timed. Letters: B prompts, N new tokens.
 """
 
 import platform

@@ -3,8 +3,7 @@
 What is to be written is a function of the text so far (calculator.completion), so every backend can use it in its own
 way: Hugging Face through a logits processor, which forces the tokens row by row inside a running batch; vLLM and a
 server stop at every token with a `=` (`pause_ids`), write, and let the model go on (`response_with_calculator` for a
-server).
-The written tokens are part of the response, and count as its tokens.
+server). The written tokens are part of the response, and count as its tokens.
 """
 
 from collections import deque

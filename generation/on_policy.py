@@ -1,8 +1,8 @@
 """Sampling inside a training step: each row draws with uniform numbers of its own, whatever it is batched with.
 
 So the responses of a step are the same on one process and on many, in one batch and in eight. Nothing that the policy
-may say
-is forbidden: a policy gradient on samples of another distribution pushes probability into what is never sampled.
+may say is forbidden: a policy gradient on samples of another distribution pushes probability into what is never
+sampled.
 """
 
 from collections.abc import Sequence

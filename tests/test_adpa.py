@@ -7,8 +7,8 @@ from pathlib import Path
 import launch
 from conversations import Conversation
 from dataloader import Example, Generation, Tokens
-from tests.bigram import tokens
-from tests.helpers import composed, rows_of
+from tests.support.bigram import tokens
+from tests.support.helpers import composed, rows_of
 from trainers.adpa import dealt
 
 NOTHING = Conversation([], None, None, None, {})

@@ -14,7 +14,7 @@ import pytest
 
 from engine import checkpoint
 from settings import artifacts
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 HEAD = """
 import os, signal, sys

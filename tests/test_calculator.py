@@ -23,7 +23,7 @@ from generation.calculator_hooks import (
 )
 from generation.hf import sample
 from settings.schema import settings_from
-from tests.helpers import ROOT, composed
+from tests.support.helpers import ROOT, composed
 
 GSM8K = next((f for p in ROOT.parents if (f := p / "shared/data/gsm8k").is_dir()), None)
 

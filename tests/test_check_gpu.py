@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.check_gpu import SCALES, Row, Step, checks, line, model_config
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 
 def test_a_row_has_the_tables_six_columns():

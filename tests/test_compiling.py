@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import launch
 import models
 from engine.compiling import check_compiler
-from tests.helpers import composed, write_pairs
+from tests.support.helpers import composed, write_pairs
 
 # Two AdamW steps at lr 1e-3 in float32, kernels that add in another order: the largest difference measured was 4.6e-6.
 ATOL = 2e-5

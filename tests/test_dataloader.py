@@ -25,7 +25,7 @@ from dataloader import (
 from generation.interface import forbidden_ids
 from settings.schema import DatasetConfig, ModelConfig, typed
 from templates import render, stopped, template_digest, tokenizer_digest, turn_end
-from tests.helpers import composed, write_pairs
+from tests.support.helpers import composed, write_pairs
 
 
 @pytest.fixture(scope="module")

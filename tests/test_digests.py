@@ -19,7 +19,7 @@ from settings.paths import CONFIG, ROOT
 from settings.schema import DatasetConfig, RunConfig, Settings
 from settings.source import closure
 from settings.tasks import SHOWN, STAGES, TASKS
-from tests.helpers import composed
+from tests.support.helpers import composed
 
 STAGES_DIR = Path("/nowhere/stages")
 LOSSES = sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))

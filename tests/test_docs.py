@@ -12,7 +12,7 @@ import yaml
 
 from docs import losses_table
 from launch import settings_of
-from tests.helpers import ROOT, composed, launch, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, launch, rows_of, write_pairs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)

@@ -11,7 +11,7 @@ import pytest
 
 from engine import environment
 from engine.processes import PATIENCE
-from tests.helpers import ROOT, composed, launch
+from tests.support.helpers import ROOT, composed, launch
 from tests.test_sharding import free_port
 
 MODEL = {"gradient_accumulation_steps": 2, "policy_dtype": "auto", "max_grad_norm": 1.0}

@@ -29,8 +29,8 @@ from settings.schema import Settings, settings_from
 from tasks.estimate import compared, estimated, of_stage, print_plan
 from teacher.cache import Meta, Writer, finish
 from teacher.quantities import TABLE, quantity_named
-from tests.helpers import ROOT, composed, write_pairs
-from tests.helpers import launch as command
+from tests.support.helpers import ROOT, composed, write_pairs
+from tests.support.helpers import launch as command
 from tests.test_pipeline import planned
 from trainers.basic import BasicTrainer
 
@@ -185,14 +185,16 @@ def test_checkpointing_takes_less_memory_and_more_flops() -> None:
     assert 1.3 < again / plain < 1.34
 
 
-def test_full_sharding_computes_in_bfloat16_without_copies_of_the_weights() -> None:
-    """torch's FSDPMemTracker (fake tensors, 4 ranks, 8 rows of 1,024 tokens) says TRACKED without optimizer states."""
+@pytest.mark.parametrize(("micro_batches", "tracked"), [(1, 23.08e9), (2, 26.51e9)])
+def test_full_sharding_in_bfloat16_takes_what_torch_tracks(micro_batches: int, tracked: float) -> None:
+    """torch's FSDPMemTracker, with fake tensors on 4 ranks, 8 rows of 1,024 tokens a micro-batch, checkpointing, without
+    optimizer states: 23.08 GB, and 26.51 GB where each of two micro-batches is reduced.
+    """
     shape, batch = shape_of(settings("model=llama_8b_shape").model), Batch(8, 1024, 512, 4096)
     setup = PLAIN._replace(strategy="fsdp", devices=4, compute=2, states=0, checkpointing=True)
-    for micro_batches in (1, 2):
-        found = estimate.training_memory(shape, batch, setup._replace(micro_batches=micro_batches))
-        assert "copies of the weights" not in found.terms
-        assert found.peak == pytest.approx(23.0e9, rel=0.15)
+    found = estimate.training_memory(shape, batch, setup._replace(micro_batches=micro_batches))
+    assert "copies of the weights" not in found.terms
+    assert found.peak == pytest.approx(tracked, rel=0.15)
 
 
 # ---- lengths

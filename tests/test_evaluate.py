@@ -15,7 +15,7 @@ from evaluation.win_rate import against
 from rewards.verifiers import resolve_verifier
 from settings.schema import Settings, settings_from
 from tasks import evaluate
-from tests.helpers import composed
+from tests.support.helpers import composed
 from worlds import shop
 
 

@@ -22,7 +22,7 @@ from report.tables import benchmarks_section, latency_section, metric_sections
 from settings.schema import Settings, settings_from
 from tasks import evaluate
 from teacher.cache import Meta, Writer, finish
-from tests.helpers import composed
+from tests.support.helpers import composed
 from worlds import shop
 
 

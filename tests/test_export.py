@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 import launch
 import models
 from engine.export import add_lora, save_model
-from tests.helpers import composed
+from tests.support.helpers import composed
 
 
 def test_a_merged_adapter_keeps_the_generation_config(tmp_path: Path):

@@ -17,7 +17,7 @@ from dataloader import encode_prompt, load_examples, read_generations
 from generation.hf import sample
 from settings.schema import DatasetConfig, GenerationConfig, ModelConfig, typed
 from tasks.generate import backend_of, cut, length_batches
-from tests.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, rows_of, write_pairs
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.server import Server
 from settings.schema import GenerationConfig, ModelConfig, settings_from, typed
 from tasks.generate import backend_name
-from tests.helpers import composed, rows_of
-from tests.helpers import launch as run_launch
+from tests.support.helpers import composed, rows_of
+from tests.support.helpers import launch as run_launch
 
 
 @pytest.fixture(scope="module")

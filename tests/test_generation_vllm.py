@@ -27,8 +27,8 @@ from generation.hf import sample
 from settings.schema import GenerationConfig, ModelConfig, typed
 from teacher.cache import Reader
 from teacher.quantities import Entry
-from tests.helpers import ROOT, WORDS, composed, rows_of
-from tests.helpers import launch as run_launch
+from tests.support.helpers import ROOT, WORDS, composed, rows_of
+from tests.support.helpers import launch as run_launch
 
 PYTHON = os.environ.get("VLLM_PYTHON", sys.executable)
 

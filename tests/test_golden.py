@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.golden.__main__ import run_folder
 from tests.golden.coverage import LOSS_CASES
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 CASES = ROOT / "tests" / "golden" / "cases"
 

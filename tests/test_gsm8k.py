@@ -12,8 +12,8 @@ from generation.calculator import MARK, calculate
 from models import load_tokenizer
 from rewards.verifiers import majority_response, scored, takes_meta, vote_of
 from settings.schema import settings_from
-from tests.helpers import ROOT, composed, rows_of
-from tests.helpers import launch as command
+from tests.support.helpers import ROOT, composed, rows_of
+from tests.support.helpers import launch as command
 from worlds import arithmetic, gsm8k, shop
 
 GSM8K = next((f for p in ROOT.parents if (f := p / "shared/data/gsm8k").is_dir()), None)

@@ -17,7 +17,7 @@ import launch
 from evaluation.win_rate import alpaca_eval_rows, judged_points, length_controlled, win_rate
 from rewards.judge import Judge, Unparsed, filled, parsed
 from settings.schema import JudgeConfig, typed
-from tests.helpers import composed, rows_of
+from tests.support.helpers import composed, rows_of
 
 Response = Callable[[str], tuple[int, str]]  # question -> HTTP status and what the judge says
 

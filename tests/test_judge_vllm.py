@@ -2,15 +2,14 @@
 test_generation_vllm.py).
 
 135 million parameters judge nothing; what is proven is the protocol: every response is a verdict or a counted skip, and
-a second run
-asks for nothing that was answered.
+a second run asks for nothing that was answered.
 """
 
 import json
 from pathlib import Path
 
 import launch
-from tests.helpers import WORDS, composed, rows_of
+from tests.support.helpers import WORDS, composed, rows_of
 from tests.test_generation_vllm import base, config, pytestmark, server  # noqa: F401
 
 TEMPLATE = (

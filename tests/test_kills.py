@@ -17,10 +17,10 @@ import psutil
 import pytest
 import yaml
 
-from tests.helpers import ROOT, write_pairs
+from tests.support.helpers import ROOT, write_pairs
+from tests.support.zygote import Zygote
 from tests.test_resume import without_timing
 from tests.test_sharding import free_port
-from tests.zygote import Zygote
 
 SEED = 20261121
 

@@ -10,7 +10,7 @@ import pytest
 import launch
 import models
 from dataloader import load_examples
-from tests.helpers import composed, rows_of, write_pairs
+from tests.support.helpers import composed, rows_of, write_pairs
 from tests.test_judge import Response, Server, longer_wins, serve  # noqa: F401
 
 ROWS = [
@@ -21,7 +21,7 @@ ROWS = [
     {"prompt": "say 3", "response": "a"},
     {"prompt": "say 3", "response": "b"},
 ]
-CHECKER = "label.verifier=tests.rewards:share_of_e"
+CHECKER = "label.verifier=tests.support.rewards:share_of_e"
 BYTES = models.tokenizer_digest(models.load_tokenizer(launch.settings_of(composed("model=tiny")).model))
 
 
@@ -141,7 +141,7 @@ def test_a_killed_run_keeps_its_scores(tmp_path: Path, responses: Path) -> None:
     [
         ([], "needs one of label.verifier"),
         ([CHECKER, "label.judge=true"], "given: verifier, judge"),
-        (["label.verifier=tests.rewards:raises"], "failed on row 1 .*no such order.*label.on_error=skip"),
+        (["label.verifier=tests.support.rewards:raises"], "failed on row 1 .*no such order.*label.on_error=skip"),
         (["label.judge=true"], "a judge needs judge.base_url"),
         ([CHECKER, "label.make=pairs", "label.margin=2"], "nothing to write"),
         ([CHECKER, "label.make=best"], "label.make='best' is not known"),

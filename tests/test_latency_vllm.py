@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.latency import WARMUP
-from tests.helpers import WORDS, launch
+from tests.support.helpers import WORDS, launch
 from tests.test_generation_vllm import MODEL, PYTHON, SLOWEST, has_vllm
 
 pytestmark = [

@@ -13,7 +13,7 @@ import launch as launcher
 import models
 from settings.help import help_text
 from settings.schema import ModelConfig, RunConfig, typed
-from tests.helpers import ROOT, composed, launch, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, launch, rows_of, write_pairs
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import launch
-from tests.chain import chain_of
-from tests.helpers import ROOT, composed, rows_of
+from tests.support.chain import chain_of
+from tests.support.helpers import ROOT, composed, rows_of
 from tests.test_sharding import SGD, SGD_ATOL, free_port
 
 STEPS = 3

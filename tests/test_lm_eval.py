@@ -21,7 +21,7 @@ import models
 from engine import export
 from settings.schema import ModelConfig, typed
 from tasks import evaluate
-from tests.helpers import composed, launch
+from tests.support.helpers import composed, launch
 from tests.test_evaluation_report import settings_for
 from worlds import shop
 

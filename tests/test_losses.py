@@ -9,10 +9,10 @@ import torch
 
 from conversations import Conversation
 from dataloader import Example
-from tests.bigram import gradient_of, items_of, loss_of, tokens, trainer_of
-from tests.helpers import ROOT
+from tests.support.bigram import gradient_of, items_of, loss_of, tokens, trainer_of
+from tests.support.helpers import ROOT
+from tests.support.twins import TWINS, World
 from tests.test_sharding import free_port
-from tests.twins import TWINS, World
 from trainers.kto import mismatched
 
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
@@ -220,7 +220,7 @@ def test_the_running_mean_of_bco_goes_on_from_step_to_step():
 def test_two_processes_give_the_loss_and_gradient_of_one():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     run = subprocess.run(
-        [*command, "-m", "tests.two_ranks"],
+        [*command, "-m", "tests.support.two_ranks"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import launch
-from tests.chain import chain_of
-from tests.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.chain import chain_of
+from tests.support.helpers import ROOT, composed, rows_of, write_pairs
 
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Where a default is meant for large models or long runs, a value at which 20 steps of a tiny one move.

@@ -17,7 +17,7 @@ from report.tables import SECTIONS, metric_sections
 from settings.schema import EvaluationConfig, typed
 from tasks import report, summarize
 from tasks.evaluate import rank_pairs
-from tests.helpers import composed
+from tests.support.helpers import composed
 
 # ---- intervals over seeds
 

@@ -9,7 +9,7 @@ import launch
 import models
 from pipeline.digests import content_digest
 from report.model_card import Facts, Source, card
-from tests.helpers import composed, rows_of, write_pairs
+from tests.support.helpers import composed, rows_of, write_pairs
 
 FACTS = Facts(
     name="mine",

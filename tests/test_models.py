@@ -15,7 +15,7 @@ from dataloader import Sequences, Tokens, collate, encode_prompt
 from engine import export
 from settings.schema import ModelConfig, typed
 from templates import turn_end
-from tests.helpers import ROOT, composed
+from tests.support.helpers import ROOT, composed
 
 BYTES = "assets/byte_tokenizer"
 BUILD = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -8,9 +8,9 @@ from transformers import LlamaModel
 
 import launch
 from models import scoring
-from tests.helpers import composed, rows_of, write_pairs
+from tests.support.helpers import composed, rows_of, write_pairs
 
-SCORED = ["loss.verifier=tests.rewards:share_of_e", "loss.max_new_tokens=4"]
+SCORED = ["loss.verifier=tests.support.rewards:share_of_e", "loss.max_new_tokens=4"]
 METHODS = {
     "dpo": [],  # the reference is the policy without its adapter
     "kto": [],  # z_0

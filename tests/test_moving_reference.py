@@ -8,8 +8,8 @@ import launch
 import models
 from engine.placement import Replicated
 from engine.processes import Processes
-from tests.bigram import examples, trainer_of
-from tests.helpers import composed, write_pairs
+from tests.support.bigram import examples, trainer_of
+from tests.support.helpers import composed, write_pairs
 from trainers.value_head import add_value_head
 
 

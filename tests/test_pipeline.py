@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from pipeline.plan import Stage, build_plan, spelled
 from pipeline.runner import run_pipeline
-from tests.helpers import launch, write_pairs
+from tests.support.helpers import launch, write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,8 +17,8 @@ import pytest
 from safetensors.torch import load_file
 
 import launch
-from tests.chain import chain_of
-from tests.helpers import ROOT, composed, rows_of
+from tests.support.chain import chain_of
+from tests.support.helpers import ROOT, composed, rows_of
 
 ATOL = 1e-6  # float32 sums in another order: measured below 4e-7 where the parameters move by more than 1e-3
 FSDP_FILE = {  # what `accelerate launch --config_file accelerate_config/fsdp_2gpu.yaml` sets
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 def cases(world: dict[str, str]) -> list[Case]:
     """Return {methods} x {full, LoRA}, and the options on DPO and on rollouts."""
     base, teacher = world["base"], f"{world['base']}/teacher/FINAL"
-    verifier = ["loss.verifier=tests.rewards:length", "loss.max_new_tokens=6"]
+    verifier = ["loss.verifier=tests.support.rewards:length", "loss.max_new_tokens=6"]
     methods = {
         "sft": ["loss=sft"],
         "dpo": ["loss=dpo", "loss.nll_weight=0.3"],
@@ -109,7 +109,7 @@ def two_processes(runs: list[dict], folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.many_runs", str(plan)],
+            [sys.executable, "-m", "tests.support.many_runs", str(plan)],
             cwd=ROOT,
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import ROOT, rows_of, write_pairs
+from tests.support.helpers import ROOT, rows_of, write_pairs
 
 TIMING = ("tokens_per_second",)
 

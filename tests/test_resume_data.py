@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import launch
-from tests.bigram import items_of, trainer_of
-from tests.helpers import composed
+from tests.support.bigram import items_of, trainer_of
+from tests.support.helpers import composed
 from trainers.basic import BasicTrainer
 from trainers.batches import Item, items_digest
 
@@ -46,7 +46,7 @@ ANSWERS = [{**row, "answer": row["answer"] + 1} for row in ROWS]
     [
         (["loss=kto"], REWARDS),
         (["loss=ppo"], REWARDS),
-        (["loss=ppo", "loss.verifier=tests.rewards:near_answer", "loss.max_new_tokens=3"], ANSWERS),
+        (["loss=ppo", "loss.verifier=tests.support.rewards:near_answer", "loss.max_new_tokens=3"], ANSWERS),
     ],
     ids=["labels", "rewards", "answers"],
 )

@@ -12,16 +12,16 @@ import launch
 import models
 from engine.export import save_model
 from generation.on_policy import RowSampler, sample_rows
-from tests import rewards
-from tests.helpers import composed, rows_of, write_pairs
+from tests.support import rewards
+from tests.support.helpers import composed, rows_of, write_pairs
 from tests.test_sharding import SGD, SGD_ATOL, two
 from trainers.basic import BasicTrainer
 from trainers.grpo import group_advantages
 from trainers.rollouts import row_seed
 
 ONLINE = {
-    "ppo": ["loss=ppo", "loss.verifier=tests.rewards:share_of_e"],
-    "grpo": ["loss=grpo", "loss.n=4", "loss.verifier=tests.rewards:share_of_e"],
+    "ppo": ["loss=ppo", "loss.verifier=tests.support.rewards:share_of_e"],
+    "grpo": ["loss=grpo", "loss.n=4", "loss.verifier=tests.support.rewards:share_of_e"],
 }
 
 
@@ -213,10 +213,15 @@ def test_the_lineages_command_line_learns_from_the_labels_of_the_data(name, base
     launch.run_task(composed(*run, f"exp_name={name}_typed", "n_steps=1", test))
     assert rows_of(base / f"{name}_typed" / "metrics.jsonl")[0]["reward/train"] == pytest.approx(0.5)
     assert "; responses: the data's\n" in (base / f"{name}_typed" / "objective.txt").read_text()
-    judged = ["loss.verifier=tests.rewards:share_of_e", "loss.max_new_tokens=4", f"exp_name={name}_judged", "n_steps=1"]
+    judged = [
+        "loss.verifier=tests.support.rewards:share_of_e",
+        "loss.max_new_tokens=4",
+        f"exp_name={name}_judged",
+        "n_steps=1",
+    ]
     launch.run_task(composed(*run, *judged))
     objective = (base / f"{name}_judged" / "objective.txt").read_text()
-    assert "; responses: the policy's own, rewards by tests.rewards:share_of_e\n" in objective
+    assert "; responses: the policy's own, rewards by tests.support.rewards:share_of_e\n" in objective
 
 
 def test_a_reward_model_gives_rollouts_the_scores_that_task_label_gives(base):
@@ -255,7 +260,7 @@ def test_a_verifier_sees_no_token_that_ends_the_turn(base):
     ]
     save_model(model, tokenizer, base / "many_ends")
     rewards.SEEN.clear()
-    run = ["loss=ppo", "loss.verifier=tests.rewards:remembered", "exp_name=ends", "n_steps=1"]
+    run = ["loss=ppo", "loss.verifier=tests.support.rewards:remembered", "exp_name=ends", "n_steps=1"]
     launch.run_task(composed(*online(base, *run, f"model.load_from={base}/many_ends")))
     assert rewards.SEEN and not any(letter in text for text in rewards.SEEN for letter in map(chr, ends))
 
@@ -265,16 +270,19 @@ def test_a_verifier_sees_no_token_that_ends_the_turn(base):
     [
         (["loss=ppo", "loss.online=true"], "loss.online=true needs somebody who scores"),
         (["loss=ppo", "loss.online=perhaps"], "loss.online='perhaps' is not known; choose one of auto, true, false"),
-        (["loss=grpo", "loss.verifier=tests.rewards:share_of_e", "loss.n=1"], "a group needs at least 2 responses"),
+        (
+            ["loss=grpo", "loss.verifier=tests.support.rewards:share_of_e", "loss.n=1"],
+            "a group needs at least 2 responses",
+        ),
         (
             [*ONLINE["ppo"], "loss.rollout_batches=3", "save_every=4"],
             "save_every=4: a rollout lasts 3 steps .* a multiple of 3 works",
         ),
         ([*ONLINE["ppo"], "cache_reference_logprobs=true"], "reference log-probabilities cannot be cached"),
-        (["loss=ppo", "loss.verifier=tests.rewards:nobody"], "tests.rewards has no function 'nobody'"),
+        (["loss=ppo", "loss.verifier=tests.support.rewards:nobody"], "tests.support.rewards has no function 'nobody'"),
         (
-            ["loss=ppo", "loss.verifier=tests.rewards:raises"],
-            "loss.verifier=tests.rewards:raises failed on the response .*no such order",
+            ["loss=ppo", "loss.verifier=tests.support.rewards:raises"],
+            "loss.verifier=tests.support.rewards:raises failed on the response .*no such order",
         ),
         (["loss=grpo", "loss.online=false"], "compares responses to the same prompt|a row has no reward"),
         (["loss=gkd", "loss.teacher=assets/shop_tokenizer"], "another tokenizer than the policy"),

@@ -14,7 +14,7 @@ from models import load_tokenizer
 from settings.schema import settings_from
 from tasks import select
 from templates import tokenizer_digest
-from tests.helpers import composed, rows_of
+from tests.support.helpers import composed, rows_of
 
 BYTES = tokenizer_digest(load_tokenizer(settings_from(composed("model=tiny"), None).model))  # who claims the ids
 QUESTIONS = {"How many?": "6", "How much?": "1,080", "What is left?": "2", "Who?": "9", "Held out?": "3"}

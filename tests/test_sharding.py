@@ -19,7 +19,7 @@ import launch
 import models
 from engine import export
 from engine.compiling import blocks_of
-from tests.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, rows_of, write_pairs
 
 # AdamW has a state to resume, and divides gradients near zero by their own size: 24 steps at lr 1e-3.
 ATOL = 2e-5
@@ -142,7 +142,7 @@ def test_only_rank_0_reads_the_weights(tmp_path, overrides, extra, models_read):
     settings = launch.settings_of(composed(*overrides)).model
     export.save_model(models.load_model(settings, trainable=True), models.load_tokenizer(settings), start)
     read = [o for o in overrides if not o.startswith("loss")] + [f"model.load_from={start}", "n_steps=3", *extra, *SGD]
-    sharded = two([*read, "exp_name=two"], ("-m", "tests.count_reads"))
+    sharded = two([*read, "exp_name=two"], ("-m", "tests.support.count_reads"))
     launch.run_task(composed(*read, "exp_name=one"))
     out, errors = sharded.communicate(timeout=240)
     assert sharded.returncode == 0, errors[-3000:]

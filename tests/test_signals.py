@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from engine.preemption import REQUEUE
 from scripts.slurm_rank import accelerate_variables, free_port, rank_variables
-from tests.helpers import ROOT, rows_of, write_pairs
+from tests.support.helpers import ROOT, rows_of, write_pairs
 from tests.test_resume import start, without_timing
 
 

@@ -1,5 +1,5 @@
-"""The scripts on a real two-node Slurm (tests/two_node_slurm.sh): layout, warning and requeue, failure, pipeline,
-sweep.
+"""The scripts on a real two-node Slurm (tests/support/two_node_slurm.sh): layout, warning and requeue, failure,
+pipeline, sweep.
 
 One controller serves the module; its jobs are this machine's processes. Skipped where Slurm cannot be installed, and
 where this user may not start daemons.
@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 
 import launch as launcher
 from engine.preemption import REQUEUE
-from tests.helpers import ROOT, composed, launch, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, launch, rows_of, write_pairs
 from tests.test_layout import assert_same
 
 pytestmark = pytest.mark.slurm
-SERVICE = ROOT / "tests" / "two_node_slurm.sh"
+SERVICE = ROOT / "tests" / "support" / "two_node_slurm.sh"
 MULTI_NODE = ROOT / "scripts" / "slurm_multi_node.sh"
 
 

@@ -12,7 +12,7 @@ import launch as launcher
 from evaluation.metrics import interval_over_seeds
 from pipeline.sweeps import as_sweep, fixed_keys, folder_name
 from tasks.report import best_rows, read_jobs, rows_of, table
-from tests.helpers import composed, launch, write_pairs
+from tests.support.helpers import composed, launch, write_pairs
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import launch
 from teacher.cache import IDENTITY, NOT_IDENTITY, Meta, Reader, Writer, content_key, finish, stored_keys
 from teacher.quantities import TABLE, quantity_named, quantity_of
 from teacher.scoring import SCORES
-from tests.helpers import ROOT, composed
+from tests.support.helpers import ROOT, composed
 
 META = Meta("logprob", 3, 100, "teacher", None, "tokenizer", "template", "data", "float32")
 

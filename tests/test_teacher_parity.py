@@ -17,7 +17,7 @@ from engine.placement import Replicated
 from engine.processes import Processes
 from functional import topk_kl, topk_logps
 from models import response_logits
-from tests.helpers import ROOT, composed, write_pairs
+from tests.support.helpers import ROOT, composed, write_pairs
 from trainers.batches import Item, make_batch
 from trainers.dckd import DCKD
 

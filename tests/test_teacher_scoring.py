@@ -23,7 +23,7 @@ from models import response_logits
 from teacher import precision
 from teacher.cache import Reader, Writer
 from teacher.precision import teacher_logits, teacher_path
-from tests.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, rows_of, write_pairs
 
 PAD = 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.tracking import place, run_id
-from tests.helpers import ROOT, rows_of, write_pairs
+from tests.support.helpers import ROOT, rows_of, write_pairs
 
 
 def records(path: Path) -> list:

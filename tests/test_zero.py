@@ -13,7 +13,7 @@ import launch
 from engine import zero_settings
 from engine.zero_settings import zero_section
 from scripts.slurm_rank import accelerate_variables
-from tests.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, rows_of, write_pairs
 from tests.test_placement import DEEPSPEED_FILE, needs_deepspeed
 from tests.test_sharding import close, free_port
 
@@ -88,10 +88,10 @@ def test_without_deepspeed_the_strategy_is_refused_with_what_to_install(monkeypa
 @needs_deepspeed
 @pytest.mark.distributed
 def test_two_processes_under_deepspeed_train_the_model_of_one():
-    """Losses, clipped norms, rates, LoRA, checkpoints, rollouts, the moving reference: tests/two_zero.py."""
+    """Losses, clipped norms, rates, LoRA, checkpoints, rollouts, the moving reference: tests/support/two_zero.py."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-        + ["-m", "tests.two_zero"],
+        + ["-m", "tests.support.two_zero"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,

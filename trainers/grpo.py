@@ -2,8 +2,7 @@
 responses' to its prompt.
 
 Online, a group is the n responses of a step to one prompt; offline, all responses to one prompt in the data, and the
-policy that
-responded is taken to be the one that training starts from. Letters: B responses, N response tokens (flat).
+policy that responded is taken to be the one that training starts from. Letters: B responses, N response tokens (flat).
 """
 
 from collections.abc import Sequence

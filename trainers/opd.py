@@ -1,9 +1,8 @@
 """On-policy distillation by policy gradient: a sampled token's reward is log pi_teacher - log pi_student.
 
 Its expectation is minus the reverse KL of MiniLLM (arXiv 2306.08543) and on-policy distillation (2306.13649); with a
-discount the
-later tokens' rewards count, too. One number a token is asked of the teacher, where loss=gkd needs its whole
-distribution.
+discount the later tokens' rewards count, too. One number a token is asked of the teacher, where loss=gkd needs its
+whole distribution.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Proximal policy optimization (arXiv 1707.06347) for responses, with a value head on the policy (2203.02155).
 
-The reward of token t is -kl_weight (log pi_old - log pi_0) and, on the last token, the response's reward; advantages
-by GAE
-(1506.02438), whitened over the global batch; clipped ratio; clipped value loss. Letters: B rows, T tokens, N flat
+The reward of token t is -kl_weight (log pi_old - log pi_0) and, on the last token, the response's reward; advantages by
+GAE (1506.02438), whitened over the global batch; clipped ratio; clipped value loss. Letters: B rows, T tokens, N flat
 tokens.
 """
 

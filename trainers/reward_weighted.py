@@ -1,10 +1,9 @@
 """Reward-weighted distillation: learn a teacher's rollouts, each with a weight that grows with its reward.
 
 L = mean_i w_i (nll_weight NLL_i + kl_weight D_i), w_i = exp(r_i / tau) / mean_j exp(r_j / tau) over the global batch;
-NLL_i and
-D_i are means over the tokens of response i (the softmax weights of reward-weighted regression, Peters and Schaal 2007).
-D is a divergence from one or several live teachers, averaged in probability. Letters: B responses, N tokens, V
-vocabulary.
+NLL_i and D_i are means over the tokens of response i (the softmax weights of reward-weighted regression, Peters and
+Schaal 2007). D is a divergence from one or several live teachers, averaged in probability. Letters: B responses, N
+tokens, V vocabulary.
 """
 
 import math

@@ -1,10 +1,9 @@
 """Rollouts: what the policy answers to prompts while it trains, and what the responses are worth.
 
 A rollout answers the prompts of `rollout_batches` optimizer steps with the policy as it stands, then `rollout_epochs`
-passes
-of steps learn from them. Responses are a function of (seed, step, example, number) and of the weights: any layout gives
-the
-same, and a run resumes between rollouts. Offline the responses, and maybe their rewards, come with the data.
+passes of steps learn from them. Responses are a function of (seed, step, example, number) and of the weights: any
+layout gives the same, and a run resumes between rollouts. Offline the responses, and maybe their rewards, come with the
+data.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
 """A process that has imported everything and forks a `launch.py` on request: a start costs a second, not eight.
 
-`python -m tests.zygote` reads {"argv": [...], "log": path} or {"wait": pid} a line and answers with a pid or an exit
-code.
-It computes nothing itself, so no thread exists when it forks; a child is killed as any process is.
+`python -m tests.support.zygote` reads {"argv": [...], "log": path} or {"wait": pid} a line and answers with a pid or an
+exit code. It computes nothing itself, so no thread exists when it forks; a child is killed as any process is.
 """
 
 import json
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 
 
 class Zygote:
@@ -20,7 +19,7 @@ class Zygote:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"],
+            [sys.executable, "-m", "tests.support.zygote"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

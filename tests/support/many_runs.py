@@ -1,7 +1,7 @@
 """One of several processes that do a list of runs, each with a process group of its own.
 
-`python -m tests.many_runs FILE`, FILE holds [{"overrides": [...], "environment": {...}, "port": N}, ...]. A run that
-fails ends the program with its error.
+`python -m tests.support.many_runs FILE`; FILE holds [{"overrides": [...], "environment": {...}, "port": N}, ...]. A
+run that fails ends the program with its error.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import launch
-from tests.helpers import composed
+from tests.support.helpers import composed
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from engine.optimizer import optimizer_of
 from engine.processes import Processes
 from engine.zero import ZeRO
 from generation.on_policy import sample_rows
-from tests.bigram import items_of, trainer_of
+from tests.support.bigram import items_of, trainer_of
 from trainers.value_head import add_value_head
 
 ODD = "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, "

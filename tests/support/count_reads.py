@@ -1,7 +1,7 @@
 """Run launch.py's task as one process of several, and print how often a model's from_pretrained was called and what it
 took off the disk.
 
-python -m tests.count_reads OVERRIDE... (started by torchrun)
+python -m tests.support.count_reads OVERRIDE... (started by torchrun)
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from transformers import PreTrainedModel
 
 import launch
-from tests.helpers import composed
+from tests.support.helpers import composed
 
 if __name__ == "__main__":
     calls = 0

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import launch
-from tests.helpers import composed, write_pairs
+from tests.support.helpers import composed, write_pairs
 
 
 def chain_of(base: Path) -> dict[str, str]:

@@ -3,8 +3,8 @@
 import torch
 from accelerate import PartialState
 
-from tests.bigram import items_of, trainer_of
-from tests.helpers import ROOT
+from tests.support.bigram import items_of, trainer_of
+from tests.support.helpers import ROOT
 
 
 def main() -> None:

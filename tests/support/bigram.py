@@ -19,7 +19,7 @@ from dataloader import Example, Tokens
 from engine.placement import Replicated
 from engine.processes import Processes
 from teacher.quantities import Entry
-from tests.helpers import composed
+from tests.support.helpers import composed
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
 from trainers.csft import with_control
@@ -38,8 +38,7 @@ FIGURES = {"ppo": 5, "grpo": 3, "opd": 2}  # columns that a rollout notes of eac
 
 class Bigram(torch.nn.Module):
     """table [V, V]: row i holds the logits after token i. A reward model reads the first column at the last token, a
-    value
-    head the second one."""
+    value head the second one."""
 
     def __init__(self, seed: int, reward: bool = False) -> None:
         super().__init__()
