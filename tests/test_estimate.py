@@ -187,7 +187,7 @@ def test_checkpointing_takes_less_memory_and_more_flops() -> None:
 
 @pytest.mark.parametrize(("micro_batches", "tracked"), [(1, 23.08e9), (2, 26.51e9)])
 def test_full_sharding_in_bfloat16_takes_what_torch_tracks(micro_batches: int, tracked: float) -> None:
-    """torch's FSDPMemTracker, with fake tensors on 4 ranks, 8 rows of 1,024 tokens a micro-batch, checkpointing, without
+    """torch's FSDPMemTracker with fake tensors on 4 ranks, 8 rows of 1,024 tokens a micro-batch, checkpointing, without
     optimizer states: 23.08 GB, and 26.51 GB where each of two micro-batches is reduced.
     """
     shape, batch = shape_of(settings("model=llama_8b_shape").model), Batch(8, 1024, 512, 4096)

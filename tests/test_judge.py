@@ -243,7 +243,7 @@ def test_an_evaluation_is_judged(tmp_path: Path, serve: Callable[[Response], Ser
         and found["wins"] + found["ties"] + found["losses"] == 4
         and "judged" not in results["models"]["a"]
     )
-    assert "win rate by the judge" in (tmp_path / "eval" / "results.md").read_text()
+    assert "judged win rate over a" in (tmp_path / "eval" / "results.md").read_text()
     outputs = json.loads((tmp_path / "eval" / "alpaca_eval" / "b.json").read_text())
     assert [row["instruction"] for row in outputs] == [f"say {i}" for i in range(4)] and outputs[0]["generator"] == "b"
     asked = len(server.asked)

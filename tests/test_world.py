@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from worlds import shop
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT = "order : 9 figs , 5 kiwis , 8 apples , for ida , tone polite , response :"
+PROMPT = "order : 9 figs , 5 kiwis , 8 apples , for ida , tone polite , reply :"
 GOOD = "dear ida , 9 figs and 5 kiwis makes 14 , and 8 apples makes 22 . thank you !"
 
 
@@ -50,10 +50,10 @@ def prompt_of(row: dict[str, Any]) -> str:
     ],
 )
 def test_every_flaw_fails_its_own_check_and_no_other(old: str, new: str, fails: set[str]) -> None:
-    response = GOOD.replace(old, new)
-    verdicts = shop.checks(PROMPT, response)
+    reply = GOOD.replace(old, new)
+    verdicts = shop.checks(PROMPT, reply)
     assert {name for name, passed in verdicts.items() if not passed} == fails
-    assert shop.check(PROMPT, response) == float(not fails)
+    assert shop.check(PROMPT, reply) == float(not fails)
 
 
 def test_the_judge_agrees_with_a_second_judge_written_by_another_route(data: dict[str, list[dict[str, Any]]]) -> None:
@@ -65,7 +65,7 @@ def test_the_judge_agrees_with_a_second_judge_written_by_another_route(data: dic
         body = f"{order['name']} , {q1} {i1} and {q2} {i2} VERB {q1 + q2} , and {q3} {i3} VERB {q1 + q2 + q3} ."
         exact = (
             ["VERB" if word in ("make", "makes") else word for word in words[1:17]] == body.split()
-            and (words[0] in ("dear", "esteemed", "honored")) == polite
+            and (words[0] in ("dear", "esteemed", "honoured")) == polite
             and (words[-2] in ("you", "regards", "respect")) == polite
         )
         assert exact == bool(shop.check(prompt_of(row), row["messages"][1]["content"]))
@@ -107,7 +107,7 @@ def test_chosen_passes_strictly_more_checks_than_rejected(data: dict[str, list[d
         counts = [sum(shop.checks(prompt_of(row), row[side][1]["content"]).values()) for side in ("chosen", "rejected")]
         margins[counts[0] - counts[1]] += 1
     assert min(margins) >= 1
-    assert margins[1] > 500 and margins[2] > 500  # not only hopeless rejected responses
+    assert margins[1] > 500 and margins[2] > 500  # not only hopeless rejected replies
 
 
 def test_the_order_column_is_what_the_prompt_says(data: dict[str, list[dict[str, Any]]]) -> None:
@@ -141,7 +141,7 @@ def test_every_text_survives_encoding_and_decoding(data: dict[str, list[dict[str
         assert tokenizer.unk_token_id not in ids
 
 
-def test_the_template_is_the_plain_prompt_then_the_response_then_one_end(tokenizer: Any) -> None:
+def test_the_template_is_the_plain_prompt_then_the_reply_then_one_end(tokenizer: Any) -> None:
     user, assistant = {"role": "user", "content": PROMPT}, {"role": "assistant", "content": GOOD}
     assert tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True) == PROMPT
     text = tokenizer.apply_chat_template([user, assistant], tokenize=False)
