@@ -67,10 +67,18 @@ def read_rows(source: str, key: str = "datasets") -> list[dict[str, Any]]:
         ) from error
 
 
+def check_source(source: str, key: str) -> None:
+    """Refuse a file that is not there, without reading it; folders and hub names are looked at when they are read."""
+    path = Path(source).expanduser()
+    if path.suffix in (".jsonl", ".ndjson", ".json", ".parquet"):
+        _existing(path, key)
+
+
 def _existing(path: Path, key: str) -> Path:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*" + path.suffix)) if path.parent.is_dir() else []
-        hint = f"; {path.parent} has {', '.join(near[:5])}" if near else ""
+        folder = "this folder" if path.parent == Path() else path.parent
+        hint = f"; {folder} has {', '.join(near[:5])}" if near else ""
         raise ValueError(f"{key}={path}: no such file{hint}")
     return path
 
@@ -114,7 +122,10 @@ def to_conversation(row: Row, fmt: str, where: str) -> Conversation:
     """Turn a row of a known format into a conversation; ValueError names `where` (source and row)."""
     try:
         return PARSERS[fmt](row)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except KeyError as error:
+        columns = ", ".join(map(str, row))
+        raise ValueError(f"{where}: not a row of format {fmt!r}: no column {error}; it has {columns}") from error
+    except (TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{where}: not a row of format {fmt!r} ({type(error).__name__}: {error})") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

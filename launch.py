@@ -9,6 +9,7 @@ import importlib
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from conversations import check_source
 from engine import environment
 
 environment.prepare(os.environ)  # before anything imports torch
@@ -30,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.sweeps import as_sweep, job_folder
 from settings.artifacts import is_done, mark_done, remove_parts, write_json, write_text
-from settings.help import help_text
+from settings.help import GROUPS, choices, help_text
 from settings.methods import config_fields, find_method
 from settings.needs import check_needs
 from settings.paths import CONFIG
@@ -59,10 +61,21 @@ def method_of(raw: dict[str, Any]) -> Any:
     return method
 
 
+def check_sources(settings: Settings) -> None:
+    """Refuse a data file that is not there, before anything loads."""
+    for name, entry in settings.datasets.items():
+        for split in ("train", "test"):
+            source = getattr(entry, split)
+            if source:
+                check_source(source, f"datasets.{name}.{split}")
+
+
 def settings_of(raw: dict[str, Any]) -> Settings:
     """Type and check the resolved config for the task it asks for; what needs no torch comes first."""
     check_task(raw)
     settings = settings_from(raw)
+    if "datasets" in TASKS[raw["task"]].sections:
+        check_sources(settings)
     if raw["task"] == "cache":
         from teacher.quantities import quantity_of
 
@@ -128,7 +141,7 @@ def run_task(raw: dict[str, Any]) -> None:
     settings = settings_of(raw)
     task = TASKS[settings.run.task]
     if task.has_folder and not open_run_dir(settings):
-        print(f"already done: {settings.run.run_dir}")
+        print(f"already done: {settings.run.run_dir} (same settings; to run again with other data or code, remove it)")
         return
     importlib.import_module(f"tasks.{settings.run.task}").run(settings)
     if not task.is_done_once:
@@ -183,6 +196,9 @@ def explain(error: Exception) -> str:
     """Word a user's mistake in one message."""
     text = str(error).strip()
     cause = error.__cause__
+    choice = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
+    if choice and choice[1] in GROUPS:
+        return f"{choice[1]}={choice[2]} is not known.{nearest(choice[2], choices(choice[1]))}"
     unknown = re.search(r"Key '([\w.]+)' is not in struct", f"{text}\n{cause}")
     if unknown:
         full = re.search(r"full_key: ([\w.]+)", f"{text}\n{cause}")
@@ -212,7 +228,11 @@ def guarded(work: Callable[[], None]) -> None:
     try:
         work()
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print(
+            "\ninterrupted; the same command goes on from the newest checkpoint, or begins anew where there is none "
+            "(save_every=0)",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if "debug=true" in sys.argv or "++debug=true" in sys.argv:
@@ -223,6 +243,7 @@ def guarded(work: Callable[[], None]) -> None:
 
 if __name__ == "__main__":
     if {"--help", "-h"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, or head
         print(help_text(str(__doc__), sys.argv[1:]))
         sys.exit()
     sys.path.append(os.getcwd())  # a verifier or a method of one's own lies where the command is typed

@@ -113,7 +113,7 @@ def table(stages: list[tuple[str, dict[str, Any] | str]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     known = [found for _, found in stages if isinstance(found, dict)]
     hours, disk = [f["hours"] for f in known if f["hours"]], sum(f["disk_bytes"] or 0 for f in known)
-    lines += ["", f"in all {duration(sum(hours)) if hours else '- h'}, {size(disk)} of teacher caches"]
+    lines += ["", f"in all {duration(sum(hours)) if hours else '- h'}, {size(disk) if disk else '-'} of teacher caches"]
     return "\n".join(
         [*lines, *(broken(label, found) for label, found in stages if isinstance(found, dict) and too_large(found))]
     )

@@ -1,5 +1,6 @@
 """The text of `launch.py --help`: the tasks, the choices of each group, and every key with its comment."""
 
+import re
 from pathlib import Path
 
 from settings.paths import CONFIG
@@ -11,7 +12,8 @@ GROUPS = ("loss", "model", "datasets", "pipeline")
 def help_text(usage: str, arguments: list[str]) -> str:
     """Return the help; choices on the command line (`loss=dpo --help`) show the keys of those choices, too."""
     chosen = [_choice(argument) for argument in arguments]
-    files = [CONFIG / "config.yaml", *sorted((CONFIG / "section").glob("*.yaml")), *(file for file in chosen if file)]
+    files = [CONFIG / "config.yaml", *sorted((CONFIG / "section").glob("*.yaml"))]
+    files += [part for file in chosen if file for part in with_bases(file)]
     groups = [f"{group}=NAME: {', '.join(choices(group))}" for group in GROUPS]
     return "\n\n".join(
         [
@@ -28,6 +30,14 @@ def help_text(usage: str, arguments: list[str]) -> str:
 def choices(group: str) -> list[str]:
     """Return the choices of a group."""
     return sorted(file.stem for file in (CONFIG / group).glob("*.yaml"))
+
+
+def with_bases(file: Path) -> list[Path]:
+    """Return a choice's file and, after it, those whose keys it takes over by its `defaults`."""
+    line = next((row for row in file.read_text(encoding="utf-8").splitlines() if row.startswith("defaults:")), "")
+    names = re.findall(r"[\w/-]+(?=@_here_|,|\])", line.replace("_self_", ""))
+    bases = [file.parent / f"{name}.yaml" for name in names]
+    return [file, *(part for base in bases if base.is_file() for part in with_bases(base))]
 
 
 def shown(file: Path) -> str:

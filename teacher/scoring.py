@@ -18,7 +18,7 @@ from functional import gather_logps, log_normalizers, token_logps, topk_logps
 from models import ResponseLogits, response_logits
 from teacher.cache import Arrays, Writer, content_key
 from teacher.precision import teacher_logits
-from teacher.quantities import Quantity
+from teacher.quantities import TABLE, Quantity
 
 
 class Asked(NamedTuple):
@@ -56,9 +56,15 @@ def value(asked: Asked) -> dict[str, Tensor]:
     return {"values": log_normalizers(asked.logits[0]().logits)}
 
 
-SCORES: dict[str, Callable[[Asked], dict[str, Tensor]]] = {
-    f.__name__: f for f in (logprob, advantage, token_logp, value)
-}
+def function_named(name: str) -> Callable[[Asked], dict[str, Tensor]]:
+    """Return the function of this module that scores a quantity; ValueError where its row has none."""
+    found = globals().get(name)
+    if found is None:
+        raise ValueError(f"teacher/quantities.py has a row {name!r}: teacher/scoring.py needs a function of that name")
+    return found
+
+
+SCORES = {row.name: function_named(row.name) for row in TABLE}
 
 
 class Scorer:
