@@ -11,8 +11,7 @@ import pytest
 
 from engine import environment
 from engine.processes import PATIENCE
-from tests.support.helpers import ROOT, composed, launch
-from tests.test_sharding import free_port
+from tests.support.helpers import ROOT, composed, free_port, launch
 
 MODEL = {"gradient_accumulation_steps": 2, "policy_dtype": "auto", "max_grad_norm": 1.0}
 

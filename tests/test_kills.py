@@ -17,10 +17,9 @@ import psutil
 import pytest
 import yaml
 
-from tests.support.helpers import ROOT, write_pairs
+from tests.support.helpers import ROOT, free_port, write_pairs
 from tests.support.zygote import Zygote
 from tests.test_resume import without_timing
-from tests.test_sharding import free_port
 
 SEED = 20261121
 

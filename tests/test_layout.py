@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import launch
 from tests.support.chain import chain_of
-from tests.support.helpers import ROOT, composed, rows_of
-from tests.test_sharding import SGD, SGD_ATOL, free_port
+from tests.support.helpers import ROOT, composed, free_port, rows_of
+from tests.test_sharding import SGD, SGD_ATOL
 
 STEPS = 3
 

@@ -10,9 +10,8 @@ import torch
 from conversations import Conversation
 from dataloader import Example
 from tests.support.bigram import gradient_of, items_of, loss_of, tokens, trainer_of
-from tests.support.helpers import ROOT
+from tests.support.helpers import ROOT, free_port
 from tests.support.twins import TWINS, World
-from tests.test_sharding import free_port
 from trainers.kto import mismatched
 
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import launch
 from tests.support.chain import chain_of
-from tests.support.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, free_port, rows_of, write_pairs
 
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Where a default is meant for large models or long runs, a value at which 20 steps of a tiny one move.
@@ -141,12 +140,6 @@ def test_a_synced_reference_follows_and_resumes(tmp_path):
     assert one == two
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.distributed
 def test_the_command_lines_of_the_lineage_run_as_typed(tmp_path, chain):
     """HALOs', Ra-DPO's and Archangel's spellings: hh texts, run_count, load_from, ++keys, a port; on two CPU
@@ -164,7 +157,7 @@ def test_the_command_lines_of_the_lineage_run_as_typed(tmp_path, chain):
         "--config_file",
         "accelerate_config/cpu_2.yaml",
         "--main_process_port",
-        str(free_port()),
+        free_port(),
         "launch.py",
     ]
     data = ["datasets=[hh]", f"datasets.hh.train={tmp_path}/hh.jsonl", "datasets.hh.test=null"]

@@ -4,7 +4,6 @@ checkpoints.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import launch
 import models
 from engine import export
 from engine.compiling import blocks_of
-from tests.support.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, free_port, rows_of, write_pairs
 
 # AdamW has a state to resume, and divides gradients near zero by their own size: 24 steps at lr 1e-3.
 ATOL = 2e-5
@@ -29,12 +28,6 @@ ATOL = 2e-5
 # most 0.1 long: 1e-7. Measured: 1.2e-7, where parameters move by 1e-2.
 SGD = ["optimizer=SGD", "lr=0.1", "scheduler=constant", "warmup=0"]
 SGD_ATOL = 5e-7
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def two(overrides: list[str], program: tuple[str, ...] = ("launch.py",)) -> subprocess.Popen:

@@ -13,9 +13,9 @@ import launch
 from engine import zero_settings
 from engine.zero_settings import zero_section
 from scripts.slurm_rank import accelerate_variables
-from tests.support.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, free_port, rows_of, write_pairs
 from tests.test_placement import DEEPSPEED_FILE, needs_deepspeed
-from tests.test_sharding import close, free_port
+from tests.test_sharding import close
 
 CASES = [
     "sft",
