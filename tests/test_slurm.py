@@ -23,6 +23,7 @@ import launch as launcher
 from engine.preemption import REQUEUE
 from tests.support.helpers import ROOT, composed, launch, rows_of, write_pairs
 from tests.test_layout import assert_same
+from tests.test_sharding import SGD
 
 pytestmark = pytest.mark.slurm
 SERVICE = ROOT / "tests" / "support" / "two_node_slurm.sh"
@@ -79,7 +80,7 @@ def run_overrides(slurm: Path, data: Path, name: str, *more: str) -> list[str]:
         "datasets=[local]",
         f"datasets.local.train={data}",
         "loss=dpo",
-        "lr=1e-3",
+        *SGD,
         "model.batch_size=8",
         "log_every=1",
         *more,
