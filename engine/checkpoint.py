@@ -104,7 +104,8 @@ def read_tensors(folder: Path, models: Models, optimizer: torch.optim.Optimizer)
         )
     for name, model in models.items():
         set_model_state_dict(model, tensors[name], options=options)
-    set_optimizer_state_dict(models["model"], optimizer, tensors["optimizer"], options=options)
+    if tensors["optimizer"]["state"]:  # plain SGD has none, and torch does not take an empty one
+        set_optimizer_state_dict(models["model"], optimizer, tensors["optimizer"], options=options)
 
 
 def _wanted(models: Models, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def log(slurm: Path, job: str) -> str:
     return (slurm / f"{job}.out").read_text(errors="replace")
 
 
-ENDED = ("COMPLETED", "FAILED", "Canceled", "TIMEOUT", "NODE_FAIL")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def finished(slurm: Path, job: str, timeout: float = 240) -> None:
@@ -195,9 +195,9 @@ def test_a_canceled_job_stays_canceled(slurm, data):
     while not metrics.is_file() and time.time() < deadline:
         time.sleep(0.1)
     subprocess.run(["scancel", job], check=True, timeout=30)
-    assert wait_for(job, ENDED, 60)["JobState"] == "Canceled"
+    assert wait_for(job, ENDED, 60)["JobState"] == "CANCELLED"
     time.sleep(2)
-    assert facts(job)["JobState"] == "Canceled" and facts(job)["Restarts"] == "0"
+    assert facts(job)["JobState"] == "CANCELLED" and facts(job)["Restarts"] == "0"
 
 
 def test_a_rank_that_dies_ends_the_whole_job(slurm, data):
