@@ -6,6 +6,7 @@ generate. BasicTrainer asks it and has no `if` about it. A policy and its refere
 weights they give equal log-probabilities to the bit.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,7 +26,7 @@ from settings.schema import ModelConfig, RunConfig
 Models = Mapping[str, torch.nn.Module]
 
 
-class Placement:
+class Placement(ABC):
     """What BasicTrainer asks for; subclasses place, reduce and gather in their way.
 
     policy, optimizer: there after place_policy. compute: the precision of the policy's matrix products.
@@ -69,8 +70,7 @@ class Placement:
     def place_policy(self, model: torch.nn.Module, run: RunConfig) -> None:
         """Compile what is to be compiled, place the model, make its optimizer."""
         compile_blocks(model, self.config)
-        self.policy = self._placed(model)
-        self.optimizer = optimizer_of(self.policy, run)
+        self.policy, self.optimizer = self._policy(model, run)
 
     def place_reference(self, model: torch.nn.Module, moving: bool = False) -> torch.nn.Module:
         """Place the policy's reference on the policy's numeric path, in evaluation mode."""
@@ -82,14 +82,17 @@ class Placement:
         compile_blocks(model.eval(), self.config)
         return self._frozen(model)
 
-    def _placed(self, model: torch.nn.Module) -> torch.nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def _policy(self, model: torch.nn.Module, run: RunConfig) -> tuple[Any, torch.optim.Optimizer]:
+        """Place the policy and make its optimizer."""
 
+    @abstractmethod
     def _reference(self, model: torch.nn.Module, moving: bool) -> torch.nn.Module:
-        raise NotImplementedError
+        """Place the reference on the policy's numeric path."""
 
+    @abstractmethod
     def _frozen(self, model: torch.nn.Module) -> torch.nn.Module:
-        raise NotImplementedError
+        """Place a model that computes as it is stored."""
 
     def unwrapped(self, model: torch.nn.Module) -> Any:
         """Return the model itself, with its methods and names."""
@@ -168,12 +171,13 @@ class Replicated(Placement):
         """Return what strategy= calls this."""
         return "none" if self.processes.world_size == 1 else "ddp"
 
-    def _placed(self, model: torch.nn.Module) -> torch.nn.Module:
+    def _policy(self, model: torch.nn.Module, run: RunConfig) -> tuple[Any, torch.optim.Optimizer]:
         self._note(model)
         model = model.to(self.device)
-        if self.processes.world_size == 1:
-            return model
-        return DistributedDataParallel(model, device_ids=None if self.device.type == "cpu" else [self.device])
+        if self.processes.world_size > 1:
+            devices = None if self.device.type == "cpu" else [self.device]
+            model = DistributedDataParallel(model, device_ids=devices)
+        return model, optimizer_of(model, run)
 
     def _reference(self, model: torch.nn.Module, moving: bool) -> torch.nn.Module:
         self._note(model)

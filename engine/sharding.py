@@ -22,9 +22,10 @@ from torch.distributed.fsdp import (
 
 from engine import checkpoint
 from engine.compiling import blocks_of
+from engine.optimizer import optimizer_of
 from engine.placement import Models, Placement
 from engine.processes import Processes
-from settings.schema import ModelConfig
+from settings.schema import ModelConfig, RunConfig
 
 
 class Plugin(NamedTuple):
@@ -120,8 +121,9 @@ class Sharded(Placement):
             register_fsdp_forward_method(model, "generate")
         return model
 
-    def _placed(self, model: torch.nn.Module) -> torch.nn.Module:
-        return self._sharded(model, self.compute)
+    def _policy(self, model: torch.nn.Module, run: RunConfig) -> tuple[Any, torch.optim.Optimizer]:
+        sharded = self._sharded(model, self.compute)
+        return sharded, optimizer_of(sharded, run)
 
     def _reference(self, model: torch.nn.Module, moving: bool) -> torch.nn.Module:
         return self._sharded(model, self.compute)

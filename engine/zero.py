@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.compiling import blocks_of, compile_blocks
+from engine.compiling import blocks_of
 from engine.optimizer import optimizer_of
 from engine.placement import Models, Placement
 from engine.processes import Processes
@@ -48,13 +48,11 @@ class ZeRO(Placement):
 
     # ---- placing
 
-    def place_policy(self, model: torch.nn.Module, run: RunConfig) -> None:
-        """Compile what is to be compiled, shard the model, make its optimizer."""
-        compile_blocks(model, self.config)
+    def _policy(self, model: torch.nn.Module, run: RunConfig) -> tuple[Any, torch.optim.Optimizer]:
         config = self._engine_config(model, self.zero, on_policys_path=True)
         self._fill(model, config)
         engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer_of(model, run), config=config)
-        self.policy, self.optimizer = engine, engine.optimizer
+        return engine, engine.optimizer
 
     def _reference(self, model: torch.nn.Module, moving: bool) -> torch.nn.Module:
         return self._without_optimizer(model, on_policys_path=True)

@@ -224,6 +224,13 @@ def loss_bytes(model: Model, batch: Batch, setup: Setup) -> int:
     return kept + others
 
 
+def evaluation_bytes(model: Model, batch: Batch, setup: Setup) -> int:
+    """Return the bytes that an evaluation adds to what is held: a block at work, or the logits and their chunk."""
+    output, response = logits_bytes(model, batch, setup.compute)
+    heads = output + response + chunk_bytes(model, batch.responses, setup.compute)
+    return max(scored_block(model, batch, setup.compute), heads + (response if setup.live else 0))
+
+
 def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch | None = None) -> Memory:
     """Return the bytes on a device in training; `evaluation` is the largest batch of an evaluation, if there is one.
 
@@ -265,12 +272,7 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
         "optimizer step": static + whole // shards + temporary,
     }
     if evaluation is not None:
-        evaluated = scored_block(model, evaluation, setup.compute)
-        heads = sum(logits_bytes(model, evaluation, setup.compute)) + chunk_bytes(
-            model, evaluation.responses, setup.compute
-        )
-        live = logits_bytes(model, evaluation, setup.compute)[1] if setup.live else 0
-        phases["evaluation"] = static + gathered + copies + max(evaluated, live + heads)
+        phases["evaluation"] = static + gathered + copies + evaluation_bytes(model, evaluation, setup)
     terms = {
         "weights": weights,
         "gradients": whole // shards,

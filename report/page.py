@@ -38,12 +38,48 @@ def number(value: Any, digits: int = 3) -> str:
 # ---- results
 
 
+def plotted(models: Mapping[str, Mapping[str, Any]]) -> list[Plotted]:
+    """Return what the interval plot shows of every model that has a score."""
+    return [
+        Plotted(
+            text(name),
+            entry["score"],
+            interval_of(entry),
+            interval_of(entry, "ci95_over_seeds"),
+            (entry.get("greedy") or {}).get("score"),
+            list(seed_scores(entry).values()),
+        )
+        for name, entry in models.items()
+        if is_number(entry.get("score"))
+    ]
+
+
+def legend(seeds: bool) -> str:
+    """Explain the marks of the interval plot; `seeds` tells whether it shows several."""
+    over_seeds = '<span><i class="key thin"></i>95 % over seeds</span><span><i class="key tick"></i>one seed</span>'
+    return (
+        '<p class="legend"><span><i class="key dot"></i>sampled score, 95 % over prompts</span>'
+        f'{over_seeds if seeds else ""}<span><i class="key diamond"></i>greedy</span></p>'
+    )
+
+
+def marking_note(best: str | None, corrected: bool, seeds: bool) -> str:
+    """Say why a model is marked best, or why none is."""
+    if corrected:
+        reason = "its score is above every other one" if best else "no score is above all the others"
+        reason += " on the same prompts, after Holm’s correction for all pairs"
+    elif best:
+        reason = f"its interval {'' if seeds else 'over prompts '}lies above every other one"
+    else:
+        reason = "no interval lies above all the others"
+    return f"<b>{text(best)}</b> is marked: {reason}." if best else f"No model is marked best: {reason}."
+
+
 def results_section(results: Mapping[str, Any]) -> str:
     """Draw the interval plot and the table."""
     models = results.get("models") or {}
     if not models:
         return section("results", "Scores", '<p class="empty">No scores in this run.</p>')
-    corrected = all_pairs(results.get("comparisons"))
     best = best_model(models, results.get("comparisons"))
     seeds = any(interval_of(entry, "ci95_over_seeds") for entry in models.values())
     rows = "".join(result_row(name, entry, name == best, seeds) for name, entry in models.items())
@@ -62,48 +98,18 @@ def results_section(results: Mapping[str, Any]) -> str:
         '<div class="scroll" tabindex="0" role="region" aria-label="Scores of every model"><table class="results">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
-    plotted = [
-        Plotted(
-            text(name),
-            entry["score"],
-            interval_of(entry),
-            interval_of(entry, "ci95_over_seeds"),
-            (entry.get("greedy") or {}).get("score"),
-            list(seed_scores(entry).values()),
-        )
-        for name, entry in models.items()
-        if is_number(entry.get("score"))
-    ]
-    legend = (
-        '<p class="legend"><span><i class="key dot"></i>sampled score, 95 % over prompts</span>'
-        + (
-            '<span><i class="key thin"></i>95 % over seeds</span><span><i class="key tick"></i>one seed</span>'
-            if seeds
-            else ""
-        )
-        + '<span><i class="key diamond"></i>greedy</span></p>'
-    )
-    if corrected:
-        why = (
-            "its score is above every other one",
-            "no score is above all the others",
-            " on the same prompts, after Holm’s correction for all pairs.",
-        )
-    else:
-        why = (
-            f"its interval {'' if seeds else 'over prompts '}lies above every other one",
-            "no interval lies above all the others",
-            ".",
-        )
-    notes = [
-        f"<b>{text(best)}</b> is marked: {why[0]}{why[2]}" if best else f"No model is marked best: {why[1]}{why[2]}"
-    ]
+    notes = [marking_note(best, all_pairs(results.get("comparisons")), seeds)]
     if not seeds:
         notes.append(
             "No interval over seeds: these say what other prompts would change, not what training again would."
         )
     notes += [greedy_note(models)] if greedy_note(models) else []
-    body = legend + interval_chart(plotted) + table + "".join(f'<p class="note">{note}</p>' for note in notes)
+    body = (
+        legend(seeds)
+        + interval_chart(plotted(models))
+        + table
+        + "".join(f'<p class="note">{note}</p>' for note in notes)
+    )
     body += differences(results.get("comparisons") or [], "sampled") + differences(
         results.get("greedy_comparisons") or [], "greedy"
     )
