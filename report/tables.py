@@ -5,7 +5,7 @@ from typing import Any
 
 from evaluation.comparisons import interval_of
 from evaluation.metrics import DIGITS, Metric, at, is_number, present
-from report.page import number, section, text
+from report.markup import number, section, text
 
 Row = Sequence[str]  # cells as HTML; the first one heads the row
 SECTIONS = {  # the groups of evaluation/metrics.py that have a section of their own: title, and a note below

@@ -16,7 +16,8 @@ import yaml
 from evaluation.intervals import Interval
 from evaluation.metrics import MORE, NEITHER, TRAINING, Metric, interval_over_seeds, metric_of, values_in
 from report.charts import Plotted, interval_chart, read_curves
-from report.page import curves_section, page, section, text
+from report.markup import section, text
+from report.page import curves_section, page
 from settings.artifacts import is_done, write_text
 from settings.schema import Settings
 from settings.tasks import counted
