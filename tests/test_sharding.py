@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import launch
 import models
-from engine import export
+from engine import checkpoint, export
 from engine.compiling import blocks_of
 from tests.support.helpers import ROOT, composed, free_port, rows_of, write_pairs
 
@@ -149,3 +149,25 @@ def test_the_blocks_are_found_from_the_model_and_a_wrong_class_is_refused():
     assert blocks_of(model, "LlamaMLP") == [layer.mlp for layer in model.model.layers]
     with pytest.raises(ValueError, match="model.block_class to one of .*LlamaDecoderLayer"):
         blocks_of(model, "GPT2Block")
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_whole_checkpoint_is_read_back_whatever_the_optimizer_keeps(tmp_path, optimizer_class):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(3, 2)
+        optimizer = optimizer_class(model.parameters(), lr=0.1)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        checkpoint.write_whole(tmp_path, {"model": model}, optimizer, True)
+        other = torch.nn.Linear(3, 2)
+        again = optimizer_class(other.parameters(), lr=0.1)
+        checkpoint.read_tensors(tmp_path, {"model": other}, again)
+        for one in (model, other):  # the same step from the same place
+            one.zero_grad()
+            one(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        again.step()
+        assert torch.equal(model.weight, other.weight)
+    finally:
+        torch.distributed.destroy_process_group()
