@@ -16,7 +16,7 @@ FLOAT32 = 4
 
 
 class Model(NamedTuple):
-    """The numbers of a decoder that its cost depends on; model_shape.py reads them off a configuration."""
+    """The numbers of a decoder that its cost depends on; llama.py and meta_model.py read them."""
 
     hidden: int
     layers: int

@@ -1,4 +1,4 @@
-"""The results of task=evaluate: metrics with intervals, win rates, the table, and the files in the run's folder."""
+"""The results of task=evaluate: metrics with intervals, win rates, the table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -153,10 +153,10 @@ def line_chart(name: str, series: Sequence[Series]) -> str:
     data = json.dumps(hover, separators=(",", ":")).replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     ends = last_values(series)
     return (
-        f'<metric class="panel"><figcaption><b>{name}</b><span>{ends}</span></figcaption>'
+        f'<figure class="panel"><figcaption><b>{name}</b><span>{ends}</span></figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name} over optimizer steps; last: {ends}" '
         f'data-lines="{data}">'
-        f"{''.join(parts)}</svg></metric>"
+        f"{''.join(parts)}</svg></figure>"
     )
 
 

@@ -1,4 +1,4 @@
-"""The readable side of task=evaluate: summary.md and report.html in the run's folder."""
+"""The readable side of task=evaluate: the files of task=evaluate in the run's folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from dataloader import read_generations
-from settings.artifacts import DONE
+from settings.artifacts import DONE, read_jsonl
 from teacher.cache import Reader
 from teacher.quantities import Entry
 
@@ -51,8 +52,7 @@ def curves_of(evaluations: list[Evaluation]) -> dict[str, Path]:
 def samples_of(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return the first responses of every model, as the report takes them."""
     file = evaluation.folder / "samples.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    rows = [json.loads(line) for line in lines[:NUM_SAMPLES] if line]
+    rows = list(islice(read_jsonl(file), NUM_SAMPLES)) if file.is_file() else []
     return [
         {"prompt": row["prompt"], "model": model, "response": response, "score": row["scores"].get(model)}
         for row in rows

@@ -109,7 +109,7 @@ def response_cell(row: Mapping[str, Any]) -> str:
     """Write a response under its mark: a sign and a word, color only beside them."""
     score = row.get("score")
     if not is_number(score):
-        kind, mark = "none", "not judged"
+        kind, mark = "none", "no score"
     elif score >= 1:
         kind, mark = "good", "✓ right"
     elif score <= 0:

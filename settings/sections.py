@@ -1,5 +1,5 @@
 """The sections of single tasks: generation, cache, evaluation, select, judge, label, estimate, world. Keys and comments
-stand in config.yaml.
+stand in config/section/NAME.yaml.
 """
 
 import re

@@ -1,6 +1,6 @@
 """task=estimate: what a run would take, without loading weights; beside a finished run, what it did take.
 
-Also the table below the plan that `pipeline=NAME dry_run=true` prints. The arithmetic is in estimate.py.
+Also the table below the plan that `pipeline=NAME dry_run=true` prints. The arithmetic is in estimate/arithmetic.py.
 """
 
 import glob

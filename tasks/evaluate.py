@@ -50,7 +50,7 @@ def check_request(config: EvaluationConfig) -> None:
         raise ValueError(f"evaluation.temperatures={config.temperatures}: none may be negative (0 is greedy)")
     if config.verifier and not config.temperatures:
         raise ValueError(
-            "evaluation.verifier judges responses, but evaluation.temperatures is empty: give one, e.g. [1.0]"
+            "evaluation.verifier scores responses, but evaluation.temperatures is empty: give one, e.g. [1.0]"
         )
     if not (config.temperatures or config.reward_accuracy or config.latency or config.lm_eval):
         raise ValueError("nothing to evaluate: give evaluation.temperatures, or evaluation.reward_accuracy=true")
@@ -121,7 +121,7 @@ def answer(
 
 
 def verified(samples: list[Response], tokenizer: Any, prompts: list[Example], verifier: Verifier | None) -> Responses:
-    """Decode the responses, without their end-of-turn token, and judge each beside its prompt."""
+    """Decode the responses, without their end-of-turn token, and score each beside its prompt."""
     bodies = [ids[:-1] if reason == "stop" else ids for ids, reason in samples]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in bodies]
     scores = []

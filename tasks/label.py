@@ -44,7 +44,7 @@ class Response(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Return what was responded."""
+        """Return the response's text."""
         assert self.conversation.response is not None
         return self.conversation.response[0]["content"]
 

@@ -90,7 +90,7 @@ def summarized(evaluations: list[Evaluation], comparisons: list[list[str]]) -> d
     for e in evaluations[1:]:
         if list(e.results["models"]) != names or list(e.scores) != temperatures:
             raise ValueError(
-                f"{e.folder} and {evaluations[0].folder} judge other models or temperatures: they cannot be pooled"
+                f"{e.folder} and {evaluations[0].folder} hold other models or temperatures: they cannot be pooled"
             )
     main = "1" if "1" in temperatures else temperatures[0]
     models = {name: pooled(evaluations, main, name) | {"temperature": float(main)} for name in names}

@@ -10,7 +10,9 @@ import pytest
 
 from evaluation.comparisons import best_model
 from report.charts import panel_of, read_curves, ticks
+from report.gather import Evaluation, samples_of
 from report.page import write_report
+from settings.artifacts import write_jsonl
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'single'\x00\ud800"
 
@@ -171,3 +173,17 @@ def test_the_report_opens_in_a_browser_and_its_script_runs(tmp_path: Path) -> No
     shot = [*command, "--window-size=1280,2400", f"--screenshot={picture}", address]
     subprocess.run(shot, capture_output=True, timeout=120, check=True)
     assert picture.stat().st_size > 20_000
+
+
+def test_a_response_may_hold_any_line_separator(tmp_path: Path) -> None:
+    row = {"prompt": "p", "temperature": 1.0, "responses": {"m": "a\u2028b\u0085c"}, "scores": {}}
+    write_jsonl(tmp_path / "samples.jsonl", [row])
+    found = samples_of(Evaluation(tmp_path, 1, {}, {}))
+    assert [sample["response"] for sample in found] == ["a\u2028b\u0085c"]
+
+
+def test_the_panels_of_a_report_are_figures(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    write_jsonl(metrics, [{"step": step, "loss/train": 1.0 / step} for step in (1, 2, 3)])
+    page = write_report(tmp_path, "t", {"run": metrics}, {"models": {}}, [], []).read_text(encoding="utf-8")
+    assert page.count("<figure class") == page.count("</figure>") > 0
