@@ -5,7 +5,7 @@ A sequence is tokenized once, here; its ids then travel to the cache, the genera
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -393,13 +393,6 @@ def unsupervised(tokens: Tokens) -> Tokens:
 def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
     """Return the order of an epoch, a function of (seed, epoch) alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples).tolist()
-
-
-def global_batches(num_examples: int, batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Yield the indices of each optimizer step of an epoch; the last one may be shorter and is not dropped."""
-    order = epoch_order(num_examples, seed, epoch)
-    for start in range(0, num_examples, batch_size):
-        yield order[start : start + batch_size]
 
 
 def local_micro_batches(batch: list[int], micro_size: int, micro_steps: int, rank: int, world: int) -> list[list[int]]:

@@ -240,7 +240,7 @@ def load_model(
 
     head: `lm`, or `reward` for one score a sequence (a new head gets weights that are a function of build_seed).
 
-    empty: build it on the meta device without reading weights, for trainers.sharding.shard to fill from rank 0.
+    empty: build it on the meta device without reading weights, for engine.sharding.receive to fill from rank 0.
 
     An explicit `source` is another model's folder and taken as it is; num_layers belongs to the config's own source.
     """

@@ -6,8 +6,8 @@ generate. BasicTrainer asks it and has no `if` about it. A policy and its refere
 weights they give equal log-probabilities to the bit.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import checkpoint
+from engine.checkpoint import Models
 from engine.compiling import compile_blocks
 from engine.optimizer import optimizer_of
 from engine.processes import Processes
 from models import NumericPath, resolve_dtype
 from settings.schema import ModelConfig, RunConfig
-
-Models = Mapping[str, torch.nn.Module]
 
 
 class Placement(ABC):
@@ -33,12 +32,14 @@ class Placement(ABC):
     """
 
     name: ClassVar[str]
+    narrow: ClassVar[torch.dtype] = torch.float16  # of live teachers on a GPU, unless asked for
     policy: torch.nn.Module
     optimizer: torch.optim.Optimizer
 
     def __init__(self, processes: Processes, config: ModelConfig) -> None:
         self.processes, self.config, self.device = processes, config, processes.device
         self.compute = resolve_dtype(config.policy_dtype, processes.device)
+        self.cast: set[int] = set()  # ids of the models that run under autocast
 
     # ---- loading
 
@@ -101,8 +102,9 @@ class Placement(ABC):
     # ---- computing
 
     def precision(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
-        """Return the context in which a model's forward pass runs."""
-        return nullcontext()
+        """Return autocast for a policy and a reference that need it, nothing for models that compute as stored."""
+        on = id(self.unwrapped(model)) in self.cast
+        return torch.autocast(self.device.type, self.compute) if on else nullcontext()
 
     def generating(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
         """Return the context in which `unwrapped(model).generate` works; all ranks enter it together."""
@@ -129,7 +131,7 @@ class Placement(ABC):
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if torch.isfinite(torch.tensor(norm)):
+        if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -162,17 +164,13 @@ class Replicated(Placement):
     The policy is stored in float32 and computes under autocast where another precision is asked for.
     """
 
-    def __init__(self, processes: Processes, config: ModelConfig) -> None:
-        super().__init__(processes, config)
-        self.cast: set[int] = set()  # ids of the models that run under autocast
-
     @property
     def name(self) -> str:  # type: ignore[override]
         """Return what strategy= calls this."""
         return "none" if self.processes.world_size == 1 else "ddp"
 
     def _policy(self, model: torch.nn.Module, run: RunConfig) -> tuple[Any, torch.optim.Optimizer]:
-        self._note(model)
+        self._remember_autocast(model)
         model = model.to(self.device)
         if self.processes.world_size > 1:
             devices = None if self.device.type == "cpu" else [self.device]
@@ -180,7 +178,7 @@ class Replicated(Placement):
         return model, optimizer_of(model, run)
 
     def _reference(self, model: torch.nn.Module, moving: bool) -> torch.nn.Module:
-        self._note(model)
+        self._remember_autocast(model)
         if id(model) in self.cast and not moving:
             round_linear(model, self.compute)
         return model.to(self.device)
@@ -188,14 +186,9 @@ class Replicated(Placement):
     def _frozen(self, model: torch.nn.Module) -> torch.nn.Module:
         return model.to(self.device)
 
-    def _note(self, model: torch.nn.Module) -> None:
+    def _remember_autocast(self, model: torch.nn.Module) -> None:
         if self.compute != torch.float32 and any(p.dtype == torch.float32 for p in model.parameters()):
             self.cast.add(id(model))
-
-    def precision(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
-        """Return autocast for the policy and its reference, nothing for models that compute as they are stored."""
-        on = id(self.unwrapped(model)) in self.cast
-        return torch.autocast(self.device.type, self.compute) if on else nullcontext()
 
     def unwrapped(self, model: torch.nn.Module) -> Any:
         """Return the model inside DistributedDataParallel."""

@@ -30,6 +30,7 @@ class ZeRO(Placement):
     """Where models live under DeepSpeed. All ranks make every call, in the same order."""
 
     name = "deepspeed"
+    narrow = torch.bfloat16  # its engines take no float16 without scaling losses
 
     def __init__(self, processes: Processes, config: ModelConfig) -> None:
         super().__init__(processes, config)
@@ -38,7 +39,6 @@ class ZeRO(Placement):
         self.zero = zero_section(os.environ)
         self.sharded = self.zero["stage"] == 3
         self.deepspeed = _deepspeed()
-        self.cast: set[int] = set()  # ids of the models that run under autocast
         self.averages: dict[str, Tensor] = {}  # float32 shards of a reference that moves, by parameter name
 
     @property
@@ -49,21 +49,27 @@ class ZeRO(Placement):
     # ---- placing
 
     def _policy(self, model: torch.nn.Module, run: RunConfig) -> tuple[Any, torch.optim.Optimizer]:
-        config = self._engine_config(model, self.zero, on_policys_path=True)
+        config = self._engine_config(self._remember_autocast(model, "master_dtype"), self.zero, True)
         self._fill(model, config)
         engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer_of(model, run), config=config)
         return engine, engine.optimizer
 
     def _reference(self, model: torch.nn.Module, moving: bool) -> torch.nn.Module:
-        return self._without_optimizer(model, on_policys_path=True)
+        return self._without_optimizer(model, self._remember_autocast(model, "reference_dtype"), True)
 
     def _frozen(self, model: torch.nn.Module) -> torch.nn.Module:
-        return self._without_optimizer(model, on_policys_path=False)
+        return self._without_optimizer(model, stored_dtype(model, "reference_dtype") if self.sharded else None, False)
 
-    def _without_optimizer(self, model: torch.nn.Module, on_policys_path: bool) -> torch.nn.Module:
+    def _remember_autocast(self, model: torch.nn.Module, key: str) -> torch.dtype:
+        stored = stored_dtype(model, key)
+        if stored != self.compute == torch.bfloat16:
+            self.cast.add(id(model))
+        return stored
+
+    def _without_optimizer(self, model: torch.nn.Module, stored: torch.dtype | None, as_policy: bool) -> Any:
         # Small weights are not kept whole either: `move_reference` writes shards, and whole copies would go stale.
         zero = {**self.zero, "stage3_param_persistence_threshold": 0}
-        config = self._engine_config(model, zero, on_policys_path)
+        config = self._engine_config(stored, zero, as_policy)
         self._fill(model, config)
         if not self.sharded:
             return model
@@ -71,14 +77,7 @@ class ZeRO(Placement):
         engine.eval()
         return engine
 
-    def _engine_config(self, model: torch.nn.Module, zero: dict[str, Any], on_policys_path: bool) -> dict[str, Any]:
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
-            raise ValueError(
-                "strategy=deepspeed needs a model all in float32 or all in bfloat16, this one has "
-                f"{sorted(map(str, dtypes))}: set model.master_dtype=float32 (LoRA adapters are float32)"
-            )
-        stored = dtypes.pop()
+    def _engine_config(self, stored: torch.dtype | None, zero: dict[str, Any], as_policy: bool) -> dict[str, Any]:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's bookkeeping alone; the trainer counts and divides
             "gradient_accumulation_steps": 1,
@@ -90,9 +89,8 @@ class ZeRO(Placement):
         }
         if stored == torch.bfloat16:
             config["bf16"] = {"enabled": True}
-        elif on_policys_path and self.compute == torch.bfloat16:
+        elif as_policy and self.compute == torch.bfloat16:
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-            self.cast.add(id(model))
         return config
 
     def _fill(self, model: torch.nn.Module, config: dict[str, Any]) -> None:
@@ -114,11 +112,6 @@ class ZeRO(Placement):
         return isinstance(model, self.deepspeed.DeepSpeedEngine)
 
     # ---- computing
-
-    def precision(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
-        """Return autocast for the policy and its reference, which DeepSpeed's engine enters, too."""
-        on = id(self.unwrapped(model)) in self.cast
-        return torch.autocast(self.device.type, self.compute) if on else nullcontext()
 
     @contextmanager
     def generating(self, model: torch.nn.Module) -> Iterator[None]:
@@ -178,11 +171,11 @@ class ZeRO(Placement):
     # ---- saving
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """Gather the policy's weights to rank 0's memory, a tensor at a time; the others get nothing."""
+        """Gather the policy's weights to rank 0's memory; the others get nothing."""
         return self.whole_weights_of(self.policy)
 
     def whole_weights_of(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Do the same for any model placed here."""
+        """Gather the weights of any model placed here to rank 0's memory, tensor by tensor; the others get nothing."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         whole: dict[str, Tensor] = {}
@@ -236,6 +229,18 @@ class ZeRO(Placement):
 
     def _others_file(self, folder: Path, name: str) -> Path:
         return folder / f"{name}-{self.processes.rank}.pt"
+
+
+def stored_dtype(model: torch.nn.Module, key: str) -> torch.dtype:
+    """Return the one precision of a model's weights; ValueError for what DeepSpeed's engines do not take."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+        raise ValueError(
+            "strategy=deepspeed needs a model all in float32 or all in bfloat16, this one has "
+            f"{', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}: set model.{key}=float32"
+            + (" (LoRA adapters are float32)" if key == "master_dtype" else " or bfloat16")
+        )
+    return dtypes.pop()
 
 
 def _shard(parameter: Any) -> Tensor:

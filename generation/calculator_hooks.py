@@ -140,7 +140,7 @@ Speak = Callable[[list[list[int]], list[int], int], list[Piece]]
 def response_with_calculator(
     speak: Speak, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, seed: int
 ) -> list[tuple[list[int], str]]:
-    """Response to every prompt with a backend that stops at `=`: speak, write, go on; (response ids, "stop" |
+    """Answer every prompt with a backend that stops at `=`: speak, write, go on; (response ids, "stop" |
     "length").
 
     Rows that have ended leave the batch. Every round has a seed of its own, else it would draw the same numbers again.

@@ -67,7 +67,7 @@ def hf_backend(
 
     @torch.inference_mode()
     def batch(prompts: list[list[int]], seed: int) -> list[Response]:
-        """Response to each prompt, in their order; the seed is the batch's."""
+        """Answer each prompt, in their order; the seed is the batch's."""
         ids, mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
         longest = ids.shape[1]
         own, model.generation_config = model.generation_config, config  # else its penalties and cuts fill our gaps
@@ -118,7 +118,7 @@ def sample(
     vocab_size: int,
     seed: int,
 ) -> list[Response]:
-    """Response once to every prompt with a loaded model; (ids with the end-of-turn token, "stop" | "length") in their
+    """Answer every prompt once with a loaded model; (ids with the end-of-turn token, "stop" | "length") in their
     order.
 
     No response holds an id >= vocab_size, padding, or a special token that ends no turn. Temperature 0 is greedy.

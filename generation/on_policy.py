@@ -48,7 +48,7 @@ def sample_rows(
     stop: list[int],
     synced: bool,
 ) -> list[Response]:
-    """Response to every prompt from the model's distribution over the tokenizer's vocabulary, row i by seeds[i].
+    """Answer every prompt from the model's distribution over the tokenizer's vocabulary, row i by seeds[i].
 
     `synced` keeps the ranks of a sharded model in step.
     """

@@ -125,7 +125,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
             check_reward_model(folder, f"loss.{name}")
         device = trainer.placement.device
         if head == "lm":
-            dtype = teacher_dtype(settings.model, device)
+            dtype = teacher_dtype(settings.model, device, trainer.placement.narrow)
         else:
             dtype = models.resolve_dtype(settings.model.reference_dtype, device)
         config = settings.model.of_folder(folder)
@@ -133,8 +133,7 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
         if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
             raise ValueError(
                 f"{name} {folder} has another tokenizer than the policy ({len(tokenizer)} and {len(trainer.tokenizer)} "
-                "tokens, or other "
-                "words): it would read other text. Use a model of the same family"
+                "tokens, or other words): it would read other text. Use a model of the same family"
             )
         model = models.load_model(config, dtype=dtype, trainable=False, head=head, empty=trainer.placement.empty)
         trainer.frozen_models[name] = trainer.placement.place_frozen(model)

@@ -16,12 +16,13 @@ from models import NumericPath, ResponseLogits, predicting, resolve_dtype, respo
 from settings.schema import ModelConfig
 
 
-def teacher_dtype(config: ModelConfig, device: torch.device | str) -> torch.dtype:
-    """Return the precision of a teacher; auto is float16 on a GPU: its advantages have an eighth of bfloat16's error.
+def teacher_dtype(config: ModelConfig, device: torch.device | str, narrow: torch.dtype = torch.float16) -> torch.dtype:
+    """Return the precision of a teacher; auto is `narrow` on a GPU. With float16 advantages have an eighth of
+    bfloat16's error.
 
     Most of that error is in the weights, which bfloat16 rounds to 8 bits (docs/cache_format.md).
     """
-    return resolve_dtype(config.reference_dtype, device, on_gpu=torch.float16)
+    return resolve_dtype(config.reference_dtype, device, on_gpu=narrow)
 
 
 def teacher_path(config: ModelConfig, device: torch.device | str) -> NumericPath:

@@ -8,11 +8,14 @@ import time
 
 import psutil
 import pytest
+import torch
 
 import launch
 from engine import zero_settings
+from engine.zero import ZeRO, stored_dtype
 from engine.zero_settings import zero_section
 from scripts.slurm_rank import accelerate_variables
+from teacher.precision import teacher_dtype
 from tests.support.helpers import ROOT, composed, free_port, rows_of, write_pairs
 from tests.test_placement import DEEPSPEED_FILE, needs_deepspeed
 from tests.test_sharding import close
@@ -140,3 +143,12 @@ def test_a_killed_run_goes_on_from_deepspeeds_checkpoint(tmp_path):
     ]
     close(folder, tmp_path / "one")
     assert [row["step"] for row in rows_of(folder / "metrics.jsonl")] == list(range(1, 25))
+
+
+def test_a_live_teacher_on_a_gpu_is_in_a_precision_that_deepspeed_takes():
+    config = launch.settings_of(composed("model=tiny")).model
+    assert teacher_dtype(config, "cuda") == torch.float16
+    model = torch.nn.Linear(2, 2)
+    assert stored_dtype(model.to(teacher_dtype(config, "cuda", ZeRO.narrow)), "reference_dtype") == torch.bfloat16
+    with pytest.raises(ValueError, match="this one has float16: set model.reference_dtype=float32 or bfloat16"):
+        stored_dtype(model.to(torch.float16), "reference_dtype")

@@ -250,7 +250,7 @@ def stop_ids(trainer: BasicTrainer) -> list[int]:
 def answers(
     trainer: BasicTrainer, prompts: list[list[int]], seeds: list[int], max_new_tokens: int
 ) -> list[tuple[list[int], str]]:
-    """Response to each prompt with the policy as it stands; all ranks call it."""
+    """Answer each prompt with the policy as it stands; all ranks call it."""
     placement, model = trainer.placement, trainer.placement.unwrapped(trainer.policy)
     with models.scoring(trainer.policy), placement.generating(trainer.policy):
         return sample_rows(
