@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from settings.artifacts import read_jsonl
+from settings.paths import found
 
 Message = dict[str, str]
 Row = dict[str, Any]
@@ -29,7 +30,7 @@ class Conversation(NamedTuple):
 
 def read_rows(source: str, key: str = "datasets") -> list[dict[str, Any]]:
     """Return the rows of a local file, a saved `datasets` folder, or `hub_name:split`. `key` is for messages."""
-    path = Path(source).expanduser()
+    path = found(source) or Path(source).expanduser()
     if path.suffix in (".jsonl", ".ndjson"):
         return list(read_jsonl(_existing(path, key)))
     if path.suffix == ".json":
@@ -69,7 +70,7 @@ def read_rows(source: str, key: str = "datasets") -> list[dict[str, Any]]:
 
 def check_source(source: str, key: str) -> None:
     """Refuse a file that is not there, without reading it; folders and hub names are looked at when they are read."""
-    path = Path(source).expanduser()
+    path = found(source) or Path(source).expanduser()
     if path.suffix in (".jsonl", ".ndjson", ".json", ".parquet"):
         _existing(path, key)
 

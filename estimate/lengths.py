@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from conversations import read_rows
 from estimate.arithmetic import Batch, Work
+from settings import paths
 from settings.needs import Needs
 from settings.schema import Settings
 
@@ -64,7 +65,7 @@ def work_of(items: Sequence[tuple[Slot, ...]]) -> Work:
 def is_here(settings: Settings, split: str) -> bool:
     """Tell whether the files of a split are on this machine."""
     sources = [getattr(dataset, split) for dataset in settings.datasets.values()]
-    return any(sources) and all(Path(source).expanduser().exists() for source in sources if source)
+    return any(sources) and all(paths.found(source) for source in sources if source)
 
 
 def examples_of(settings: Settings, split: str) -> tuple[list["Example"], int, int]:
@@ -121,7 +122,7 @@ def bounded(settings: Settings, examples: float | None, slots: int, prompt_only:
 def training_lengths(settings: Settings, needs: Needs, split: str = "train") -> Lengths | None:
     """Return the lengths of one pass of training data; None if nothing says how much there is."""
     run, config = settings.run, settings.model
-    slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
+    slots = slots_of(needs)
     if settings.estimate.tokens is None and is_here(settings, split):
         examples, sampled, number = examples_of(settings, split)
         return scaled([item for example in examples for item in training_slots(example, needs)], sampled, number)
@@ -132,7 +133,7 @@ def training_lengths(settings: Settings, needs: Needs, split: str = "train") -> 
 def cache_lengths(settings: Settings) -> Lengths | None:
     """Return the lengths of what task=cache scores."""
     config = settings.cache
-    if config.generations and Path(config.generations).expanduser().is_file():
+    if config.generations and paths.found(config.generations):
         from dataloader import read_generations
 
         items = [(slot_of(g.tokens),) for g in read_generations(config.generations, None) if g.response_ids]
@@ -190,6 +191,16 @@ def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int
             parts = local_micro_batches(step, micro, config.gradient_accumulation_steps, rank, devices)
             found += [padded([lengths.items[i] for i in part]) for part in parts if part]
     return largest(found)
+
+
+def slots_of(needs: Needs) -> int:
+    """Return how many sequences an item of a method has."""
+    return 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
+
+
+def unknown(settings: Settings) -> Lengths:
+    """Return what stands for data of which nothing is known: rows of full length."""
+    return Lengths([], 1, Work(1, 1, 1, settings.estimate.response_share), "")
 
 
 def full_batch(settings: Settings, lengths: Lengths, rows: int) -> Batch:

@@ -204,7 +204,7 @@ def latency_rows(
             continue
         model.to("cpu")  # vLLM wants the device's memory
         length = max(map(len, prompts)) + wanted.latency_new_tokens
-        llm = engine(config, "policy_dtype", length, 1, settings.generation.kv_cache_gb)
+        llm = engine(config, "policy_dtype", length, 1, wanted.latency_kv_cache_gb)
         try:
             timed = vllm_timed(llm, wanted.latency_new_tokens)
             rows += _rows(settings, backend, timed, prompts, device, models.resolve_dtype(config.policy_dtype, device))

@@ -214,11 +214,8 @@ def _typed(section: dict[str, Any], cls: Callable[..., T], where: str = "") -> T
     return _typed_once(json.dumps(section, default=str), cls, where)
 
 
-def settings_from(raw: dict[str, Any], loss_config: type | None = None) -> Settings:
-    """Type every section of the resolved root config.
-
-    `loss_config` is the Config class of the trainer that `loss.trainer` names, or None for tasks without a loss.
-    """
+def settings_from(raw: dict[str, Any]) -> Settings:
+    """Type every section of the resolved root config but the loss, whose method says its types (with_loss)."""
     run_keys = [f.name for f in fields(RunConfig)]
     known = run_keys + [f.name for f in fields(Settings) if f.name not in ("run", "raw")] + ["pipeline", "dry_run"]
     for key in raw:
@@ -227,7 +224,7 @@ def settings_from(raw: dict[str, Any], loss_config: type | None = None) -> Setti
     known_wandb = ["enabled", "mode", "project", "entity", "group"]
     for key in raw["wandb"]:
         require(key in known_wandb, f"unknown key 'wandb.{key}'.{nearest(str(key), known_wandb)}")
-    settings = Settings(
+    return Settings(
         run=run,
         model=_typed(raw["model"], ModelConfig, "model."),
         loss=None,
@@ -243,7 +240,6 @@ def settings_from(raw: dict[str, Any], loss_config: type | None = None) -> Setti
         wandb=dict(raw["wandb"]),
         raw=raw,
     )
-    return with_loss(settings, loss_config) if loss_config is not None else settings
 
 
 def with_loss(settings: Settings, loss_config: type) -> Settings:

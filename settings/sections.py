@@ -134,6 +134,7 @@ class EvaluationConfig:
     latency_batch_sizes: list[int]
     latency_new_tokens: int
     latency_repetitions: int
+    latency_kv_cache_gb: float | None
     lm_eval: list[str]
     lm_eval_path: Place | None
     lm_eval_chat_template: bool

@@ -107,7 +107,7 @@ TASKS = {
     "evaluate": Task(
         ("model", "datasets", "evaluation", "judge"),
         ("seed", "n_eval_examples"),
-        free=(*MODEL_IN_TRAINING, *JUDGE_SERVER, "evaluation.comparisons"),
+        free=(*MODEL_IN_TRAINING, *JUDGE_SERVER, "evaluation.comparisons", "evaluation.latency_kv_cache_gb"),
         needs=(("evaluation.models", "evaluation.models.NAME=FOLDER, e.g. evaluation.models.mine=outputs/run/FINAL"),),
     ),
     "select": Task(

@@ -64,7 +64,7 @@ def compared_run(folder: Path, section: dict[str, Any]) -> dict[str, Any]:
     layout = {"devices": actual["devices"], "accelerator": actual["device"]}
     layout["strategy"] = "fsdp" if actual["strategy"] in ("fsdp", "deepspeed") else actual["strategy"]
     plain["estimate"] = {**section, **layout, "run": None}
-    return {"predicted": estimated(settings_from(plain, None), "train"), "actual": actual, "run": str(folder)}
+    return {"predicted": estimated(settings_from(plain), "train"), "actual": actual, "run": str(folder)}
 
 
 # ---- one run
@@ -185,7 +185,7 @@ def training(settings: Settings, model: Model) -> dict[str, Any]:
     setup = setup_of(settings, needs)
     check_batch(settings, setup.devices)
     lengths = counting.training_lengths(settings, needs)
-    slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
+    slots = counting.slots_of(needs)
     batch = batch_of(settings, lengths, setup.devices, slots)
     memory = arithmetic.training_memory(model, batch, setup, evaluation_batch(settings, needs))
     total = flops = None
@@ -211,7 +211,7 @@ def passes_of(settings: Settings, number: int) -> float:
 def batch_of(settings: Settings, lengths: counting.Lengths | None, devices: int, slots: int) -> Batch:
     """Return a device's largest micro-batch; full-length rows where nothing is known of the data."""
     if lengths is None:
-        lengths = counting.Lengths([], 1, Work(1, 1, 1, settings.estimate.response_share), "")
+        lengths = counting.unknown(settings)
     return counting.largest_batch(settings, lengths, devices, slots)
 
 
@@ -225,12 +225,8 @@ def evaluation_batch(settings: Settings, needs: Needs) -> Batch | None:
     )
     if lengths is not None and lengths.measured:
         return counting.chunked_batch(lengths, config.eval_batch_size)
-    slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
-    share = settings.estimate.response_share
-    if lengths is not None:
-        share = lengths.work.responses / max(1.0, lengths.work.tokens)
-    rows = config.eval_batch_size * slots
-    return Batch(rows, config.max_length, config.max_length - 1, round(rows * config.max_length * share))
+    rows = config.eval_batch_size * counting.slots_of(needs)
+    return counting.full_batch(settings, lengths or counting.unknown(settings), rows)
 
 
 def scoring(settings: Settings, model: Model) -> dict[str, Any]:
@@ -244,7 +240,7 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
     if lengths is not None and lengths.measured:
         batch = counting.chunked_batch(lengths._replace(items=sorted(lengths.items, reverse=True)), config.batch_size)
     if batch is None:
-        known = lengths or counting.Lengths([], 1, Work(1, 1, 1, settings.estimate.response_share), "")
+        known = lengths or counting.unknown(settings)
         batch = counting.full_batch(settings, known, config.batch_size)
     quantity = quantity_of(config)
     teachers = quantity.num_models
@@ -295,7 +291,7 @@ def measured_speed(settings: Settings) -> float:
     from estimate.speed import tokens_per_second
 
     setup = setup_of(settings, needs)
-    slots = 2 if needs.data == "pairs" or needs.teacher == "advantage" else 1
+    slots = counting.slots_of(needs)
     batch = batch_of(settings, counting.training_lengths(settings, needs), setup.devices, slots)
     return setup.devices * tokens_per_second(settings, batch.rows, batch.length, batch.responses, setup.live)
 
@@ -321,7 +317,7 @@ def of_stage(stage: Stage, section: dict[str, Any]) -> dict[str, Any] | str:
         return f"task={task}"
     own = launched(stage) if section["devices"] is None else {}
     try:
-        return estimated(settings_from({**stage.config, "estimate": {**section, **own}}, None), task)
+        return estimated(settings_from({**stage.config, "estimate": {**section, **own}}), task)
     except ValueError as error:
         return str(error).splitlines()[0].rstrip(".")
 

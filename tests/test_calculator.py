@@ -139,7 +139,7 @@ def test_the_calculator_agrees_with_gsm8k() -> None:
 @pytest.fixture(scope="module", params=["arithmetic"])
 def small(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
     """Return (settings, model, tokenizer): a small model taught by heart to write wrong values into its marks."""
-    settings = settings_from(composed("task=generate", f"model={request.param}", "generation.calculator=true"), None)
+    settings = settings_from(composed("task=generate", f"model={request.param}", "generation.calculator=true"))
     tokenizer = models.load_tokenizer(settings.model)
     model: Any = models.load_model(settings.model, trainable=True)
     rows = [
@@ -234,7 +234,7 @@ def test_a_backend_that_stops_at_equals_signs_responses_the_same(small: tuple[An
 
 
 def test_rows_of_a_batch_have_queues_of_their_own() -> None:
-    settings = settings_from(composed("task=generate", "model=tiny"), None)
+    settings = settings_from(composed("task=generate", "model=tiny"))
     tokenizer = models.load_tokenizer(settings.model)
 
     def ids_of(text: str) -> list[int]:
@@ -255,9 +255,7 @@ def test_rows_of_a_batch_have_queues_of_their_own() -> None:
 
 @pytest.mark.parametrize("folder", ["byte_tokenizer", "arithmetic_tokenizer"])
 def test_forced_ids_decode_to_the_value(folder: str) -> None:
-    tokenizer = models.load_tokenizer(
-        settings_from(composed(f"model.tokenizer_name_or_path=assets/{folder}"), None).model
-    )
+    tokenizer = models.load_tokenizer(settings_from(composed(f"model.tokenizer_name_or_path=assets/{folder}")).model)
     check_tokenizer(tokenizer)
     said = tokenizer("That is 9/4=<<9/4=", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(said + forced_ids(tokenizer, said)) == "That is 9/4=<<9/4=2.25>>"
@@ -288,7 +286,7 @@ def test_merged_tokens_and_added_spaces_are_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_cannot_write_digits_is_refused() -> None:
-    tokenizer = models.load_tokenizer(settings_from(composed("model=quickstart_student"), None).model)
+    tokenizer = models.load_tokenizer(settings_from(composed("model=quickstart_student")).model)
     assert ids_that_add(tokenizer, [], "24>>") == []
     with pytest.raises(ValueError, match="cannot write a value"):
         check_tokenizer(tokenizer)

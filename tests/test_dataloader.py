@@ -12,7 +12,7 @@ from transformers.utils import chat_template_utils
 
 import launch
 import models
-from conversations import PARSERS, find_format, parse_hh, read_rows, to_conversation
+from conversations import PARSERS, check_source, find_format, parse_hh, read_rows, to_conversation
 from dataloader import (
     collate,
     encode_example,
@@ -22,6 +22,7 @@ from dataloader import (
     local_micro_batches,
 )
 from generation.interface import forbidden_ids
+from settings.paths import ROOT
 from settings.schema import DatasetConfig, ModelConfig, typed
 from templates import render, stopped, template_digest, tokenizer_digest, turn_end
 from tests.support.helpers import composed, write_pairs
@@ -356,3 +357,16 @@ def test_collate_pads_right_with_masks(tokenizer, config):
     assert batch.ids.shape == batch.attention.shape == batch.response.shape
     assert batch.attention.sum(1).tolist() == [len(r.ids) for r in rows]
     assert batch.response.sum(1).tolist() == [sum(r.response) for r in rows]
+
+
+def test_a_file_that_the_repository_ships_is_found_from_another_folder(tmp_path: Path, monkeypatch):
+    name = f"outputs/{tmp_path.name}.jsonl"
+    file = ROOT / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"prompt": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    try:
+        check_source(name, "datasets.x.train")
+        assert read_rows(name) == [{"prompt": "a"}]
+    finally:
+        file.unlink()

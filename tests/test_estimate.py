@@ -46,7 +46,7 @@ SHAPE = {
 
 def settings(*overrides: str) -> Settings:
     """Compose and type a config."""
-    return settings_from(composed(*overrides), None)
+    return settings_from(composed(*overrides))
 
 
 def inline(build: dict[str, Any]) -> str:
@@ -382,7 +382,7 @@ def test_the_peak_is_what_torch_allocates_in_a_step(
 
     monkeypatch.setattr(BasicTrainer, "_step", profiled_step)
     launch.run_task(raw)
-    found = estimated(settings_from(raw, None), "train")
+    found = estimated(settings_from(raw), "train")
     before = sum(found["memory"].get(name, 0) for name in ("weights", "optimizer states", "frozen reference"))
     # Measured: 0.99 to 1.03.
     print(f"{options}: predicted is {found['peak_bytes'] / (before + allocated[1]):.3f} of the actual bytes")

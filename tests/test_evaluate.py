@@ -32,7 +32,7 @@ def settings_for(folder: Path, *overrides: str, **evaluation: Any) -> Settings:
         *overrides,
     )
     raw["evaluation"] |= {"max_new_tokens": 24, "batch_size": 8, **evaluation}
-    return settings_from(raw, None)
+    return settings_from(raw)
 
 
 @pytest.fixture(scope="module")

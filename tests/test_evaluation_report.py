@@ -38,7 +38,7 @@ def settings_for(folder: Path, name: str, **evaluation: Any) -> Settings:
         "model.eval_batch_size=8",
     )
     raw["evaluation"] |= {"max_new_tokens": 12, "batch_size": 8, **evaluation}
-    return settings_from(raw, None)
+    return settings_from(raw)
 
 
 def advantage_cache(folder: Path, tokenizer: Any, quantity: str = "advantage") -> Path:

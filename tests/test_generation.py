@@ -40,7 +40,7 @@ def tokenizer(config):
 
 
 def test_a_model_that_is_built_in_memory_goes_to_hugging_face_and_it_says_so(capsys):
-    assert backend_name(settings_from(composed("model=tiny"), None)) == "hf"
+    assert backend_name(settings_from(composed("model=tiny"))) == "hf"
     assert "generation.backend=auto: hf (" in capsys.readouterr().out
 
 

@@ -115,7 +115,7 @@ def test_the_tokenizer_of_the_world_is_the_one_shipped_and_loses_nothing(tmp_pat
     arithmetic.build_tokenizer(tmp_path)
     shipped = ROOT / "assets" / "arithmetic_tokenizer"
     assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads((shipped / "tokenizer.json").read_text())
-    tokenizer = load_tokenizer(settings_from(composed("model=arithmetic"), None).model)
+    tokenizer = load_tokenizer(settings_from(composed("model=arithmetic")).model)
     for row in arithmetic.generate(1)["train.jsonl"][:200]:
         for text in row.values():
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -32,7 +32,7 @@ def test_both_backends_are_timed_on_the_same_prompts(tmp_path: Path) -> None:
         "evaluation.latency_batch_sizes=[1,3]",
         "evaluation.latency_new_tokens=6",
         "evaluation.latency_repetitions=2",
-        "generation.kv_cache_gb=0.5",
+        "evaluation.latency_kv_cache_gb=0.5",
         f"cache_dir={tmp_path}",
         "exp_name=run",
         python=PYTHON,

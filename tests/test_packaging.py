@@ -119,7 +119,7 @@ def test_every_model_composes_with_every_dataset_and_types(model: str) -> None:
         raw = OmegaConf.to_container(compose("config", choices), resolve=True)
     assert isinstance(raw, dict)
     raw.pop("pipeline", None)
-    settings = settings_from({str(key): value for key, value in raw.items()}, None)
+    settings = settings_from({str(key): value for key, value in raw.items()})
     assert sorted(settings.datasets) == sorted(GROUPS["datasets"])
     assert bool(settings.model.name_or_path) != bool(settings.model.build)
 

@@ -16,7 +16,7 @@ from tasks import select
 from templates import tokenizer_digest
 from tests.support.helpers import composed, rows_of
 
-BYTES = tokenizer_digest(load_tokenizer(settings_from(composed("model=tiny"), None).model))  # who claims the ids
+BYTES = tokenizer_digest(load_tokenizer(settings_from(composed("model=tiny")).model))  # who claims the ids
 QUESTIONS = {"How many?": "6", "How much?": "1,080", "What is left?": "2", "Who?": "9", "Held out?": "3"}
 
 
@@ -161,7 +161,7 @@ def test_what_is_written_is_read_back_with_its_ids(tmp_path: Path) -> None:
         f"datasets.gsm8k.train={tmp_path}/train.jsonl",
         f"datasets.local.train={distinct}/distinct.jsonl",
     )
-    settings = settings_from(raw, None)
+    settings = settings_from(raw)
     examples = load_examples(settings.datasets, "train", load_tokenizer(settings.model), settings.model)
     assert len(examples) == 1 + 5 and examples[0].conversation.meta == {"answer": "1,080"}
     assert (
@@ -174,7 +174,7 @@ def test_what_is_written_is_read_back_with_its_ids(tmp_path: Path) -> None:
             "test": f"{pairs}/pairs_test.jsonl",
         }
     }
-    settings = settings_from(raw, None)
+    settings = settings_from(raw)
     for split in ("train", "test"):
         rows = rows_of(pairs / f"pairs_{split}.jsonl")
         for example, row in zip(
