@@ -49,7 +49,9 @@ def block(path: str) -> str:
 
 
 @pytest.mark.parametrize("command", SINGLE, ids=lambda c: next(w for w in c if w.startswith("exp_name=")))
-def test_every_command_of_the_readme_composes(command: list[str]) -> None:
+def test_every_command_of_the_readme_composes(command: list[str], tmp_path: Path, monkeypatch) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", 4)  # the README's own first step writes it
+    monkeypatch.chdir(tmp_path)
     settings = settings_of(composed(*overrides(command)))
     assert settings.datasets
     if "--config_file" in command:

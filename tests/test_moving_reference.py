@@ -34,7 +34,8 @@ def test_a_slow_average_reaches_the_policy_where_a_head_lies_beside_it(tmp_path)
 
 
 def test_a_policy_stored_in_bfloat16_has_no_average(tmp_path):
-    run = ["model=tiny", f"cache_dir={tmp_path}", "datasets=[local]", f"datasets.local.train={tmp_path}/none.jsonl"]
+    data = write_pairs(tmp_path / "pairs.jsonl", 4)
+    run = ["model=tiny", f"cache_dir={tmp_path}", "datasets=[local]", f"datasets.local.train={data}"]
     slow = ["loss=dpo", "sync_reference=1", "sync_reference_rate=0.01", "model.master_dtype=bfloat16"]
     with pytest.raises(ValueError, match="sync_reference_rate=0.01 with model.master_dtype=bfloat16.*does not move"):
         launch.run_task(composed(*run, *slow))
