@@ -170,7 +170,8 @@ def run(config: DictConfig) -> None:
     if plain.get("pipeline"):
         from pipeline.runner import run_pipeline
 
-        code = run_pipeline(plain, list(HydraConfig.get().overrides.task), show_costs)
+        fork = not environment.has_gpu(os.environ)  # CUDA does not survive a fork
+        code = run_pipeline(plain, list(HydraConfig.get().overrides.task), show_costs, fork)
         if code:
             sys.exit(code)
         return

@@ -60,6 +60,7 @@ class PipelineConfig:
     student: str
     stages: dict[str, Any]
     parallel: int = 1
+    warm_start: bool = True  # stages share one import of torch where no GPU is (warm.py)
     seeds: list[int] = field(default_factory=lambda: [1])
     set: dict[str, Any] = field(default_factory=dict)
     teacher_set: dict[str, Any] = field(default_factory=dict)

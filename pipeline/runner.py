@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.plan import Stage, build_plan
+from pipeline.warm import Process, WarmStart
 from settings.artifacts import is_done, write_bytes, write_json, write_text
+from settings.paths import ROOT
 
 TAIL_LINES = 20  # of a failed stage's log
 GRACE_SECONDS = 10.0  # between SIGINT and SIGKILL
@@ -30,7 +32,7 @@ class Running(NamedTuple):
     """A stage at work."""
 
     stage: Stage
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Process
     log: Path
     lock: BinaryIO
     started: float
@@ -40,8 +42,11 @@ class Running(NamedTuple):
 Costs = Callable[[list[Stage], dict[str, Any], Path | None], None]
 
 
-def run_pipeline(config: dict[str, Any], overrides: list[str], costs: Costs | None = None) -> int:
-    """Run every stage that is not done and return the exit code; with dry_run only print the plan."""
+def run_pipeline(config: dict[str, Any], overrides: list[str], costs: Costs | None = None, fork: bool = True) -> int:
+    """Run every stage that is not done and return the exit code; with dry_run only print the plan.
+
+    fork=False starts each stage afresh, as pipeline.warm_start=false does.
+    """
     stages = build_plan(config, overrides)
     if config["dry_run"]:
         print_plan(stages)
@@ -58,7 +63,8 @@ def run_pipeline(config: dict[str, Any], overrides: list[str], costs: Costs | No
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
-    code = Runner(stages, int(config["pipeline"].get("parallel", 1))).run()
+    warm = fork and bool(config["pipeline"].get("warm_start", True))
+    code = Runner(stages, int(config["pipeline"].get("parallel", 1)), warm).run()
     if code == 0:
         publish(stages[-1], run_dir)
         if costs is not None:
@@ -117,17 +123,27 @@ def publish(last: Stage, run_dir: Path) -> None:
     print(f"results: {run_dir}", flush=True)
 
 
+def is_plain(stage: Stage) -> bool:
+    """Tell whether a stage is one process that this Python starts, without a launcher."""
+    return stage.command[:2] == [sys.executable, str(ROOT / "launch.py")]
+
+
 class Runner:
     """Start stages whose inputs are ready, at most `parallel` at a time, until all are done or one failed."""
 
-    def __init__(self, stages: list[Stage], parallel: int) -> None:
+    def __init__(self, stages: list[Stage], parallel: int, warm: bool) -> None:
         self.stages, self.parallel = stages, parallel
+        threads = max(1, (os.cpu_count() or 1) // parallel)
+        quiet = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        self.environment = {**quiet, **os.environ, "PYTHONUNBUFFERED": "1"}
         self.running: list[Running] = []
         self.waiting = [stage for stage in stages if not stage.done]
         self.failed: list[Stage] = []
         self.held: list[Stage] = []
         self.terminal = sys.stdout.isatty()
         self.started = time.monotonic()
+        alike = sum(is_plain(stage) for stage in self.waiting)
+        self.warm = WarmStart(self.environment) if warm and alike > 1 else None
 
     def run(self) -> int:
         """Run to the end; return 0, 1 after a failure or 130 after Ctrl-C."""
@@ -146,6 +162,9 @@ class Runner:
         except BaseException:
             self._stop()
             raise
+        finally:
+            if self.warm:
+                self.warm.close()
         if self.failed and self.waiting:
             self._say(f"not started: {', '.join(stage.label for stage in self.waiting)}")
         return 1 if self.failed else 0
@@ -173,27 +192,27 @@ class Runner:
             lock.close()
             return
         log = stage.folder / "log.txt"
-        threads = max(1, (os.cpu_count() or 1) // self.parallel)
-        environment = {
-            "OMP_NUM_THREADS": str(threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            **os.environ,
-            "PYTHONUNBUFFERED": "1",
-        }
         with log.open("ab") as output:
             output.write(f"\n$ {shlex.join(stage.command)}\n".encode())
             output.flush()
-            process = subprocess.Popen(
-                stage.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                pass_fds=(lock.fileno(),),
-            )
+            process = self._begin(stage, output, lock)
         self.running.append(Running(stage, process, log, lock, time.monotonic()))
         self._say(f"{stage.label}: started ({stage.folder.name})")
+
+    def _begin(self, stage: Stage, output: BinaryIO, lock: BinaryIO) -> subprocess.Popen[bytes] | Process:
+        """Start a stage's command in a session of its own, with its lock open."""
+        if self.warm and is_plain(stage):
+            number = output.fileno()
+            return self.warm.start(stage.command[2:], self.environment, number, number, (lock.fileno(),))
+        return subprocess.Popen(
+            stage.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),
+        )
 
     def _finish(self, running: Running) -> None:
         stage, seconds = running.stage, time.monotonic() - running.started

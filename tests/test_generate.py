@@ -1,9 +1,8 @@
 """Generation: what is sampled, what may not be, order, seeds, the rows written, and going on after a kill."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from dataloader import encode_prompt, load_examples, read_generations
 from generation.hf import sample
 from settings.schema import DatasetConfig, GenerationConfig, ModelConfig, typed
 from tasks.generate import backend_of, cut, length_batches
-from tests.support.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.helpers import begin, composed, rows_of, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -251,14 +250,11 @@ def test_rows_of_another_run_are_refused(base):
 def test_a_run_killed_with_signal_9_loses_and_doubles_nothing(base):
     name, many = "kill9", ["generation.batch_size=1", "generation.n=3", "generation.max_new_tokens=24"]
     path = base / name / "generations.jsonl"
-    arguments = [sys.executable, str(ROOT / "launch.py"), *overrides(base, name, *many)]
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = begin(*overrides(base, name, *many), log=base / "log.txt")
     deadline = time.monotonic() + 120
     while (not path.is_file() or path.stat().st_size < 1500) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
     cut_at = path.read_bytes()
     assert 0 < cut_at.count(b"\n") < 27 and not (base / name / "DONE").exists()

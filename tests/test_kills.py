@@ -10,42 +10,31 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from tests.support.helpers import ROOT, free_port, write_pairs
-from tests.support.zygote import Zygote
+from pipeline.warm import Process
+from tests.support.helpers import ALONE, ROOT, begin, free_port, write_pairs
 from tests.test_resume import without_timing
 
 SEED = 20261121
 
 
-class Plain:
-    """Commands started in the ordinary way, with the interface of a zygote."""
-
-    def __init__(self) -> None:
-        self.processes: dict[int, subprocess.Popen] = {}
-
-    def start(self, argv: list[str], log: Path) -> int:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        with log.open("ab") as output:  # a pipe that nobody reads would fill up and stop the run
-            process = subprocess.Popen(
-                [sys.executable, *argv],
-                env=environment,
-                cwd=ROOT,
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-            )
-        self.processes[process.pid] = process
-        return process.pid
-
-    def wait(self, pid: int) -> int:
-        return self.processes[pid].wait(timeout=400)
+def afresh(*argv: str, log: Path) -> subprocess.Popen:
+    """Start Python in the ordinary way."""
+    with log.open("ab") as output:  # a pipe that nobody reads would fill up and stop the run
+        return subprocess.Popen(
+            [sys.executable, *argv],
+            env={**os.environ, **ALONE},
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+        )
 
 
 def alive(pid: int) -> bool:
@@ -66,7 +55,7 @@ def kill_all(pid: int) -> None:
 
 
 def survive(
-    system: Plain | Zygote,
+    start: Callable[..., Process | subprocess.Popen],
     command: Callable[[], list[str]],
     log: Path,
     kills: int,
@@ -80,7 +69,8 @@ def survive(
     """
     rng, at_work = random.Random(SEED), 0
     for _ in range(kills):
-        before, pid = state(), system.start(command(), log)
+        before, process = state(), start(*command(), log=log)
+        pid = process.pid
         if rng.random() < 0.2:
             time.sleep(rng.uniform(0, start_up))
         else:
@@ -90,16 +80,9 @@ def survive(
             time.sleep(rng.uniform(0, window))
             at_work += alive(pid)
         kill_all(pid)
-        system.wait(pid)
-    assert system.wait(system.start(command(), log)) == 0, log.read_text(errors="replace")[-3000:]
+        process.wait(timeout=30)
+    assert start(*command(), log=log).wait(timeout=400) == 0, log.read_text(errors="replace")[-3000:]
     return at_work
-
-
-@pytest.fixture
-def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    yield process
-    process.close()
 
 
 def files_of(folder: Path, *patterns: str) -> dict[str, str]:
@@ -132,12 +115,11 @@ def checkpoints(folder: Path) -> Callable[[], object]:
 
 
 @pytest.mark.slow
-def test_a_run_survives_twenty_kills(tmp_path: Path, zygote: Zygote) -> None:
+def test_a_run_survives_twenty_kills(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl", 30)
-    whole = zygote.start(training(tmp_path, "whole", 240), tmp_path / "whole.log")
-    assert zygote.wait(whole) == 0
+    assert begin(*training(tmp_path, "whole", 240), log=tmp_path / "whole.log").wait(timeout=400) == 0
     state, log = checkpoints(tmp_path / "killed"), tmp_path / "killed.log"
-    killed = survive(zygote, lambda: training(tmp_path, "killed", 240), log, 20, state, start_up=1.5, window=0.3)
+    killed = survive(begin, lambda: training(tmp_path, "killed", 240), log, 20, state, start_up=1.5, window=0.3)
     assert killed >= 12
     kept = ("FINAL/*.safetensors", "FINAL/config.json")
     assert files_of(tmp_path / "whole", *kept) == files_of(tmp_path / "killed", *kept)
@@ -159,16 +141,15 @@ def test_two_processes_survive_kills(tmp_path: Path) -> None:
         return [*two, *training(tmp_path, name, 60)]
 
     state, log = checkpoints(tmp_path / "killed"), tmp_path / "killed.log"
-    killed = survive(Plain(), lambda: command("killed"), log, 5, state, start_up=8.0, window=0.3)
+    killed = survive(afresh, lambda: command("killed"), log, 5, state, start_up=8.0, window=0.3)
     assert killed >= 3
-    system = Plain()
-    assert system.wait(system.start(command("whole"), tmp_path / "whole.log")) == 0
+    assert afresh(*command("whole"), log=tmp_path / "whole.log").wait(timeout=400) == 0
     assert files_of(tmp_path / "whole", "FINAL/*.safetensors") == files_of(tmp_path / "killed", "FINAL/*.safetensors")
     assert without_timing(tmp_path / "killed" / "metrics.jsonl") == without_timing(tmp_path / "whole" / "metrics.jsonl")
 
 
 @pytest.mark.slow
-def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path, zygote: Zygote) -> None:
+def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl", 1500)
 
     def command(name: str) -> list[str]:
@@ -180,10 +161,10 @@ def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path, zygote: Zygote) -
         ]
         return ["task=cache", *data, f"exp_name={name}", "cache.top_k=8", "cache.batch_size=2"]
 
-    assert zygote.wait(zygote.start(command("whole"), tmp_path / "whole.log")) == 0
+    assert begin(*command("whole"), log=tmp_path / "whole.log").wait(timeout=400) == 0
     index, log = tmp_path / "killed" / "CACHE" / "shard-00000" / "index.jsonl", tmp_path / "killed.log"
     size = lambda: index.stat().st_size if index.is_file() else 0  # noqa: E731
-    assert survive(zygote, lambda: command("killed"), log, 20, size, start_up=1.5, window=0.2) >= 12
+    assert survive(begin, lambda: command("killed"), log, 20, size, start_up=1.5, window=0.2) >= 12
     # the order of sequences is fixed, so the arrays are equal byte by byte; meta.json holds the command with its
     # exp_name
     assert files_of(tmp_path / "whole", "CACHE/shard-*/*") == files_of(tmp_path / "killed", "CACHE/shard-*/*")
@@ -205,18 +186,17 @@ def test_a_pipeline_survives_twenty_kills(tmp_path: Path) -> None:
     ]
 
     def command(base: str) -> list[str]:
-        return ["launch.py", "pipeline=quickstart", *off, *short, f"cache_dir={tmp_path / base}"]
+        return ["pipeline=quickstart", *off, *short, f"cache_dir={tmp_path / base}"]
 
     folder = tmp_path / "killed" / "stages"
 
     def state() -> object:
         return sorted(str(path) for pattern in ("*/DONE", "*/checkpoint-*/DONE") for path in folder.glob(pattern))
 
-    system = Plain()
-    whole = system.start(command("whole"), tmp_path / "whole.log")
+    whole = begin(*command("whole"), log=tmp_path / "whole.log")
     # most kills come at any moment: stages take seconds to start, and there are four of them
-    survive(system, lambda: command("killed"), tmp_path / "killed.log", 20, state, start_up=12.0, window=1.0)
-    assert system.wait(whole) == 0
+    survive(begin, lambda: command("killed"), tmp_path / "killed.log", 20, state, start_up=12.0, window=1.0)
+    assert whole.wait(timeout=400) == 0
     results = [
         files_of(tmp_path / base / "stages", "*/FINAL/*.safetensors", "*/CACHE/shard-*/*")
         for base in ("whole", "killed")

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,15 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.helpers import ROOT, rows_of, write_pairs
+from tests.support.helpers import begin, rows_of, write_pairs
 
 TIMING = ("tokens_per_second",)
 
 
 def arguments(base: Path, data: Path, name: str) -> list[str]:
     return [
-        sys.executable,
-        str(ROOT / "launch.py"),
         "loss=dpo",
         "model=tiny",
         "datasets=[local]",
@@ -38,17 +34,6 @@ def arguments(base: Path, data: Path, name: str) -> list[str]:
     ]
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-    )
-
-
 def without_timing(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMING} for row in rows_of(path)]
 
@@ -56,19 +41,19 @@ def without_timing(path: Path) -> list[dict]:
 @pytest.mark.slow  # test_kills.py does it twenty times
 def test_a_killed_run_goes_on_to_the_same_bits_and_the_same_metrics(tmp_path: Path):
     data = write_pairs(tmp_path / "pairs.jsonl", 30)
-    whole, killed = start(arguments(tmp_path, data, "whole")), start(arguments(tmp_path, data, "killed"))
+    log = tmp_path / "log.txt"
+    whole, killed = (begin(*arguments(tmp_path, data, name), log=log) for name in ("whole", "killed"))
     folder, deadline = tmp_path / "killed", time.time() + 300
     while not list(folder.glob("checkpoint-*/DONE")) and time.time() < deadline and killed.poll() is None:
         time.sleep(0.02)
     time.sleep(0.15)  # some steps past the checkpoint
-    killed.send_signal(signal.SIGKILL)
+    os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     steps_before = max(
         json.loads((d.parent / "state.json").read_text())["step"] for d in folder.glob("checkpoint-*/DONE")
     )
-    again = start(arguments(tmp_path, data, "killed"))
-    assert again.wait(timeout=400) == 0, again.stderr.read().decode()[-2000:]
-    assert whole.wait(timeout=400) == 0, whole.stderr.read().decode()[-2000:]
+    again = begin(*arguments(tmp_path, data, "killed"), log=log)
+    assert again.wait(timeout=400) == 0 == whole.wait(timeout=400), log.read_text()[-2000:]
     assert 0 < steps_before < 60
     one, other = (load_file(tmp_path / n / "FINAL" / "model.safetensors") for n in ("whole", "killed"))
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from engine.preemption import REQUEUE
+from pipeline.warm import Process
 from scripts.slurm_rank import accelerate_variables, free_port, rank_variables
-from tests.support.helpers import ROOT, rows_of, write_pairs
-from tests.test_resume import start, without_timing
+from tests.support.helpers import ROOT, begin, rows_of, write_pairs
+from tests.test_resume import without_timing
 
 
 def command(base: Path, data: Path, name: str) -> list[str]:
     return [
-        sys.executable,
-        str(ROOT / "launch.py"),
         "loss=dpo",
         "model=tiny",
         "datasets=[local]",
@@ -35,7 +34,7 @@ def command(base: Path, data: Path, name: str) -> list[str]:
     ]
 
 
-def wait_for_rows(process: subprocess.Popen, file: Path, rows: int, timeout: float = 120) -> None:
+def wait_for_rows(process: Process | subprocess.Popen, file: Path, rows: int, timeout: float = 120) -> None:
     """Wait until a run has written so many rows."""
     deadline = time.time() + timeout
     while not (file.is_file() and len(file.read_text().splitlines()) >= rows):
@@ -48,16 +47,16 @@ def wait_for_rows(process: subprocess.Popen, file: Path, rows: int, timeout: flo
 @pytest.mark.parametrize("warning", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_warned_run_leaves_with_the_code_that_requeues_and_resumes_to_the_same_bits(tmp_path, warning):
     data = write_pairs(tmp_path / "pairs.jsonl", 30)
-    whole, warned = start(command(tmp_path, data, "whole")), start(command(tmp_path, data, "warned"))
+    log = tmp_path / "log.txt"
+    whole, warned = (begin(*command(tmp_path, data, name), log=log) for name in ("whole", "warned"))
     wait_for_rows(warned, tmp_path / "warned" / "metrics.jsonl", 1)
-    warned.send_signal(warning)
-    assert warned.wait(timeout=60) == REQUEUE, warned.stderr.read().decode()[-2000:]
+    os.kill(warned.pid, warning)
+    assert warned.wait(timeout=60) == REQUEUE, log.read_text()[-2000:]
     saved = [p.parent.name for p in (tmp_path / "warned").glob("checkpoint-*/DONE")]
     assert len(saved) == 1 and 5 <= int(saved[0].split("-")[1]) < 60  # save_every=0: the warning alone made it
     assert not (tmp_path / "warned" / "DONE").exists()
-    again = start(command(tmp_path, data, "warned"))
-    assert again.wait(timeout=150) == 0, again.stderr.read().decode()[-2000:]
-    assert whole.wait(timeout=150) == 0, whole.stderr.read().decode()[-2000:]
+    again = begin(*command(tmp_path, data, "warned"), log=log)
+    assert again.wait(timeout=150) == 0 == whole.wait(timeout=150), log.read_text()[-2000:]
     one, other = (load_file(tmp_path / n / "FINAL" / "model.safetensors") for n in ("whole", "warned"))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert without_timing(tmp_path / "whole" / "metrics.jsonl") == without_timing(tmp_path / "warned" / "metrics.jsonl")
@@ -73,7 +72,7 @@ def test_a_warning_to_one_rank_stops_both_at_the_same_step(tmp_path):
         env |= {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | env
         ranks.append(
             subprocess.Popen(
-                [*command(tmp_path, data, "two"), "n_steps=4000"],
+                [sys.executable, "launch.py", *command(tmp_path, data, "two"), "n_steps=4000"],
                 env=env,
                 cwd=ROOT,
                 stderr=subprocess.PIPE,

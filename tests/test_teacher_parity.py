@@ -3,8 +3,6 @@ said.
 """
 
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from engine.placement import Replicated
 from engine.processes import Processes
 from functional import topk_kl, topk_logps
 from models import response_logits
-from tests.support.helpers import ROOT, composed, write_pairs
+from tests.support.helpers import begin, composed, write_pairs
 from trainers.batches import Item, make_batch
 from trainers.dckd import DCKD
 
@@ -111,23 +109,10 @@ def test_another_tokenizer_or_truncation_is_refused(setup, tmp_path, override):
 
 def test_a_full_disk_is_one_error_and_leaves_nothing_that_looks_whole(tmp_path: Path):
     data = write_pairs(tmp_path / "pairs.jsonl", 12)
-    limit = 100_000  # bytes a file: the model of 300 kB does not fit, all else does
-    run = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "launch.py"),
-            "model=tiny",
-            "datasets=[local]",
-            f"datasets.local.train={data}",
-            f"cache_dir={tmp_path}",
-            "exp_name=x",
-        ],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-    )
-    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr[-1500:]
-    assert "error:" in run.stderr
+    limit, log = 100_000, tmp_path / "log.txt"  # bytes a file: the model of 300 kB does not fit, all else does
+    tiny = ["model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "exp_name=x"]
+    run = begin(*tiny, log=log)
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    assert run.wait(timeout=120) == 2 and "Traceback" not in log.read_text(), log.read_text()[-1500:]
+    assert "error:" in log.read_text()
     assert not (tmp_path / "x" / "DONE").exists() and not (tmp_path / "x" / "FINAL").exists()

@@ -3,15 +3,14 @@
 import os
 import signal
 import struct
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from engine.tracking import place, run_id
-from tests.support.helpers import ROOT, rows_of, write_pairs
+from pipeline.warm import Process
+from tests.support.helpers import begin, rows_of, write_pairs
 
 
 def records(path: Path) -> list:
@@ -39,10 +38,8 @@ def history(path: Path) -> list[dict[str, str]]:
     return [{"/".join(item.nested_key) or item.key: item.value_json for item in row.item} for row in rows]
 
 
-def start(base: Path, data: Path) -> subprocess.Popen:
+def start(base: Path, data: Path) -> Process:
     command = [
-        sys.executable,
-        "launch.py",
         "loss=sft",
         "model=tiny",
         "datasets=[local]",
@@ -58,14 +55,7 @@ def start(base: Path, data: Path) -> subprocess.Popen:
         "eval_every=10",
         "wandb.enabled=true",
     ]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return begin(*command, log=base / "log.txt")
 
 
 @pytest.mark.slow
@@ -75,11 +65,11 @@ def test_a_killed_run_keeps_its_wandb_id_and_every_row_is_there_once(tmp_path: P
     killed = start(tmp_path, data)
     while not list(folder.glob("checkpoint-*/DONE")) and time.time() < deadline and killed.poll() is None:
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+    os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     name = (folder / "wandb_id.txt").read_text().strip()
     again = start(tmp_path, data)
-    assert again.wait(timeout=150) == 0, again.stderr.read()[-2000:]
+    assert again.wait(timeout=150) == 0, (tmp_path / "log.txt").read_text()[-2000:]
     assert (folder / "wandb_id.txt").read_text().strip() == name
     (old,) = folder.glob("wandb/superseded-offline-run-*/run-*.wandb")
     (new,) = folder.glob("wandb/offline-run-*/run-*.wandb")

@@ -1,18 +1,25 @@
 """What tests share: composing a config in process, running the command line, small data files."""
 
+import atexit
+import functools
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from pipeline.warm import Process, WarmStart
+
 ROOT = Path(__file__).resolve().parents[2]
+ALONE = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 WORDS = "ant bee cat dog elk fox gnu hen ibis jay kite lynx mole newt owl pig".split()
 
 
@@ -25,12 +32,36 @@ def composed(*overrides: str) -> dict[str, Any]:
     return raw
 
 
+@functools.cache
+def warm_start() -> WarmStart:
+    """Return this process's warm start: torch is imported once for all the commands of its tests."""
+    server = WarmStart({**os.environ, **ALONE})
+    atexit.register(server.close)
+    return server
+
+
+def begin(*args: str, log: Path, error: Path | None = None, env: dict[str, str] | None = None) -> Process:
+    """Start `launch.py ARGS`, forked from the warm start; its output is appended to `log`, its errors to `error`."""
+    with log.open("ab") as out, (error or log).open("ab") as err:
+        return warm_start().start(args, {**os.environ, **ALONE, **(env or {})}, out.fileno(), err.fileno())
+
+
 def launch(
-    *args: str, env: dict[str, str] | None = None, timeout: float = 180, cwd: Path = ROOT, python: str = sys.executable
+    *args: str, env: dict[str, str] | None = None, timeout: float = 180, cwd: Path = ROOT, python: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run launch.py as a user would."""
+    """Run launch.py as a user would; with `env`, `cwd` or `python` it starts afresh."""
+    if not (env or python or cwd != ROOT):
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            process = begin(*args, log=out, error=err)
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+            return subprocess.CompletedProcess(args, code, out.read_text("utf-8"), err.read_text("utf-8"))
     return subprocess.run(
-        [python, str(ROOT / "launch.py"), *args],
+        [python or sys.executable, str(ROOT / "launch.py"), *args],
         capture_output=True,
         text=True,
         timeout=timeout,
