@@ -30,10 +30,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.digests import digest_of
 from pipeline.sweeps import as_sweep, job_folder
 from settings.artifacts import is_done, mark_done, remove_parts, write_json, write_text
 from settings.help import GROUPS, choices, help_text
-from settings.methods import config_fields, find_method
+from settings.methods import config_fields, method_class
 from settings.needs import check_needs
 from settings.paths import CONFIG
 from settings.schema import Settings, nearest, require, settings_from, with_loss
@@ -47,18 +48,6 @@ def check_loss(section: dict[str, Any]) -> None:
     known = list(config_fields(section.get("trainer", "")))
     for key in section if known else ():
         require(key in (*known, "name", "trainer"), f"unknown key 'loss.{key}'.{nearest(key, known)}")
-
-
-def method_of(raw: dict[str, Any]) -> Any:
-    """Return the trainer class that loss.trainer names: one of trainers/, or of a package of the user's own."""
-    name = raw["loss"].get("trainer", "")
-    find_method(name)
-    module, _, cls = name.rpartition(".")
-    method = getattr(importlib.import_module(module), cls)
-    basic = importlib.import_module("trainers.basic").BasicTrainer
-    if not (isinstance(method, type) and issubclass(method, basic)):
-        raise ValueError(f"loss.trainer={name} is no subclass of trainers.basic.BasicTrainer, which runs the loop")
-    return method
 
 
 def check_sources(settings: Settings) -> None:
@@ -83,7 +72,7 @@ def settings_of(raw: dict[str, Any]) -> Settings:
     if raw["task"] != "train":
         return settings
     check_loss(raw["loss"])
-    method = method_of(raw)
+    method = method_class(raw["loss"].get("trainer", ""))
     settings = with_loss(settings, method.Config)
     check_needs(settings, method.needs, raw["loss"]["name"], method.head)
     return settings
@@ -111,15 +100,20 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
 def open_run_dir(settings: Settings) -> bool:
     """Prepare the run's folder; return False if the same run is already finished there.
 
-    Raises ValueError if the folder holds a run with another configuration that this one would go on from or replace.
+    Raises ValueError if the folder holds a run with another configuration, or with other data or code behind the same
+    one, that this one would go on from or replace.
     """
     run_dir = settings.run.run_dir
-    stored = run_dir / "config.yaml"
+    stored, identity = run_dir / "config.yaml", run_dir / "digest.txt"
+    is_main = os.environ.get("RANK", "0") == "0"
     begun = is_done(run_dir) or any(map(is_done, run_dir.glob("checkpoint-*")))
+    digest = run_digest(settings) if is_main or is_done(run_dir) else ""
     if begun and stored.is_file():
-        old = OmegaConf.to_container(OmegaConf.load(stored))
-        assert isinstance(old, dict)
-        difference = first_difference(counted({str(key): value for key, value in old.items()}), counted(settings.raw))
+        difference = _difference(settings.raw, stored)
+        if not difference and digest and identity.is_file() and identity.read_text("utf-8").strip() != digest:
+            difference = (
+                "the same settings, but the content of a file that they name, or the version of the code, was another"
+            )
         if difference:
             raise ValueError(
                 f"{run_dir} holds a run with another configuration: {difference}. "
@@ -127,13 +121,26 @@ def open_run_dir(settings: Settings) -> bool:
             )
         if is_done(run_dir):
             return False
-    if os.environ.get("RANK", "0") == "0":
+    if is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_parts(run_dir)
         write_text(stored, OmegaConf.to_yaml(OmegaConf.create(settings.raw)))
+        write_text(identity, digest + "\n")
         write_text(run_dir / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
         write_json(run_dir / "versions.json", versions())
     return True
+
+
+def run_digest(settings: Settings) -> str:
+    """Hash what can change the run's result, as the digest of a pipeline's stage does."""
+    return digest_of(settings.raw, Path(settings.run.cache_dir).expanduser() / "stages")
+
+
+def _difference(raw: dict[str, Any], stored: Path) -> str | None:
+    """Name the first key that the task reads and that is another in the stored config."""
+    old = OmegaConf.to_container(OmegaConf.load(stored))
+    assert isinstance(old, dict)
+    return first_difference(counted({str(key): value for key, value in old.items()}), counted(raw))
 
 
 def run_task(raw: dict[str, Any]) -> None:
@@ -141,7 +148,7 @@ def run_task(raw: dict[str, Any]) -> None:
     settings = settings_of(raw)
     task = TASKS[settings.run.task]
     if task.has_folder and not open_run_dir(settings):
-        print(f"already done: {settings.run.run_dir} (same settings; to run again with other data or code, remove it)")
+        print(f"already done: {settings.run.run_dir} (to run it again, remove that folder)")
         return
     importlib.import_module(f"tasks.{settings.run.task}").run(settings)
     if not task.is_done_once:

@@ -28,6 +28,7 @@ import models
 from dataloader import Example, Tokens
 from engine.placement import Replicated
 from engine.processes import Processes
+from settings.methods import method_class
 from trainers.batches import Item
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +104,7 @@ def ours(
 ) -> tuple[float, dict[str, torch.Tensor], list[Item]]:
     """Return our loss and gradients, and the items that they are of."""
     settings = settings_of(*overrides)
-    trainer = launch.method_of(settings.raw)(
+    trainer = method_class(settings.raw["loss"]["trainer"])(
         settings, models.load_tokenizer(settings.model), Replicated(Processes(), settings.model)
     )
     trainer.policy, trainer.reference = policy, reference

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-import launch
 from tests.golden.coverage import LOSS_CASES
 from tests.support.bigram import items_of, loss_of, trainer_of
 
@@ -56,7 +55,7 @@ def table() -> str:
     ]
     for name in names:
         trainer = trainer_of(name)
-        method = launch.method_of({"loss": {"trainer": f"{type(trainer).__module__}.{type(trainer).__name__}"}})
+        method = type(trainer)
         needs = DATA[method.needs.data] + REFERENCE[method.needs.reference] + TEACHER[method.needs.teacher]
         cases = ", ".join(f"`{case}`" for case in LOSS_CASES[name])
         formula = trainer.objective().removeprefix("L = ").replace("|", "\\|")

@@ -141,7 +141,7 @@ def _evaluated(section: dict[str, Any], off: set[str]) -> dict[str, Any]:
     return found
 
 
-def needs_of(recipe: Recipe) -> list[str]:
+def inputs_of(recipe: Recipe) -> list[str]:
     """Return the names of the stages whose output a recipe reads."""
     names = [recipe.start] if recipe.start else []
     names += [name for _, value in flat(recipe.set) for name in mentioned(value)]
@@ -151,14 +151,14 @@ def needs_of(recipe: Recipe) -> list[str]:
 def in_order(recipes: dict[str, Recipe]) -> list[str]:
     """Return the names such that each stands after what it needs, else as written."""
     for name, recipe in recipes.items():
-        for other in needs_of(recipe):
+        for other in inputs_of(recipe):
             if other not in recipes:
                 raise ValueError(
                     f"pipeline.stages.{name} needs stage {other!r}, which is not there.{nearest(other, list(recipes))}"
                 )
     placed: list[str] = []
     while len(placed) < len(recipes):
-        ready = [n for n in recipes if n not in placed and all(o in placed for o in needs_of(recipes[n]))]
+        ready = [n for n in recipes if n not in placed and all(o in placed for o in inputs_of(recipes[n]))]
         if not ready:
             raise ValueError(
                 f"pipeline.stages need each other in a circle: {', '.join(n for n in recipes if n not in placed)}"
@@ -309,7 +309,7 @@ def _stage(
     raw = composed(name, line, choices)
     digest = digest_of(raw, stages_dir)
     folder = stages_dir / f"{name}-{digest[:12]}"
-    needed = needs_of(recipe)
+    needed = inputs_of(recipe)
     needs = tuple(stage.folder for (other, s), stage in built.items() if other in needed and (s == seed or recipe.once))
     launcher = [sys.executable]
     accelerate = recipe.accelerate_config or pipeline.accelerate_config

@@ -1,11 +1,13 @@
 """What a method says of itself, read from its source: `loss.trainer` names its class, by any path that can be imported.
 
-A class of trainers/ and one of a user's own package are found alike. Reading takes milliseconds, importing loads torch.
+A class of trainers/ and one of a user's own package are found alike. Reading takes
+milliseconds; importing one (method_class) loads torch.
 """
 
 import ast
+import importlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from settings.paths import ROOT
 from settings.source import Found, class_value, field_types, find_class, module_file, read_module
@@ -63,3 +65,14 @@ def config_fields(trainer: str, root: Path = ROOT) -> dict[str, str]:
     name = getattr(found[1], "id", "") if found is not None else ""
     config = find_class(found[0].module, name, root) if found is not None else None
     return field_types(config, root) if config is not None else {}
+
+
+def method_class(trainer: str) -> Any:
+    """Import the trainer class that loss.trainer names: one of trainers/, or of a package of the user's own."""
+    find_method(trainer)
+    module, _, name = trainer.rpartition(".")
+    method = getattr(importlib.import_module(module), name)
+    basic = importlib.import_module("trainers.basic").BasicTrainer
+    if not (isinstance(method, type) and issubclass(method, basic)):
+        raise ValueError(f"loss.trainer={trainer} is no subclass of trainers.basic.BasicTrainer, which runs the loop")
+    return method

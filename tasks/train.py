@@ -1,7 +1,6 @@
 """task=train: load data and models, hand them to the method's trainer, save FINAL."""
 
 import gc
-import importlib
 
 import torch
 
@@ -14,6 +13,7 @@ from engine.strategy import placement_of
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
 from settings.artifacts import write_text
+from settings.methods import method_class
 from settings.schema import Settings
 from teacher.precision import teacher_dtype
 from trainers import reference
@@ -28,10 +28,8 @@ def run(settings: Settings) -> None:
     check_compiler(settings.model, processes.device)
     used = meter.Meter()
     placement = placement_of(settings.run.strategy, settings.model, processes)
-    module, _, name = settings.raw["loss"]["trainer"].rpartition(".")
-    trainer_class = getattr(importlib.import_module(module), name)
     tokenizer = models.load_tokenizer(settings.model)
-    trainer: BasicTrainer = trainer_class(settings, tokenizer, placement)
+    trainer: BasicTrainer = method_class(settings.raw["loss"]["trainer"])(settings, tokenizer, placement)
     train, test = _examples(settings, tokenizer)
     if trainer.needs.data == "pairs":
         _check_pairs(train + test, settings.raw["loss"]["name"])

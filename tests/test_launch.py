@@ -140,6 +140,7 @@ def folder_of_a_run(tmp_path, data, *more: str, done: bool = True) -> list[str]:
     folder = tmp_path / "runs" / "x"
     (folder / "checkpoint-2").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    (folder / "digest.txt").write_text(launcher.run_digest(launcher.settings_of(raw)), encoding="utf-8")
     (folder / "checkpoint-2" / "DONE").touch()
     if done:
         (folder / "DONE").touch()
@@ -163,6 +164,17 @@ def test_a_finished_run_is_the_same_whatever_its_task_does_not_read(tmp_path, da
     ):
         with pytest.raises(ValueError, match=words):
             goes_on(composed(*line, other))
+
+
+def test_a_finished_run_is_another_where_the_content_of_its_data_is(tmp_path, data):
+    line = folder_of_a_run(tmp_path, data)
+    was = data.read_text(encoding="utf-8")
+    data.write_text(was.replace("dog", "cat"), encoding="utf-8")
+    assert data.read_text(encoding="utf-8") != was
+    with pytest.raises(ValueError, match="the content of a file that they name"):
+        goes_on(composed(*line))
+    data.write_text(was, encoding="utf-8")
+    assert not goes_on(composed(*line))
 
 
 def test_a_key_that_came_with_an_update_blocks_an_unfinished_run_only_if_its_task_reads_it(tmp_path, data):

@@ -18,6 +18,7 @@ from conversations import Conversation
 from dataloader import Example, Tokens
 from engine.placement import Replicated
 from engine.processes import Processes
+from settings.methods import method_class
 from teacher.quantities import Entry
 from tests.support.helpers import composed
 from trainers.basic import BasicTrainer
@@ -141,7 +142,7 @@ def tokenizer():
 def trainer_of(name: str, *overrides: str) -> BasicTrainer:
     """Make the trainer of loss=name over two bigram models; the reference is another one than the policy."""
     settings, byte_tokenizer = settings_and_tokenizer(name, overrides)
-    method = launch.method_of(settings.raw)
+    method = method_class(settings.raw["loss"]["trainer"])
     trainer = method(settings, byte_tokenizer, Replicated(Processes(), settings.model))
     trainer.vocab_size = VOCAB
     trainer.policy, trainer.reference = Bigram(1, method.head == "reward"), Bigram(2)
