@@ -203,7 +203,7 @@ class Runner:
         """Start a stage's command in a session of its own, with its lock open."""
         if self.warm and is_plain(stage):
             number = output.fileno()
-            return self.warm.start(stage.command[2:], self.environment, number, number, (lock.fileno(),))
+            return self.warm.start(stage.command[1:], self.environment, number, number, (lock.fileno(),))
         return subprocess.Popen(
             stage.command,
             stdin=subprocess.DEVNULL,

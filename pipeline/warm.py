@@ -1,12 +1,14 @@
-"""A warm start: one process imports torch and the rest once, and forks a `launch.py` for each command.
+"""A warm start: one process imports torch and the rest once, and forks a Python program for each command.
 
 Importing takes as long as a short stage does. The process computes nothing itself, so it has no thread when it forks.
-On a machine with a GPU each command starts afresh instead: CUDA does not survive a fork.
+On a machine with a GPU each command starts afresh instead: CUDA does not survive a fork. A command that was itself
+forked, and now runs a pipeline, forks the process for its stages instead of importing again.
 
 Protocol, on a Unix socket: a request is one JSON line {"argv", "environment", "folder"} with the open files that the
 child keeps. The answers are lines too: {"pid"} at once, {"pid", "code"} when that child has ended.
 """
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -17,8 +19,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from hydra.core.global_hydra import GlobalHydra
 
 from settings.paths import ROOT
 from settings.tasks import TASKS
@@ -26,6 +33,7 @@ from settings.tasks import TASKS
 LIBRARIES = ("torch.distributed.checkpoint", "datasets", "peft", "trainers.basic")
 CLASSES = ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast")  # read lazily
 MAX_FILES = 16  # open files of a request
+is_warm = False  # this process has imported everything and computed nothing
 
 
 class Process:
@@ -56,15 +64,13 @@ class WarmStart:
 
     def __init__(self, environment: dict[str, str]) -> None:
         ours, theirs = socket.socketpair()
+        self.pid = os.fork() if is_warm else 0
+        if is_warm and self.pid == 0:
+            ours.close()
+            os.setsid()
+            end_with(lambda: serve(theirs))
         with theirs:
-            self.server = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.warm", str(theirs.fileno())],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C is for the commands, each in a session of its own
-            )
+            self.server = None if is_warm else _import_and_serve(theirs, environment)
         self.socket, self.rest = ours, b""
         self.children: dict[int, Process] = {}
         self.started: list[int] = []
@@ -72,7 +78,7 @@ class WarmStart:
     def start(
         self, argv: Sequence[str], environment: dict[str, str], output: int, error: int, keep: Sequence[int] = ()
     ) -> Process:
-        """Fork `launch.py ARGV` with these open files as its output and error, and `keep` open besides."""
+        """Fork `python ARGV` with these open files as its output and error, and `keep` open besides."""
         request = {"argv": list(argv), "environment": environment, "folder": os.getcwd()}
         line = json.dumps(request).encode()
         try:
@@ -82,7 +88,7 @@ class WarmStart:
                 if not self.listen(1.0):
                     raise BrokenPipeError
         except (BrokenPipeError, ConnectionResetError):
-            raise RuntimeError(f"the warm start ended with code {self.server.wait()}") from None
+            raise RuntimeError(f"the warm start ended with code {self._ended()}") from None
         pid = self.started.pop()
         self.children[pid] = Process(self, pid)
         return self.children[pid]
@@ -110,7 +116,23 @@ class WarmStart:
     def close(self) -> None:
         """End the process; commands that still run go on."""
         self.socket.close()
-        self.server.wait(timeout=30)
+        self._ended()
+
+    def _ended(self) -> int:
+        if self.server is not None:
+            return self.server.wait(timeout=30)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def _import_and_serve(connection: socket.socket, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.warm", str(connection.fileno())],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        pass_fds=(connection.fileno(),),
+        start_new_session=True,  # Ctrl-C is for the commands, each in a session of its own
+    )
 
 
 # ---- the other side
@@ -134,7 +156,7 @@ def serve(connection: socket.socket) -> None:
         pid = os.fork()
         if pid == 0:
             connection.close()
-            return become(request["argv"], request["environment"], request["folder"], files)
+            become(request["argv"], request["environment"], request["folder"], files)
         for file in files:
             os.close(file)
         children.add(pid)
@@ -155,16 +177,42 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return parts
 
 
-def become(argv: list[str], environment: dict[str, str], folder: str, files: list[int]) -> None:
-    """Be `launch.py ARGV` from here on, in a session of its own; whoever calls has nothing left to do."""
+def become(argv: list[str], environment: dict[str, str], folder: str, files: list[int]) -> NoReturn:
+    """Be `python ARGV` from here on, in a session of its own."""
+    sys.modules["pipeline.warm"].is_warm = True  # type: ignore[attr-defined]  # here it may be __main__
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     for stream, file in enumerate([os.open(os.devnull, os.O_RDONLY), *files[:2]]):
         os.dup2(file, stream)
-    sys.argv = [str(ROOT / "launch.py"), *argv]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    for kept in files[2:]:
+        os.set_inheritable(kept, True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    GlobalHydra.instance().clear()  # a pipeline's process has composed its own
+    sys.argv = argv
+    end_with(lambda: runpy.run_path(argv[0], run_name="__main__"))
+
+
+def end_with(work: Callable[[], Any]) -> NoReturn:
+    """Do the work and end the process as the interpreter does, without unwinding what stood here before the fork."""
+    code: Any = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as multiprocessing's children do
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def main() -> None:
@@ -176,7 +224,7 @@ def main() -> None:
     transformers = importlib.import_module("transformers")
     for name in CLASSES:
         getattr(transformers, name)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    importlib.import_module("pipeline.warm")  # this file once more, under the name that commands know
     serve(connection)
 
 

@@ -5,10 +5,7 @@ within `window` seconds after the run has gone on from where the last one was ki
 """
 
 import hashlib
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,32 +15,25 @@ import pytest
 import yaml
 
 from pipeline.warm import Process
-from tests.support.helpers import ALONE, ROOT, begin, free_port, write_pairs
+from tests.support.helpers import ROOT, begin, write_pairs
+from tests.support.ranks import Ranks
 from tests.test_resume import without_timing
 
 SEED = 20261121
-
-
-def afresh(*argv: str, log: Path) -> subprocess.Popen:
-    """Start Python in the ordinary way."""
-    with log.open("ab") as output:  # a pipe that nobody reads would fill up and stop the run
-        return subprocess.Popen(
-            [sys.executable, *argv],
-            env={**os.environ, **ALONE},
-            cwd=ROOT,
-            stdout=output,
-            stderr=output,
-            stdin=subprocess.DEVNULL,
-        )
 
 
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def kill_all(pid: int) -> None:
+def kill_all(process: Process | Ranks) -> None:
     """Kill a command with all its descendants, whatever process groups they have."""
-    family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    family = [
+        member
+        for root in getattr(process, "processes", [process])
+        if psutil.pid_exists(root.pid)
+        for member in (*psutil.Process(root.pid).children(recursive=True), psutil.Process(root.pid))
+    ]
     for member in family:
         try:
             member.kill()
@@ -55,7 +45,7 @@ def kill_all(pid: int) -> None:
 
 
 def survive(
-    start: Callable[..., Process | subprocess.Popen],
+    start: Callable[..., Process | Ranks],
     command: Callable[[], list[str]],
     log: Path,
     kills: int,
@@ -70,16 +60,15 @@ def survive(
     rng, at_work = random.Random(SEED), 0
     for _ in range(kills):
         before, process = state(), start(*command(), log=log)
-        pid = process.pid
         if rng.random() < 0.2:
             time.sleep(rng.uniform(0, start_up))
         else:
             deadline = time.time() + 120
-            while state() == before and alive(pid) and time.time() < deadline:
+            while state() == before and process.poll() is None and time.time() < deadline:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, window))
-            at_work += alive(pid)
-        kill_all(pid)
+            at_work += process.poll() is None
+        kill_all(process)
         process.wait(timeout=30)
     assert start(*command(), log=log).wait(timeout=400) == 0, log.read_text(errors="replace")[-3000:]
     return at_work
@@ -136,14 +125,16 @@ def test_a_run_survives_twenty_kills(tmp_path: Path) -> None:
 def test_two_processes_survive_kills(tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl", 30)
 
+    def two(*argv: str, log: Path) -> Ranks:
+        return Ranks(*argv, folder=log.parent)
+
     def command(name: str) -> list[str]:
-        two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "launch.py"]
-        return [*two, *training(tmp_path, name, 60)]
+        return training(tmp_path, name, 60)
 
     state, log = checkpoints(tmp_path / "killed"), tmp_path / "killed.log"
-    killed = survive(afresh, lambda: command("killed"), log, 5, state, start_up=8.0, window=0.3)
+    killed = survive(two, lambda: command("killed"), log, 5, state, start_up=2.0, window=0.3)
     assert killed >= 3
-    assert afresh(*command("whole"), log=tmp_path / "whole.log").wait(timeout=400) == 0
+    assert two(*command("whole"), log=log).wait(timeout=400) == 0
     assert files_of(tmp_path / "whole", "FINAL/*.safetensors") == files_of(tmp_path / "killed", "FINAL/*.safetensors")
     assert without_timing(tmp_path / "killed" / "metrics.jsonl") == without_timing(tmp_path / "whole" / "metrics.jsonl")
 

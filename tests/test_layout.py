@@ -1,8 +1,5 @@
 """Layout invariance: 1x8, 8x1 and two processes give the same gradient and the same parameters, for every method."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,8 @@ from safetensors.torch import load_file
 
 import launch
 from tests.support.chain import chain_of
-from tests.support.helpers import ROOT, composed, free_port, rows_of
+from tests.support.helpers import composed, rows_of
+from tests.support.ranks import Ranks
 from tests.test_sharding import SGD, SGD_ATOL
 
 STEPS = 3
@@ -81,23 +79,5 @@ def test_accumulation_changes_nothing(method, world):
 def test_two_processes_change_nothing(method, world):
     # 22 pairs: the third step has 6 rows, so one micro-batch of a rank is short.
     launch.run_task(composed(*run_overrides(method, world, "one", 1)))
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            free_port(),
-            str(ROOT / "launch.py"),
-            *run_overrides(method, world, "two", 2),
-        ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    Ranks(*run_overrides(method, world, "two", 2), folder=Path(world["base"])).output()
     assert_same(result(world, f"{method}_one"), result(world, f"{method}_two"))

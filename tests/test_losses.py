@@ -1,16 +1,13 @@
 """Every loss of config/loss: equal to its slow twin, its gradient checked, and the same whatever the layout."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from conversations import Conversation
 from dataloader import Example
 from tests.support.bigram import gradient_of, items_of, loss_of, tokens, trainer_of
-from tests.support.helpers import ROOT, free_port
+from tests.support.helpers import ROOT
+from tests.support.ranks import Ranks
 from tests.support.twins import TWINS, World
 from trainers.kto import mismatched
 
@@ -216,15 +213,6 @@ def test_the_running_mean_of_bco_goes_on_from_step_to_step():
 
 
 @pytest.mark.distributed
-def test_two_processes_give_the_loss_and_gradient_of_one():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    run = subprocess.run(
-        [*command, "-m", "tests.support.two_ranks"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert sorted(line.split()[1] for line in run.stdout.splitlines() if line.startswith("equal")) == LOSSES
+def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path):
+    printed = Ranks(folder=tmp_path, program="tests/support/two_ranks.py").output()
+    assert sorted(line.split()[1] for line in printed.splitlines() if line.startswith("equal")) == LOSSES

@@ -5,10 +5,6 @@ numbers by small ones. One spawn of two processes does all runs of a placement.
 """
 
 import json
-import os
-import subprocess
-import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +14,8 @@ from safetensors.torch import load_file
 
 import launch
 from tests.support.chain import chain_of
-from tests.support.helpers import ROOT, composed, free_port, rows_of
+from tests.support.helpers import composed, free_port, rows_of
+from tests.support.ranks import Ranks
 
 ATOL = 1e-6  # float32 sums in another order: measured below 4e-7 where the parameters move by more than 1e-3
 FSDP_FILE = {  # what `accelerate launch --config_file accelerate_config/fsdp_2gpu.yaml` sets
@@ -96,29 +93,10 @@ def common(world: dict[str, str], case: Case, name: str) -> list[str]:
 
 
 def two_processes(runs: list[dict], folder: Path) -> None:
-    """Do the runs on two processes; the error of the first one that fails is shown."""
+    """Do the runs on two processes; the errors of both are shown where one fails."""
     plan = folder / "runs.json"
     plan.write_text(json.dumps([{"port": free_port(), **run} for run in runs]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    logs = [folder / f"rank_{rank}.txt" for rank in range(2)]
-    started = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as out:
-            command = [sys.executable, "-m", "tests.support.many_runs", str(plan)]
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=subprocess.DEVNULL, stderr=out))
-    deadline = time.monotonic() + 900
-    try:  # one that failed leaves the other waiting
-        while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
-            assert time.monotonic() < deadline, "two processes took more than 15 minutes"
-            time.sleep(0.1)
-        if any(p.poll() for p in started):
-            time.sleep(5)  # the other one may fail, too, and say more
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    assert [p.returncode for p in started] == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    Ranks(str(plan), folder=folder, program="tests/support/many_runs.py").output(timeout=900)
 
 
 @pytest.fixture(scope="module")

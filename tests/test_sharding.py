@@ -3,13 +3,9 @@ checkpoints.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +14,8 @@ import launch
 import models
 from engine import checkpoint, export
 from engine.compiling import blocks_of
-from tests.support.helpers import ROOT, composed, free_port, rows_of, write_pairs
+from tests.support.helpers import composed, rows_of, write_pairs
+from tests.support.ranks import Ranks
 
 # AdamW has a state to resume, and divides gradients near zero by their own size: 24 steps at lr 1e-3.
 ATOL = 2e-5
@@ -30,25 +27,9 @@ SGD = ["optimizer=SGD", "lr=0.1", "scheduler=constant", "warmup=0"]
 SGD_ATOL = 5e-7
 
 
-def two(overrides: list[str], program: tuple[str, ...] = ("launch.py",)) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        free_port(),
-        *program,
-    ]
-    return subprocess.Popen(
-        [*command, *overrides, "strategy=fsdp"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def two(overrides: list[str], folder: Path, program: str = "launch.py") -> Ranks:
+    """Start two shards."""
+    return Ranks(*overrides, "strategy=fsdp", folder=folder, program=program)
 
 
 @pytest.fixture
@@ -85,11 +66,9 @@ def close(one: Path, other: Path, atol: float = ATOL) -> None:
 @pytest.mark.distributed
 def test_two_shards_train_the_model_of_one_process(tmp_path, overrides):
     run = [*overrides, "n_steps=3", *SGD]
-    sharded = two([*run, "exp_name=two", "model.gradient_accumulation_steps=2"])
+    sharded = two([*run, "exp_name=two", "model.gradient_accumulation_steps=2"], tmp_path)
     launch.run_task(composed(*run, "exp_name=one"))
-    out, errors = sharded.communicate(timeout=240)
-    assert sharded.returncode == 0, errors[-3000:]
-    assert "strategy=fsdp, 2 process(es)" in out
+    assert "strategy=fsdp, 2 process(es)" in sharded.output()
     close(tmp_path / "two", tmp_path / "one", SGD_ATOL)
     rows = [rows_of(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     for one, other in zip(*rows, strict=True):
@@ -103,22 +82,16 @@ def test_a_sharded_checkpoint_resumes_on_one_process_and_on_two(tmp_path, overri
     schedule = ["n_steps=24", "save_every=4"]
     launch.run_task(composed(*overrides, *schedule, "exp_name=whole"))
     for name in ("to_one", "to_two"):
-        run, folder, deadline = two([*overrides, *schedule, f"exp_name={name}"]), tmp_path / name, time.time() + 120
+        run, folder = two([*overrides, *schedule, f"exp_name={name}"], tmp_path), tmp_path / name
+        deadline = time.time() + 120
         while not list(folder.glob("checkpoint-*/DONE")) and time.time() < deadline and run.poll() is None:
             time.sleep(0.02)
-        for process in [
-            *psutil.Process(run.pid).children(recursive=True),
-            run,
-        ]:  # torchrun's workers have groups of their own
-            process.kill()
-        run.communicate()
+        run.kill()
         checkpoint = next(folder.glob("checkpoint-*/DONE")).parent
         assert len(list((checkpoint / "shards").glob("*.distcp"))) == 2  # each rank wrote its part
         assert not (folder / "FINAL").exists()
     launch.run_task(composed(*overrides, *schedule, "exp_name=to_one"))
-    again = two([*overrides, *schedule, "exp_name=to_two"])
-    out, errors = again.communicate(timeout=240)
-    assert again.returncode == 0 and "resumed from" in out, errors[-3000:]
+    assert "resumed from" in two([*overrides, *schedule, "exp_name=to_two"], tmp_path).output()
     for name in ("to_one", "to_two"):
         close(tmp_path / name, tmp_path / "whole")
         assert [row["step"] for row in rows_of(tmp_path / name / "metrics.jsonl")] == list(range(1, 25))
@@ -135,10 +108,9 @@ def test_only_rank_0_reads_the_weights(tmp_path, overrides, extra, models_read):
     settings = launch.settings_of(composed(*overrides)).model
     export.save_model(models.load_model(settings, trainable=True), models.load_tokenizer(settings), start)
     read = [o for o in overrides if not o.startswith("loss")] + [f"model.load_from={start}", "n_steps=3", *extra, *SGD]
-    sharded = two([*read, "exp_name=two"], ("-m", "tests.support.count_reads"))
+    sharded = two([*read, "exp_name=two"], tmp_path, "tests/support/count_reads.py")
     launch.run_task(composed(*read, "exp_name=one"))
-    out, errors = sharded.communicate(timeout=240)
-    assert sharded.returncode == 0, errors[-3000:]
+    out = sharded.output()
     assert f"rank 0 read {models_read} models" in out and "rank 1 read 0 models" in out
     close(tmp_path / "two", tmp_path / "one", SGD_ATOL)
 

@@ -1,10 +1,7 @@
 """What a teacher is asked and in which precision, who shares the work, and what a reference's numbers depend on."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +20,8 @@ from models import response_logits
 from teacher import precision
 from teacher.cache import Reader, Writer
 from teacher.precision import teacher_logits, teacher_path
-from tests.support.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.helpers import composed, rows_of, write_pairs
+from tests.support.ranks import Ranks
 
 PAD = 0
 
@@ -284,16 +282,7 @@ def test_two_processes_share_a_cache_and_a_sharded_reference(world):
     base, common, cache = world
 
     def two(*overrides: str) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run(
-            [*launcher, "launch.py", *common, *overrides],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        Ranks(*common, *overrides, folder=base).output(timeout=400)
 
     few = ["n_examples=5", "cache.batch_size=3", "cache.quantity=token_logp"]
     two("exp_name=by_two", "task=cache", *few)

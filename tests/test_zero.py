@@ -1,12 +1,9 @@
 """strategy=deepspeed: DeepSpeed's engine gives the numbers of plain torch on one process, and its settings count."""
 
 import json
-import os
-import subprocess
-import sys
 import time
+from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -16,7 +13,8 @@ from engine.zero import ZeRO, stored_dtype
 from engine.zero_settings import zero_section
 from scripts.slurm_rank import accelerate_variables
 from teacher.precision import teacher_dtype
-from tests.support.helpers import ROOT, composed, free_port, rows_of, write_pairs
+from tests.support.helpers import ROOT, composed, rows_of, write_pairs
+from tests.support.ranks import Ranks
 from tests.test_placement import DEEPSPEED_FILE, needs_deepspeed
 from tests.test_sharding import close
 
@@ -90,33 +88,16 @@ def test_without_deepspeed_the_strategy_is_refused_with_what_to_install(monkeypa
 
 @needs_deepspeed
 @pytest.mark.distributed
-def test_two_processes_under_deepspeed_train_the_model_of_one():
+def test_two_processes_under_deepspeed_train_the_model_of_one(tmp_path):
     """Losses, clipped norms, rates, LoRA, checkpoints, rollouts, the moving reference: tests/support/two_zero.py."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-        + ["-m", "tests.support.two_zero"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = Ranks(folder=tmp_path, program="tests/support/two_zero.py").output(timeout=600)
     for name in CASES:
-        assert f"equal {name} (" in done.stdout, done.stdout
+        assert f"equal {name} (" in printed, printed
 
 
-def two(overrides: list[str]) -> subprocess.Popen:
+def two(overrides: list[str], folder: Path) -> Ranks:
     """Start launch.py on two processes as accelerate's DeepSpeed file would."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    return subprocess.Popen(
-        [*command, "launch.py", *overrides],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **DEEPSPEED_FILE},
-    )
+    return Ranks(*overrides, folder=folder, env=DEEPSPEED_FILE)
 
 
 @needs_deepspeed
@@ -126,21 +107,17 @@ def test_a_killed_run_goes_on_from_deepspeeds_checkpoint(tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl", 22)
     overrides = ["loss=dpo", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}"]
     overrides += ["lr=3e-4", "log_every=1", "n_steps=24", "save_every=4", "sync_reference=3", "sync_reference_rate=0.5"]
-    run, folder, deadline = two([*overrides, "exp_name=two"]), tmp_path / "two", time.time() + 300
+    run, folder, deadline = two([*overrides, "exp_name=two"], tmp_path), tmp_path / "two", time.time() + 300
     while not list(folder.glob("checkpoint-*/DONE")) and time.time() < deadline and run.poll() is None:
         time.sleep(0.02)
-    for process in [*psutil.Process(run.pid).children(recursive=True), run]:  # torchrun's workers have their own groups
-        process.kill()
-    run.communicate()
+    run.kill()
     assert list(folder.glob("checkpoint-*/policy/*_optim_states.pt")) and not (folder / "FINAL").exists()
     with pytest.raises(ValueError, match="written by DeepSpeed"):
         launch.run_task(composed(*overrides, "exp_name=two"))  # on one process
-    again = two([*overrides, "exp_name=two"])
+    again = two([*overrides, "exp_name=two"], tmp_path)
     launch.run_task(composed(*overrides, "exp_name=one"))
-    out, errors = again.communicate(timeout=400)
-    assert again.returncode == 0 and "resumed from" in out and "strategy=deepspeed, 2 process(es)" in out, errors[
-        -3000:
-    ]
+    out = again.output(timeout=400)
+    assert "resumed from" in out and "strategy=deepspeed, 2 process(es)" in out
     close(folder, tmp_path / "one")
     assert [row["step"] for row in rows_of(folder / "metrics.jsonl")] == list(range(1, 25))
 

@@ -1,7 +1,6 @@
-"""Run launch.py's task as one process of several, and print how often a model's from_pretrained was called and what it
-took off the disk.
+"""Run launch.py's task as one rank of several, and print how often a model's from_pretrained was called.
 
-python -m tests.support.count_reads OVERRIDE... (started by torchrun)
+Arguments: overrides.
 """
 
 import os

@@ -40,10 +40,13 @@ def warm_start() -> WarmStart:
     return server
 
 
-def begin(*args: str, log: Path, error: Path | None = None, env: dict[str, str] | None = None) -> Process:
+def begin(
+    *args: str, log: Path, error: Path | None = None, env: dict[str, str] | None = None, program: str = "launch.py"
+) -> Process:
     """Start `launch.py ARGS`, forked from the warm start; its output is appended to `log`, its errors to `error`."""
+    argv, environment = [str(ROOT / program), *args], {**os.environ, **ALONE, **(env or {})}
     with log.open("ab") as out, (error or log).open("ab") as err:
-        return warm_start().start(args, {**os.environ, **ALONE, **(env or {})}, out.fileno(), err.fileno())
+        return warm_start().start(argv, environment, out.fileno(), err.fileno())
 
 
 def launch(
