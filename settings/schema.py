@@ -17,6 +17,7 @@ from settings.sections import (
     EstimateConfig,
     EvaluationConfig,
     GenerationConfig,
+    InspectConfig,
     JudgeConfig,
     LabelConfig,
     SelectConfig,
@@ -200,6 +201,7 @@ class Settings:
     judge: JudgeConfig
     world: WorldConfig
     estimate: EstimateConfig
+    inspect: InspectConfig
     wandb: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
 
@@ -237,6 +239,7 @@ def settings_from(raw: dict[str, Any]) -> Settings:
         judge=_typed(raw["judge"], JudgeConfig, "judge."),
         world=_typed(raw["world"], WorldConfig, "world."),
         estimate=_typed(raw["estimate"], EstimateConfig, "estimate."),
+        inspect=_typed(raw.get("inspect") or {}, InspectConfig, "inspect."),
         wandb=dict(raw["wandb"]),
         raw=raw,
     )

@@ -132,6 +132,12 @@ TASKS = {
         (*TRAINING, "n_eval_examples"),
         is_done_once=False,
     ),
+    "inspect": Task(
+        ("model", "datasets", "inspect"),
+        ("seed", "n_examples", "n_eval_examples"),
+        is_done_once=False,
+        needs=(("datasets", "datasets=[NAME], e.g. datasets=[local] datasets.local.train=my.jsonl"),),
+    ),
 }
 STAGES = tuple(name for name, task in TASKS.items() if task.is_done_once)  # what a stage of a pipeline may be
 ESTIMATED = tuple(name for name, task in TASKS.items() if task.is_estimated)
