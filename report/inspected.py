@@ -1,5 +1,6 @@
 """Read the examples of a data set in full: facts, words, lengths before the cut, rows as training sees them."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -201,13 +202,16 @@ def lengths_of(split: Split) -> list[int]:
 
 
 def histogram(lengths: list[int], max_length: int, bins: int = 24) -> list[tuple[int, int, int]]:
-    """Count lengths in equal bins [low, high): from 0 to the longest or max_length, which is the edge of a bin."""
+    """Count lengths in bins (first, last, count) from 1 to the longest or max_length, with which a bin ends."""
     if not lengths:
         return []
     top = max(*lengths, max_length)
-    width = max(1, -(-max_length // max(1, round(bins * max_length / top))))
-    counts = Counter(length // width if length != max_length else (max_length - 1) // width for length in lengths)
-    return [(i * width, (i + 1) * width, counts[i]) for i in range(max(top - 1, 0) // width + 1)]
+    within = max(1, round(bins * max_length / top))  # bins of what is not cut
+    edges = sorted({i * max_length // within for i in range(within + 1)})
+    while edges[-1] < top:
+        edges.append(edges[-1] + max(1, max_length // within))
+    counts = Counter(max(1, bisect_left(edges, length)) for length in lengths)
+    return [(edges[i - 1] + 1, edges[i], counts[i]) for i in range(1, len(edges))]
 
 
 def summary(split: Split) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """Findings about the data that training would see: what is counted, how bad it is, and which are the worst.
 
-A row is read once into `Facts` (ids become hashes of 16 bytes, so that every finding is O(rows)); a finding is then a
+A row is read once into `Facts` (ids become hashes of 64 bits, so that every finding is O(rows)); a finding is then a
 pure function of those. Nothing here loads a model. How findings are ranked stands at `badness`.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -29,8 +28,8 @@ class Facts(NamedTuple):
     """
 
     where: str
-    prompt: bytes
-    responses: tuple[bytes, ...]
+    prompt: int
+    responses: tuple[int, ...]
     slots: tuple[str, ...]
     lengths: tuple[int, ...]
     supervised: tuple[int, ...]
@@ -68,9 +67,14 @@ class Finding(NamedTuple):
 # ---- rows
 
 
-def digest(ids: Sequence[int] | np.ndarray) -> bytes:
-    """Hash token ids, whether they come as a list or as a view of an array."""
-    return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=16).digest()
+def digest(ids: Sequence[int] | np.ndarray) -> int:
+    """Hash token ids to 64 bits, whether they come as a list or as a view of an array; the fastest way for both."""
+    return hash(tuple(ids.tolist() if isinstance(ids, np.ndarray) else ids))
+
+
+def count_true(mask: Sequence[bool] | np.ndarray) -> int:
+    """Count the supervised tokens of a mask."""
+    return mask.count(True) if isinstance(mask, list) else int(np.count_nonzero(mask))
 
 
 def facts_of(example: Any, end: int | None, max_length: int) -> Facts:
@@ -83,7 +87,7 @@ def facts_of(example: Any, end: int | None, max_length: int) -> Facts:
         tokens = getattr(example, name)
         ids, count = tokens.ids, len(tokens.ids)
         lengths.append(count)
-        supervised.append(int(np.count_nonzero(np.asarray(tokens.response, dtype=bool))))
+        supervised.append(count_true(tokens.response))
         responses.append(digest(ids[start:]))
         if count and (end is None or int(ids[count - 1]) != end):
             cut += count >= max_length
@@ -155,8 +159,8 @@ def duplicates(rows: Sequence[Facts], split: str) -> list[Finding]:
 
     A row that a weight above 1 takes again is one row.
     """
-    seen: dict[tuple[bytes, tuple[bytes, ...]], str] = {}
-    prompts: dict[bytes, str] = {}
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    prompts: dict[int, str] = {}
     again, shared = [], []
     total = len({row.where for row in rows})
     counted: set[str] = set()
@@ -244,7 +248,7 @@ def length_bias(rows: Sequence[Facts], split: str) -> list[Finding]:
 
 def leakage(train: Sequence[Facts], test: Sequence[Facts]) -> list[Finding]:
     """Find test rows whose prompt is trained on."""
-    known: dict[bytes, str] = {}
+    known: dict[int, str] = {}
     for row in train:
         known.setdefault(row.prompt, row.where)
     hits = [(f"{row.where} (as {known[row.prompt]})", row.excerpt) for row in test if row.prompt in known]

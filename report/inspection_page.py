@@ -51,10 +51,10 @@ def histogram_chart(lengths: list[int], max_length: int) -> str:
     for tick in ticks(0, top):
         parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{short(tick)}</text>')
     for low, high, count in bins:
-        size = f'width="{max(1.0, x(high) - x(low) - 1):.1f}" height="{y(0) - y(count):.1f}"'
-        kind = "bar past" if low >= max_length else "bar"
-        title = f"<title>{low} to {high - 1} tokens: {count}</title>"
-        parts.append(f'<rect class="{kind}" x="{x(low):.1f}" y="{y(count):.1f}" {size}>{title}</rect>')
+        size = f'width="{max(1.0, x(high) - x(low - 1) - 1):.1f}" height="{y(0) - y(count):.1f}"'
+        kind = "bar past" if low > max_length else "bar"
+        title = f"<title>{low} to {high} tokens: {count}</title>"
+        parts.append(f'<rect class="{kind}" x="{x(low - 1):.1f}" y="{y(count):.1f}" {size}>{title}</rect>')
     line = x(max_length)
     parts.append(f'<line class="limit" x1="{line:.1f}" x2="{line:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     label = f"max_length {max_length}"

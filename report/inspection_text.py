@@ -60,10 +60,10 @@ def histogram_lines(lengths: list[int], max_length: int) -> list[str]:
     most = max((count for _, _, count in bins), default=0)
     lines = []
     for low, high, count in bins:
-        if low and low <= max_length < high and any(n for start, _, n in bins if start >= low):
+        if low == max_length + 1:
             lines.append(f"  {'-' * 14} model.max_length={max_length}: what lies below is cut")
         bar = "█" * max(round(BAR * count / max(1, most)), int(count > 0))
-        lines.append(f"  {low:6}-{high - 1:<6} {bar} {count}".rstrip())
+        lines.append(f"  {low:6}-{high:<6} {bar} {count}".rstrip())
     while lines and lines[-1].endswith(" 0"):  # empty bins up to max_length say nothing in a terminal
         lines.pop()
     return lines

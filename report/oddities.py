@@ -3,7 +3,6 @@
 Each check is a pure function of a conversation. They are few and cheap; what they miss is said in docs/data.md.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -105,9 +104,9 @@ def excerpt(conversation: Conversation, room: int = 100) -> str:
     return " ".join(asked.split())[-room:] + (" → " + " ".join(answers[0].split())[:room] if answers else "")
 
 
-def content_digest(prompt: list[Message]) -> bytes:
-    """Hash the roles and words of a prompt, whatever the white space."""
-    return hashlib.blake2b(key_of(prompt).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def content_digest(prompt: list[Message]) -> int:
+    """Hash the roles and words of a prompt to 64 bits, whatever the white space."""
+    return hash(key_of(prompt))
 
 
 # ---- near-equal prompts
@@ -160,7 +159,7 @@ class SpanIndex:
             if share >= self.near and not equal and share > self.best.get(number, (0.0, ""))[0]:
                 self.best[number] = (share, row.where)
 
-    def found(self, leaked: Iterable[bytes]) -> list[Near]:
+    def found(self, leaked: Iterable[int]) -> list[Near]:
         """Return the near-equal test prompts but those that are equal to a training prompt, too."""
         equal = set(leaked)
         rows = ((self.rows[number], *self.best[number]) for number in sorted(self.best))
