@@ -164,7 +164,7 @@ def test_two_rounds_run_through_and_the_second_hears_the_first_ones_model(tmp_pa
     line = ["pipeline=quickstart", *only(*chain, "generate", "cache_advantages", "adpa_plus", "evaluate", "summarize")]
     line += [*steps, "pipeline.stages.adpa_plus.set.n_steps=8", "n_examples=200", "n_eval_examples=20"]
     line += [f"cache_dir={tmp_path}", "pipeline.refresh_every=4"]
-    done = launch(*line, timeout=500)
+    done = launch(*line, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     run_dir = tmp_path / "quickstart"
     first, second = (rows_of(run_dir / name / "generations.jsonl") for name in ("generate", "adpa_plus_r2_generate"))
@@ -172,6 +172,6 @@ def test_two_rounds_run_through_and_the_second_hears_the_first_ones_model(tmp_pa
     assert [row["response_ids"] for row in first] != [row["response_ids"] for row in second]
     assert "adpa_plus" in json.loads((run_dir / "results.json").read_text())["models"]
     again = launch(*line, "dry_run=true")
-    assert "15 stages, 15 done" in again.stdout or " 0 to run" in again.stdout
+    assert "14 stages, 14 done, 0 to run" in again.stdout
     longer = launch(*line, "pipeline.stages.adpa_plus.set.lr=1.0e-3", "dry_run=true")
-    assert " 5 done" not in longer.stdout and "6 to run" in longer.stdout  # two rounds, what lies between, the ends
+    assert "14 stages, 8 done, 6 to run" in longer.stdout  # two rounds, what lies between them, the ends
