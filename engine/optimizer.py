@@ -27,6 +27,23 @@ def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> fl
     return max(0.0, 1.0 - progress) if schedule == "linear" else 1.0
 
 
+def scheduled_steps(run: RunConfig, total: int, steps_per_batch: int = 1) -> int:
+    """Return the steps of the schedule that a run of `total` steps is on: its own, or those of the longer run that it
+    is a round of. ValueError where the round reaches beyond its end, or begins inside a batch of several steps.
+    """
+    length = run.schedule_steps or run.first_step + total
+    if run.first_step + total > length:
+        raise ValueError(
+            f"first_step={run.first_step} and {total} steps reach beyond schedule_steps={length}: the rate would be 0 "
+            "there. Raise schedule_steps"
+        )
+    if run.first_step % steps_per_batch:
+        raise ValueError(
+            f"first_step={run.first_step} is no multiple of {steps_per_batch}, the steps that the loss makes of a batch"
+        )
+    return length
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout by (seed, step, rank), so that it needs no state in a checkpoint."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)

@@ -188,6 +188,9 @@ def page(title: str, body: str) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     links = {
+        "findings": "Findings",
+        "lengths": "Lengths",
+        "rows": "Rows",
         "results": "Scores",
         "pairs": "Pairs",
         "text": "Text",

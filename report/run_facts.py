@@ -75,6 +75,8 @@ def facts_of(settings: Settings, objective: str, head: str, num_train: int, num_
     source = model_source(model)
     loss: dict[str, Any] = settings.raw["loss"]
     shown = {key: getattr(run, key) for key in RUN_SETTINGS}
+    if run.first_step or run.schedule_steps:  # a round of a longer run
+        shown |= {"first_step": run.first_step, "schedule_steps": run.schedule_steps}
     shown |= {"loss": {key: value for key, value in loss.items() if key not in ("name", "trainer")}}
     shown |= {"model": {key: getattr(model, key) for key in MODEL_SETTINGS if key != "peft" or model.use_peft}}
     return Facts(

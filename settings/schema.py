@@ -17,6 +17,7 @@ from settings.sections import (
     EstimateConfig,
     EvaluationConfig,
     GenerationConfig,
+    InspectConfig,
     JudgeConfig,
     LabelConfig,
     SelectConfig,
@@ -59,16 +60,18 @@ class RunConfig:
     sync_reference_rate: float
     strategy: str
     sweep: Place | None
+    first_step: int = 0  # with defaults: a stored run may be older than the two
+    schedule_steps: int | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.exp_name), "exp_name must not be empty")
         require(self.lr > 0, f"lr={self.lr} must be above 0")
         require(self.n_epochs >= 1, f"n_epochs={self.n_epochs} must be at least 1")
         require(self.n_steps is None or self.n_steps >= 1, f"n_steps={self.n_steps} must be at least 1 (or null)")
-        for key in ("n_examples", "n_eval_examples"):
+        for key in ("n_examples", "n_eval_examples", "schedule_steps"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"{key}={value} must be at least 1 (or null for all)")
-        for key in ("eval_every", "save_every", "log_every", "keep_last", "sync_reference"):
+        for key in ("eval_every", "save_every", "log_every", "keep_last", "sync_reference", "first_step"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative (0 switches it off)")
         require(
             0 < self.sync_reference_rate <= 1,
@@ -200,6 +203,7 @@ class Settings:
     judge: JudgeConfig
     world: WorldConfig
     estimate: EstimateConfig
+    inspect: InspectConfig
     wandb: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
 
@@ -237,6 +241,7 @@ def settings_from(raw: dict[str, Any]) -> Settings:
         judge=_typed(raw["judge"], JudgeConfig, "judge."),
         world=_typed(raw["world"], WorldConfig, "world."),
         estimate=_typed(raw["estimate"], EstimateConfig, "estimate."),
+        inspect=_typed(raw.get("inspect") or {}, InspectConfig, "inspect."),
         wandb=dict(raw["wandb"]),
         raw=raw,
     )

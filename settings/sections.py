@@ -1,5 +1,6 @@
-"""The sections of single tasks: generation, cache, evaluation, select, judge, label, estimate, world. Keys and comments
-stand in config/section/NAME.yaml.
+"""The sections of single tasks: generation, cache, evaluation, select, judge, label, estimate, world, inspect.
+
+Keys and comments stand in config/section/NAME.yaml.
 """
 
 import re
@@ -321,3 +322,17 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         one_of("world.name", self.name, ("shop", "arithmetic"))
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """The `inspect` section: how much task=inspect shows. The defaults serve stored runs that have no such section."""
+
+    rows: int = 3
+    ngram: int = 8
+    near: float = 0.8
+
+    def __post_init__(self) -> None:
+        require(self.rows >= 0, f"inspect.rows={self.rows} must not be negative")
+        require(self.ngram >= 2, f"inspect.ngram={self.ngram} must be at least 2 words")
+        require(0 < self.near <= 1, f"inspect.near={self.near} must be in (0, 1]")

@@ -33,6 +33,8 @@ TRAINING = (
     "lr",
     "n_epochs",
     "n_steps",
+    "first_step",
+    "schedule_steps",
     "n_examples",
     "scheduler",
     "warmup",
@@ -132,6 +134,12 @@ TASKS = {
         (*TRAINING, "n_eval_examples"),
         is_done_once=False,
     ),
+    "inspect": Task(
+        ("model", "datasets", "inspect"),
+        ("seed", "n_examples", "n_eval_examples"),
+        is_done_once=False,
+        needs=(("datasets", "datasets=[NAME], e.g. datasets=[local] datasets.local.train=my.jsonl"),),
+    ),
 }
 STAGES = tuple(name for name, task in TASKS.items() if task.is_done_once)  # what a stage of a pipeline may be
 ESTIMATED = tuple(name for name, task in TASKS.items() if task.is_estimated)
@@ -194,6 +202,7 @@ def _unused(raw: dict[str, Any]) -> set[str]:
     for section in ("generation", "judge"):
         if (raw.get(section) or {}).get("model_name"):  # whoever serves it, it is this model
             found.add(f"{section}.base_url")
+    found |= {key for key in ("first_step", "schedule_steps") if not raw.get(key)}  # the run is whole by itself
     model = raw.get("model") or {}
     loaded = any(model.get(key) for key in ("from_checkpoint", "load_from", "name_or_path"))
     if loaded and (task != "train" or not (model.get("use_peft") or _has_new_head(raw))):

@@ -10,12 +10,14 @@ from engine import checkpoint, export, meter, preemption
 from engine.compiling import check_compiler
 from engine.processes import Processes
 from engine.strategy import placement_of
+from report.inspection import warnings
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
 from settings.artifacts import write_text
 from settings.methods import method_class
 from settings.schema import Settings
 from teacher.precision import teacher_dtype
+from templates import turn_end
 from trainers import reference
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
@@ -37,6 +39,8 @@ def run(settings: Settings) -> None:
     processes.print(f"{objective}\nstrategy={placement.name}, {processes.world_size} process(es)")
     if processes.is_main:
         write_text(settings.run.run_dir / "objective.txt", objective + "\n")
+        for line in warnings(train, test, turn_end(tokenizer).id, settings.model.max_length):
+            print(line, flush=True)
     _show(train[0], tokenizer, processes)
     items = trainer.items(train, "train")
     test_items = trainer.items(test, "test") if test else []

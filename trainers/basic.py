@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dataloader import Example, Sequences, epoch_order, local_micro_batches
 from engine import checkpoint, export, preemption
 from engine.metrics import Mean, MetricsFile, Window, means, named
-from engine.optimizer import learning_rate_scale, seed_step
+from engine.optimizer import learning_rate_scale, scheduled_steps, seed_step
 from engine.placement import Placement
 from engine.tracking import tracker
 from functional import token_logps
@@ -168,7 +168,8 @@ class BasicTrainer:
         self.train_items, self.test_items = train, test
         self.steps_per_epoch = math.ceil(len(train) / self.model_config.batch_size)
         self.total_steps = run.n_steps or run.n_epochs * self.steps_per_epoch * self.steps_per_batch
-        self.warmup_steps = round(run.warmup * self.total_steps) if run.warmup < 1 else int(run.warmup)
+        self.schedule_steps = scheduled_steps(run, self.total_steps, self.steps_per_batch)
+        self.warmup_steps = round(run.warmup * self.schedule_steps) if run.warmup < 1 else int(run.warmup)
         self.window, self.examples_seen = Window(), 0
         step = self._resume()
         first = step + 1
@@ -206,7 +207,8 @@ class BasicTrainer:
 
     def micro_items(self, step: int) -> list[list[Item]]:
         """Return this rank's micro-batches of a step; ranks without a row get an uncounted filler."""
-        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        done = self.run_config.first_step // self.steps_per_batch
+        epoch, index = divmod(done + step - 1, self.steps_per_epoch)
         size, world_size = self.model_config.batch_size, self.processes.world_size
         order = epoch_order(len(self.train_items), self.run_config.seed, epoch)
         chosen = order[index * size : (index + 1) * size]
@@ -243,7 +245,7 @@ class BasicTrainer:
     def _step(self, step: int) -> int:
         """Do one optimizer step; return the number of supervised tokens this rank saw."""
         run = self.run_config
-        seed_step(run.seed, step, self.processes.rank)
+        seed_step(run.seed, run.first_step + step, self.processes.rank)
         self.policy.train()
         with scoring(self.policy):  # what a rollout answers and what `prepared` looks at is not learned from
             batches = self.prepared([self.batch_of(items) for items in self.micro_items(step)], True)
@@ -253,7 +255,8 @@ class BasicTrainer:
                 loss, metrics = self.terms(batch, counts)
                 self.placement.backward(loss)
             self.window.add(metrics)
-        rate = run.lr * learning_rate_scale(step - 1, self.total_steps, self.warmup_steps, run.scheduler)
+        scale = learning_rate_scale(run.first_step + step - 1, self.schedule_steps, self.warmup_steps, run.scheduler)
+        rate = run.lr * scale
         norm = self.placement.step(rate, self.model_config.max_grad_norm)
         if not math.isfinite(norm):
             raise ValueError(
