@@ -188,6 +188,12 @@ def page(title: str, body: str) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     links = {
+        "verdict": "Verdict",
+        "kept": "Kept",
+        "learned": "Learned",
+        "precisions": "Precision",
+        "drift": "Drift",
+        "worst": "Worst tokens",
         "results": "Scores",
         "pairs": "Pairs",
         "text": "Text",
