@@ -99,8 +99,21 @@ class CacheConfig:
     backend: str
     tensor_parallel: int
     kv_cache_gb: float | None
+    import_from: Place | None
+    import_format: str
+    export_format: str | None
+    export_to: str | None
+    push_to_hub: str | None
 
     def __post_init__(self) -> None:
+        one_of("cache.import_format", self.import_format, ("auto", "axolotl", "distillkit", "huggingface"))
+        if self.export_format is not None:
+            one_of("cache.export_format", self.export_format, ("axolotl", "distillkit", "huggingface"))
+        require(
+            self.export_to is None or self.export_format is not None,
+            f"cache.export_to={self.export_to} says where, cache.export_format has to say as what: axolotl, distillkit "
+            "or huggingface",
+        )
         one_of("cache.split", self.split, ("train", "test"))
         one_of("cache.backend", self.backend, ("hf", "vllm"))
         require(self.tensor_parallel >= 1, f"cache.tensor_parallel={self.tensor_parallel} must be at least 1")
