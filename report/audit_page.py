@@ -117,8 +117,9 @@ def about(audit: Mapping[str, Any]) -> str:
     """Say what was compared with what."""
     cache = audit["cache"]
     student = audit["student"] or "nobody: without audit.student or cache.reference there is no KL and no gradient"
+    known = "" if "teacher_digest" in audit["identity"] else " Its teacher's weights are not known by a digest."
     return (
-        f"{cache['folder']}: {cache['quantity']}, K = {cache['k']}, {cache['precision']}. "
+        f"{cache['folder']}: {cache['quantity']}, K = {cache['k']}, {cache['precision']}.{known} "
         f"{audit['figures']['num_tokens']} tokens of {audit['num_sequences']} sequences; teachers asked again in "
         f"{audit['truth']}; who learns: {student}."
     )

@@ -33,7 +33,9 @@ from teacher.verdict import missed_bars, path_error, verdict_line
 
 VERSION = 1
 CHUNK_ELEMENTS = 2**23  # of one [n, V] in float32: 32 MiB, and about ten of them are held
+ROOT_ERROR = 1 / 512  # half a step of a codec that rounds 256 sqrt(p)
 NUM_TOP = 8  # entries shown of a token
+WEIGHTS_KNOWN = ("hf", "vllm")  # backends whose caches carry the digests of their teachers' weights
 CONTEXT = 40  # tokens shown before one
 
 
@@ -147,18 +149,17 @@ def _truths(
             asked = teacher_logits(teacher, batch, vocab_size).logits
             other = None if reference is None else teacher_logits(reference, batch, vocab_size).logits
             own = other if student is None else response_logits(student, batch, vocab_size).logits
-            found.append(_truth(asked, other, own, stored, reader.meta.beta, stated_error(reader)))
+            found.append(_truth(asked, other, own, stored, reader.meta.beta, root_error(reader)))
     return found
 
 
-def stated_error(reader: Reader) -> float | None:
-    """Return the error in nats that a cache's codec states; None: float16's rounding."""
-    value = getattr(reader.meta, "max_error", None)
-    return float(value) if value else None
+def root_error(reader: Reader) -> float | None:
+    """Return what the cache's codec may change of a probability's root; None: it holds float16 log-probabilities."""
+    return None if getattr(reader.meta, "codec", "none") == "none" else ROOT_ERROR
 
 
 def _truth(
-    teacher: Tensor, reference: Tensor | None, student: Tensor | None, stored: Stored, beta: float, stated: float | None
+    teacher: Tensor, reference: Tensor | None, student: Tensor | None, stored: Stored, beta: float, root: float | None
 ) -> Truth:
     """Make the figures of one sequence from logits [L, V], a few tokens at a time."""
     step = max(1, CHUNK_ELEMENTS // teacher.shape[-1])
@@ -170,7 +171,7 @@ def _truth(
         )
         assert logps is not None
         some = stored.part(start, start + step)
-        figures = token_figures(logps, some, own, other, beta, stated)
+        figures = token_figures(logps, some, own, other, beta, root)
         top = logps.topk(min(NUM_TOP, logps.shape[-1]), dim=-1)
         exact = logps.gather(-1, some.ids)
         advantages = None if other is None else beta * (exact - other.gather(-1, some.ids))
@@ -234,13 +235,15 @@ def _at_ids(model: Any, batch: Sequences, stored: Stored, tokenizer: Any) -> Ten
 
 
 def _identity(settings: Settings, reader: Reader, tokenizer: Any) -> dict[str, dict[str, str | None]]:
+    """Pair what made the cache with what was asked; whom a server held, or a file is of, no digest of weights says."""
     reference = settings.cache.reference if reader.meta.quantity == "advantage" else None
-    asked = {
-        "teacher_digest": models.config_digest(settings.model),
-        "reference_digest": models.model_digest(reference) if reference else None,
+    asked: dict[str, str | None] = {
         "tokenizer_digest": models.tokenizer_digest(tokenizer),
         "template_digest": models.template_digest(tokenizer),
     }
+    if reader.meta.backend in WEIGHTS_KNOWN:
+        asked["teacher_digest"] = models.config_digest(settings.model)
+        asked["reference_digest"] = models.model_digest(reference) if reference else None
     return {key: {"cache": getattr(reader.meta, key), "asked": value} for key, value in asked.items()}
 
 

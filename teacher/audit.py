@@ -66,6 +66,24 @@ def entry_errors(teacher: Tensor, stored: Stored) -> Tensor:
     return torch.where(stored.kept, stored.logps - teacher.gather(-1, stored.ids), 0.0)
 
 
+def beyond_stated(teacher: Tensor, stored: Stored, root_error: float | None) -> Tensor:
+    """Return by how many nats an entry [N, K] is further off than its codec states; 0 where it is not.
+
+    float16 moves a log-probability by 2^-11 of itself. A codec of roots moves sqrt(p) by root_error, and then all
+    entries of a token together, so that they hold their mass: by at most 2 sqrt(K) root_error + K root_error^2.
+    """
+    exact = teacher.gather(-1, stored.ids)
+    if root_error is None:
+        excess = (stored.logps - exact).abs() - stored.logps.abs() / FLOAT16_STEPS
+    else:
+        root, k = (exact / 2).exp(), stored.ids.shape[1]
+        together = 2 * k**0.5 * root_error + k * root_error**2
+        above = stored.logps - 2 * (root + root_error).log()
+        below = 2 * (root - root_error).clamp_min(0.0).log() - stored.logps  # -inf: it may have become anything small
+        excess = torch.maximum(above, below) - together
+    return torch.where(stored.kept, excess, 0.0).clamp_min(0.0)
+
+
 def overlap(student: Tensor, teacher: Tensor, k: int) -> Tensor:
     """Return the share [N] of the teacher's k most probable ids that are the student's, too; both [N, V]."""
     theirs = teacher.topk(k, dim=-1).indices
@@ -160,14 +178,13 @@ def token_figures(
     student: Tensor | None = None,
     reference: Tensor | None = None,
     beta: float = 1.0,
-    stated: float | None = None,
+    root_error: float | None = None,
 ) -> Figures:
     """Return every figure [N] of the stored entries, from log-probabilities [N, V] of the models asked again.
 
-    stated: the error in nats that the codec states; None: float16's, half a step of 2^-10 of the value.
+    root_error: what the codec may change of a probability's root; None: float16 log-probabilities.
     """
     errors = entry_errors(teacher, stored)
-    allowed = stored.logps.abs() / FLOAT16_STEPS if stated is None else torch.full_like(errors, stated)
     mass = mass_kept(teacher, stored)
     found = {
         "entries": stored.kept.sum(-1).to(teacher.dtype),
@@ -175,7 +192,7 @@ def token_figures(
         "best_mass": best_mass(teacher, stored),
         "tail_error": (stored.tail - (1.0 - mass)).abs(),
         "error_max": errors.abs().amax(-1),
-        "error_excess": torch.where(stored.kept, errors.abs() - allowed, 0.0).amax(-1).clamp_min(0.0),
+        "error_excess": beyond_stated(teacher, stored, root_error).amax(-1),
         "error_weighted": (teacher.gather(-1, stored.ids).exp() * errors.abs()).sum(-1),
         **temperature_sums(teacher, stored),
     }

@@ -77,21 +77,27 @@ def check_row(where: str, row: Row, size: int, names: Callable[[list[int]], list
         hole = row.ids[names(list(row.ids)).index(None)]
         raise ValueError(f"{where}: input_ids has the id {hole}, which the tokenizer of this run cannot decode")
     length = sum(row.response)
+    logps = row.arrays.get("teacher_logps", row.arrays.get("values")) if "ids" in row.arrays else None
     for name, array in row.arrays.items():
         if len(array) != length:
             raise ValueError(f"{where}: {name} is of {len(array)} tokens, {length} are supervised")
-        if not np.isfinite(array).all():
+        empty = array == -np.inf if array is logps else False  # -inf: no entry there
+        if not (np.isfinite(array) | empty).all():
             raise ValueError(f"{where}: {name} holds numbers that are not finite")
-    logps = row.arrays.get("teacher_logps", row.arrays.get("values"))
-    if "ids" in row.arrays and logps is not None:
-        mass = np.exp(logps.astype(np.float64)).sum(-1).max()
-        if logps.max() > 1e-3 or mass > MASS:
-            raise ValueError(
-                f"{where}: the largest value is {logps.max():.4g} and a token's probabilities sum to {mass:.4g}: these "
-                "are no log-probabilities of a softmax"
-            )
-        if any(len(set(ids)) < len(ids) for ids in row.arrays["ids"].tolist()):
-            raise ValueError(f"{where}: a token has the same id twice among its entries")
+    if logps is not None:
+        _check_entries(where, row.arrays["ids"], logps)
+
+
+def _check_entries(where: str, ids: np.ndarray, logps: np.ndarray) -> None:
+    """Refuse entries [L, K] that are no log-probabilities, or that name an id twice."""
+    mass = np.exp(logps.astype(np.float64)).sum(-1).max()
+    if logps.max() > 1e-3 or mass > MASS:
+        raise ValueError(
+            f"{where}: the largest value is {logps.max():.4g} and a token's probabilities sum to {mass:.4g}: these "
+            "are no log-probabilities of a softmax"
+        )
+    if any(len(set(some[on])) < on.sum() for some, on in zip(ids, logps > -np.inf, strict=True)):
+        raise ValueError(f"{where}: a token has the same id twice among its entries")
 
 
 # ---- import
@@ -281,7 +287,8 @@ def write_parquet(folder: Path, shape: Shape, rows: Iterable[Row]) -> int:
     import pyarrow.parquet as pq
 
     folder.mkdir()
-    writer, count, pending = None, 0, []
+    writer, count = None, 0
+    pending: list[Columns] = []
     for row in rows:
         if count % ROWS_PER_FILE == 0:
             if writer is not None:

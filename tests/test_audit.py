@@ -154,6 +154,19 @@ def test_what_a_reader_returns_becomes_entries():
     assert both.advantages is not None and both.kept.tolist() == stored.kept.tolist()
 
 
+def test_what_a_codec_states_is_no_error_and_more_is():
+    stored = exact_entries(TEACHER)
+    half = stored._replace(logps=stored.logps * (1 + 0.9 / 2048))
+    assert float(audit.beyond_stated(TEACHER, half, None).max()) == 0
+    twice = stored._replace(logps=stored.logps * (1 + 2 / 2048))
+    excess = audit.beyond_stated(TEACHER, twice, None)
+    torch.testing.assert_close(excess, stored.logps.abs() / 2048, rtol=2e-3, atol=0)
+    levels = (256 * (stored.logps / 2).exp()).round().clamp_min(1) / 256
+    rounded = stored._replace(logps=2 * levels.log())
+    assert float(audit.beyond_stated(TEACHER, rounded, 1 / 512).max()) == 0
+    assert float(audit.beyond_stated(TEACHER, rounded._replace(logps=rounded.logps + 0.2), 1 / 512).max()) > 0.1
+
+
 # ---- task=audit
 
 

@@ -290,6 +290,25 @@ def test_missing_entries_get_ids_that_the_token_does_not_have():
     assert ids.tolist() == [[2, 0, 1, 3]] and logps.tolist() == [[-0.5, -1.0, FILL, FILL]]
 
 
+def test_a_cache_with_fewer_entries_than_k_for_a_token_keeps_them_so(tmp_path):
+    arrays = {
+        "ids": np.array([[7, 3, 0], [5, 0, 0]]),
+        "values": np.array([[-0.75, -1.5, -2.5], [-0.25, -np.inf, -np.inf]], np.float32),
+        "tail": np.zeros(2, np.float32),
+    }
+    ids, mask = [1, 7, 5], [False, True, True]
+    writer = Writer(tmp_path / "CACHE", Meta(quantity="logprob", k=3, precision="p", reference_digest=None, **META))
+    writer.add(ids, mask, arrays)
+    writer.close()
+    finish(tmp_path / "CACHE", writer.meta, writer.keys)
+    for kind in ("axolotl", "distillkit", "huggingface"):
+        export_cache(tmp_path / "CACHE", kind, tmp_path / kind)
+        import_cache(tmp_path / kind, kind, tmp_path / f"{kind}_back", TOKENIZING, None)
+        found = Reader(tmp_path / f"{kind}_back").get(ids, mask)
+        assert found["values"][0].tolist() == [-0.75, -1.5, -2.5] and found["ids"][0].tolist() == [7, 3, 0]
+        assert found["ids"][1][0] == 5 and found["values"][1][0] == -0.25 and (found["values"][1][1:] <= FILL).all()
+
+
 # ---- the hub
 
 
