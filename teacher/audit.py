@@ -16,6 +16,7 @@ from teacher.cache import Arrays
 
 NO_ENTRY = -99.0  # nats: e^-99 is no probability that a float32 sum can see
 FLOAT16_STEPS = 2048  # float16 rounds a value v by at most |v| / 2048
+SIGN_NOISE = 1e-6  # nats
 POSITIONS = (1, 2, 4, 16, 64, 256, 1024)  # a bin begins at each of these places of the response
 Figures = dict[str, Tensor]
 
@@ -141,10 +142,13 @@ def _compared(name: str, stored: Tensor, exact: Tensor) -> Figures:
 
 
 def sign_errors(advantages: Tensor, exact: Tensor, teacher: Tensor, kept: Tensor) -> Figures:
-    """Compare advantages [N, K] with exact ones at the same ids, whose log-probabilities [N, K] weigh them."""
-    wrong = (advantages.sign() != exact.sign()) & kept
-    mass = teacher.exp() * kept
+    """Compare advantages [N, K] with exact ones at the same ids, whose log-probabilities [N, K] weigh them.
+
+    A sign is wrong where the two differ by more than SIGN_NOISE: near certain tokens have advantages of 1e-8.
+    """
     gap = torch.where(kept, (advantages - exact).abs(), 0.0)
+    wrong = (advantages.sign() != exact.sign()) & (gap > SIGN_NOISE)
+    mass = teacher.exp() * kept
     return {
         "wrong_signs": wrong.sum(-1).to(exact.dtype),
         "wrong_sign_mass": (wrong * mass).sum(-1),

@@ -124,6 +124,12 @@ def test_wrong_signs_are_counted_by_entries_and_by_probability():
     assert found["max_error"] == pytest.approx(2 * float(stored.advantages[[1, 4], [2, 0]].abs().max()))
 
 
+def test_a_sign_of_next_to_nothing_is_not_counted():
+    exact, kept = torch.tensor([[1e-8, 1e-3]]), torch.ones(1, 2, dtype=torch.bool)
+    figures = audit.sign_errors(torch.zeros(1, 2), exact, torch.tensor([[0.9, 0.1]]).log(), kept)
+    assert figures["wrong_signs"].tolist() == [1.0] and float(figures["wrong_sign_mass"][0]) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_the_temperature_of_the_entries_is_seen(temperature):
     stored = exact_entries((TEACHER / temperature).log_softmax(-1))
