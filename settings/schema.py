@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from settings.sections import (
+    AuditConfig,
     CacheConfig,
     EstimateConfig,
     EvaluationConfig,
@@ -197,6 +198,7 @@ class Settings:
     datasets: dict[str, DatasetConfig]
     generation: GenerationConfig
     cache: CacheConfig
+    audit: AuditConfig
     evaluation: EvaluationConfig
     select: SelectConfig
     label: LabelConfig
@@ -235,6 +237,7 @@ def settings_from(raw: dict[str, Any]) -> Settings:
         datasets={k: _typed(v, DatasetConfig, f"datasets.{k}.") for k, v in (raw["datasets"] or {}).items()},
         generation=_typed(raw["generation"], GenerationConfig, "generation."),
         cache=_typed(raw["cache"], CacheConfig, "cache."),
+        audit=_typed(raw["audit"], AuditConfig, "audit."),
         evaluation=_typed(raw["evaluation"], EvaluationConfig, "evaluation."),
         select=_typed(raw["select"], SelectConfig, "select."),
         label=_typed(raw["label"], LabelConfig, "label."),

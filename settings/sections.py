@@ -1,4 +1,4 @@
-"""The sections of single tasks: generation, cache, evaluation, select, judge, label, estimate, world, inspect.
+"""The sections of single tasks: generation, cache, audit, evaluation, select, judge, label, estimate, world, inspect.
 
 Keys and comments stand in config/section/NAME.yaml.
 """
@@ -100,8 +100,21 @@ class CacheConfig:
     backend: str
     tensor_parallel: int
     kv_cache_gb: float | None
+    import_from: Place | None
+    import_format: str
+    export_format: str | None
+    export_to: str | None
+    push_to_hub: str | None
 
     def __post_init__(self) -> None:
+        one_of("cache.import_format", self.import_format, ("auto", "axolotl", "distillkit", "huggingface"))
+        if self.export_format is not None:
+            one_of("cache.export_format", self.export_format, ("axolotl", "distillkit", "huggingface"))
+        require(
+            self.export_to is None or self.export_format is not None,
+            f"cache.export_to={self.export_to} says where, cache.export_format has to say as what: axolotl, distillkit "
+            "or huggingface",
+        )
         one_of("cache.split", self.split, ("train", "test"))
         one_of("cache.backend", self.backend, ("hf", "vllm"))
         require(self.tensor_parallel >= 1, f"cache.tensor_parallel={self.tensor_parallel} must be at least 1")
@@ -109,6 +122,32 @@ class CacheConfig:
         require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
         for name in self.responses:
             one_of("cache.responses", name, ("chosen", "rejected", "response"))
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """The `audit` section: which cache is held against its teacher, and the bars that its verdict goes by."""
+
+    cache: Place | None
+    n_sequences: int
+    student: Place | None
+    precisions: list[str]
+    worst: int
+    max_error: float | None
+    min_mass: float
+    max_kl_gap: float
+    min_cosine: float
+    max_sign_errors: float
+
+    def __post_init__(self) -> None:
+        for name in self.precisions:
+            one_of("audit.precisions", name, ("bfloat16", "float16"))
+        require(self.n_sequences >= 1, f"audit.n_sequences={self.n_sequences} must be at least 1")
+        require(self.worst >= 0, f"audit.worst={self.worst} must not be negative (0: no token is shown)")
+        require(self.max_error is None or self.max_error > 0, f"audit.max_error={self.max_error} must be above 0")
+        require(self.max_kl_gap > 0, f"audit.max_kl_gap={self.max_kl_gap} must be above 0")
+        for key in ("min_mass", "min_cosine", "max_sign_errors"):
+            require(0 <= getattr(self, key) <= 1, f"audit.{key}={getattr(self, key)} must be in [0, 1]")
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,12 @@ TASKS = {
         ),
         is_estimated=True,
     ),
+    "audit": Task(
+        ("model", "datasets", "cache", "audit"),
+        ("seed", "n_examples", "n_eval_examples"),
+        free=MODEL_IN_TRAINING,
+        needs=(("audit.cache", "audit.cache=FOLDER, the CACHE folder of a task=cache run"),),
+    ),
     "generate": Task(
         ("model", "datasets", "generation"),
         ("seed", "n_examples", "n_eval_examples"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import models
@@ -11,7 +12,9 @@ from engine.placement import Replicated
 from engine.processes import Apart
 from models import NumericPath
 from settings.schema import Settings
-from teacher.cache import Arrays, Meta, Writer, begin, content_key, data_digest, finish, stored_keys
+from teacher.cache import Arrays, Meta, Reader, Writer, begin, content_key, data_digest, finish, stored_keys
+from teacher.hub import check_push, push
+from teacher.interchange import Tokenizing, card, export_cache, import_cache, is_cache
 from teacher.precision import teacher_path
 from teacher.quantities import Quantity, quantity_of
 from teacher.scoring import Scorer, batches_of, left_to_do, score_all
@@ -26,6 +29,12 @@ def run(settings: Settings) -> None:
         raise ValueError(
             "cache.backend=vllm runs in one process: start it with `python launch.py`, without accelerate launch"
         )
+    if config.push_to_hub:
+        check_push(config.push_to_hub)
+    if config.import_from:
+        if process.is_main:
+            _imported(settings, Path(config.import_from).expanduser())
+        return
     tokenizer = models.load_tokenizer(settings.model)
     if config.reference:
         check_tokenizers(tokenizer, config.reference, settings)
@@ -49,6 +58,44 @@ def run(settings: Settings) -> None:
             f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, "
             f"{size / max(1, done.num_tokens):.1f} bytes per token"
         )
+        _handed_on(settings, folder)
+
+
+def _imported(settings: Settings, source: Path) -> None:
+    """Make the cache from another project's file (teacher/interchange.py); a cache of our own is handed on as it is."""
+    if is_cache(source):
+        if not (settings.cache.export_format or settings.cache.push_to_hub):
+            raise ValueError(f"cache.import_from={source} is a cache already: use it, or set cache.export_format")
+        _handed_on(settings, source)
+        return
+    tokenizer, folder = models.load_tokenizer(settings.model), settings.run.run_dir / "CACHE"
+    named = settings.datasets or settings.cache.generations
+    masks = {tuple(t.ids): t.response for t in _sequences(settings, tokenizer)} if named else None
+    tokenizing = Tokenizing(
+        len(tokenizer),
+        tokenizer.convert_ids_to_tokens,
+        models.tokenizer_digest(tokenizer),
+        models.template_digest(tokenizer),
+    )
+    done, notes = import_cache(source, settings.cache.import_format, folder, tokenizing, masks, _command(settings))
+    print(f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, from {source}")
+    for note in notes:
+        print(f"note: {note}")
+    _handed_on(settings, folder)
+
+
+def _handed_on(settings: Settings, folder: Path) -> None:
+    """Export a finished cache and push it to the hub, as far as the config asks; say what a format cannot hold."""
+    config = settings.cache
+    if config.export_format:
+        target = Path(config.export_to).expanduser() if config.export_to else settings.run.run_dir / "EXPORT"
+        lost = export_cache(folder, config.export_format, target)
+        print(f"exported as {config.export_format}: {target}")
+        for words in lost:
+            print(f"note: {config.export_format} does not hold {words}")
+    if config.push_to_hub:
+        meta = Reader(folder).meta
+        print(f"pushed: {push(folder, config.push_to_hub, card(meta, 'prefdistill cache', None, meta.num_sequences))}")
 
 
 def _scorer(
@@ -104,7 +151,7 @@ def check_tokenizers(tokenizer: Any, reference: str, settings: Settings) -> None
 
 
 def _meta(settings: Settings, quantity: Quantity, tokenizer: Any, path: NumericPath, data: str) -> Meta:
-    config, command = settings.cache, settings.run.run_dir / "command.txt"
+    config = settings.cache
     return Meta(
         quantity=quantity.name,
         k=config.top_k if quantity.is_wide else 0,
@@ -117,5 +164,10 @@ def _meta(settings: Settings, quantity: Quantity, tokenizer: Any, path: NumericP
         precision=str(path),
         beta=config.beta,
         backend=config.backend,
-        command=command.read_text().strip() if command.is_file() else "",
+        command=_command(settings),
     )
+
+
+def _command(settings: Settings) -> str:
+    file = settings.run.run_dir / "command.txt"
+    return file.read_text().strip() if file.is_file() else ""

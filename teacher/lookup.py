@@ -6,13 +6,14 @@ from typing import Any
 from dataloader import Example, Generation, Tokens
 from models import tokenizer_digest
 from teacher.cache import Reader
+from teacher.hub import cache_folder
 from teacher.quantities import Entry
 
 
 def open_cache(folder: str, quantity: str, tokenizer: Any) -> Reader:
     """Open a teacher cache; ValueError if it holds another quantity or was made with another tokenizer."""
     expected: dict[str, object] = {"quantity": quantity, "tokenizer_digest": tokenizer_digest(tokenizer)}
-    return Reader(folder, expected, decode=tokenizer.decode)
+    return Reader(cache_folder(folder), expected, decode=tokenizer.decode)
 
 
 def entry_of(reader: Reader, tokens: Tokens) -> Entry:

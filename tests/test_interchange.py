@@ -1,0 +1,403 @@
+"""A cache in the formats of neighboring projects and back, what each cannot hold, and what is refused."""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from huggingface_hub import HfApi, constants
+
+import launch
+from settings.artifacts import mark_done
+from teacher import distillkit, hub
+from teacher.cache import Arrays, Meta, Reader, Writer, content_key, finish
+from teacher.interchange import Tokenizing, card, check_row, export_cache, format_of, import_cache
+from teacher.quantities import quantity_named
+from teacher.rows import FILL, Row, filled, source_rows
+from tests.support.helpers import composed, rows_of, write_pairs
+
+SIZE, K = 300, 5
+META = dict(vocab_size=SIZE, teacher_digest="t", tokenizer_digest="tok", template_digest="tem", data_digest="")
+TOKENIZING = Tokenizing(SIZE, lambda ids: [None if i == 299 else str(i) for i in ids], "tok", "tem")
+
+
+def entries(rng: np.random.Generator, length: int, quantity: str) -> Arrays:
+    """Draw the arrays of a sequence, as float16 holds them."""
+    logits = rng.normal(0, 2, (length, SIZE))
+    logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    ids = np.argsort(-logps)[:, :K]
+    top = np.take_along_axis(logps, ids, -1).astype(np.float16).astype(np.float32)
+    tail = (1 - np.exp(top).sum(-1)).astype(np.float16).astype(np.float32)
+    if quantity == "logprob":
+        return {"ids": ids, "values": top, "tail": tail}
+    if quantity == "advantage":
+        advantages = rng.normal(0, 1, top.shape).astype(np.float16).astype(np.float32)
+        return {"ids": ids, "values": advantages, "tail": tail, "teacher_logps": top}
+    return {quantity_named(quantity).arrays[0].name: rng.normal(0, 1, length).astype(np.float32)}
+
+
+def write_cache(folder: Path, quantity: str = "logprob", count: int = 7) -> Reader:
+    """Write a cache of random sequences."""
+    rng = np.random.default_rng(0)
+    two = quantity == "advantage"
+    meta = Meta(quantity=quantity, k=K, precision="float32", reference_digest="r" if two else None, **META)
+    writer = Writer(folder, meta)
+    for _ in range(count):
+        prompt, said = int(rng.integers(1, 5)), int(rng.integers(1, 6))
+        ids = rng.integers(0, 299, prompt + said).tolist()
+        writer.add(ids, [False] * prompt + [True] * said, entries(rng, said, quantity))
+    writer.close()
+    finish(folder, meta, writer.keys)
+    return Reader(folder)
+
+
+def assert_same(one: Reader, other: Reader, tail_error: float) -> None:
+    """Compare the keys and, token by token, the entries of two caches, whatever their order."""
+    rows = one.sequences(one.meta.num_sequences)
+    assert other.meta.num_sequences == len(rows) and other.meta.num_tokens == one.meta.num_tokens
+    for ids, mask in rows:
+        assert other.holds(content_key(ids, mask))
+        found, expected = other.get(ids, mask), one.get(ids, mask)
+        for name in expected:
+            wide = name != "tail" and expected[name].ndim == 2
+            sides = [
+                np.take_along_axis(a[name], np.argsort(a["ids"]), -1) if wide else a[name] for a in (found, expected)
+            ]
+            np.testing.assert_allclose(*sides, rtol=0, atol=tail_error if name == "tail" else 0)
+
+
+@pytest.mark.parametrize("kind", ["axolotl", "distillkit", "huggingface"])
+def test_a_log_probability_cache_survives_the_round_trip(kind, tmp_path):
+    ours = write_cache(tmp_path / "CACHE")
+    lost = export_cache(tmp_path / "CACHE", kind, tmp_path / "out")
+    assert format_of(tmp_path / "out") == kind
+    meta, notes = import_cache(tmp_path / "out", "auto", tmp_path / "back", TOKENIZING, None)
+    # float16 rounds each of K probabilities by 2^-11 of itself, and the tail that is made of them once more
+    assert_same(ours, Reader(tmp_path / "back", {"quantity": "logprob", "tokenizer_digest": "tok"}), 1e-3)
+    header = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])["prefdistill"]
+    assert header["k"] == K and header["tokenizer_digest"] == "tok" and header["num_sequences"] == 7
+    if kind == "huggingface":
+        assert not lost and not notes and meta.teacher_digest == "t"
+    else:
+        words = (tmp_path / "out/README.md").read_text()
+        assert lost and all(line in words for line in lost)
+        assert meta.teacher_digest.startswith("imported-") and "name no teacher, tokenizer or temperature" in notes[0]
+
+
+@pytest.mark.parametrize("quantity", ["advantage", "token_logp", "value"])
+def test_every_quantity_survives_as_a_hugging_face_data_set_and_the_others_refuse_it(quantity, tmp_path):
+    ours = write_cache(tmp_path / "CACHE", quantity)
+    export_cache(tmp_path / "CACHE", "huggingface", tmp_path / "out")
+    import_cache(tmp_path / "out", "huggingface", tmp_path / "back", TOKENIZING, None)
+    assert_same(ours, Reader(tmp_path / "back"), 0)
+    for kind in ("axolotl", "distillkit"):
+        with pytest.raises(ValueError, match=f"holds log-probabilities, this cache {quantity}"):
+            export_cache(tmp_path / "CACHE", kind, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_library_of_data_sets_reads_the_export_and_what_it_saves_is_read(tmp_path):
+    ours = write_cache(tmp_path / "CACHE")
+    export_cache(tmp_path / "CACHE", "huggingface", tmp_path / "out")
+    found = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "hf"))
+    assert found.num_rows == 7 and {"input_ids", "response", "ids", "values", "tail"} == set(found.column_names)
+    found.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved/meta.json").write_text((tmp_path / "out/meta.json").read_text())
+    import_cache(tmp_path / "saved", "auto", tmp_path / "back", TOKENIZING, None)
+    assert_same(ours, Reader(tmp_path / "back"), 0)
+
+
+# ---- Axolotl
+
+
+def axolotl_row(shift: int = 1) -> dict[str, Any]:
+    """Write by hand a row of five tokens, three of a response, and two entries each."""
+    rows = {2: [[7, 8], [-0.5, -1.5]], 3: [[9, 4], [-0.25, -2.0]], 4: [[2, 3], [-0.75, -1.0]]}
+    nothing = [[0, 0], [-1e9, -1e9]]
+    places = {token - shift: row for token, row in rows.items()}
+    return {
+        "input_ids": [10, 11, 7, 9, 2],
+        "attention_mask": [1] * 5,
+        "labels": [-100, -100, 7, 9, 2],
+        "target_token_ids": [places.get(j, nothing)[0] for j in range(5)],
+        "target_logprobs": [places.get(j, nothing)[1] for j in range(5)],
+        "target_mask": [[int(j in places)] * 2 for j in range(5)],
+    }
+
+
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("shift", [1, 0])
+def test_axolotl_rows_are_read_wherever_their_version_puts_a_token_s_entries(shift, tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", axolotl_row(shift))
+    _, notes = import_cache(source, "auto", tmp_path / "CACHE", TOKENIZING, None)
+    found = Reader(tmp_path / "CACHE").get([10, 11, 7, 9, 2], [False, False, True, True, True])
+    assert found["ids"].tolist() == [[7, 8], [9, 4], [2, 3]]
+    assert found["values"].tolist() == [[-0.5, -1.5], [-0.25, -2.0], [-0.75, -1.0]]
+    assert any("older versions" in note for note in notes) == (shift == 0)
+
+
+def test_an_export_for_axolotl_is_the_row_that_its_readme_describes(tmp_path):
+    import_cache(write_rows(tmp_path / "rows.jsonl", axolotl_row()), "auto", tmp_path / "CACHE", TOKENIZING, None)
+    export_cache(tmp_path / "CACHE", "axolotl", tmp_path / "out")
+    (row,) = pq.read_table(tmp_path / "out/data").to_pylist()
+    expected = axolotl_row()
+    for name in ("input_ids", "attention_mask", "labels", "target_mask"):
+        assert row[name] == expected[name]
+    for j in (1, 2, 3):
+        assert row["target_token_ids"][j] == expected["target_token_ids"][j]
+        assert row["target_logprobs"][j] == expected["target_logprobs"][j]
+
+
+def test_renormalized_entries_are_said_and_masked_ones_are_none(tmp_path):
+    row = axolotl_row()
+    row["target_logprobs"][1:4] = [[math.log(0.75), math.log(0.25)]] * 3
+    source = write_rows(tmp_path / "whole.jsonl", row)
+    _, notes = import_cache(source, "auto", tmp_path / "CACHE", TOKENIZING, None)
+    assert any("they were renormalized" in note for note in notes)
+    row = axolotl_row()
+    row["target_mask"][2] = [1, 0]
+    import_cache(write_rows(tmp_path / "fewer.jsonl", row), "auto", tmp_path / "FEWER", TOKENIZING, None)
+    found = Reader(tmp_path / "FEWER").get([10, 11, 7, 9, 2], [False, False, True, True, True])
+    assert found["ids"][1].tolist() == [9, 0] and found["values"][1].tolist() == [-0.25, FILL]
+
+
+# ---- DistillKit
+
+
+def bits_of(values: list[int], bits: int) -> list[int]:
+    """Pack by hand: each value's bits, the highest first, then bytes."""
+    text = "".join(format(value, f"0{bits}b") for value in values)
+    text += "0" * (-len(text) % 8)
+    return [int(text[i : i + 8], 2) for i in range(0, len(text), 8)]
+
+
+def test_bits_are_packed_as_text_would_be():
+    rng = np.random.default_rng(1)
+    for bits in (1, 3, 9, 17):
+        values = rng.integers(0, 2**bits, (4, 11))
+        packed = distillkit.pack_bits(values, bits)
+        assert packed.tolist() == [bits_of(row, bits) for row in values.tolist()]
+        assert distillkit.unpack_bits(packed, bits, 11).tolist() == values.tolist()
+
+
+BUDGET = {"d": SIZE, "k": 6, "exact_k": 1, "exact_dtype": "bfloat16", "polynomial_terms": [0, 1, "sqrt"]}
+RICH = {
+    "d": SIZE,
+    "k": 8,
+    "exact_k": 2,
+    "exact_dtype": "float16",
+    "polynomial_terms": [0, 1],
+    "term_dtype": "float32",
+    "residual_bins": [
+        {"scale_dtype": "float16", "element_bits": 3, "num_elements": 3},
+        {"scale_dtype": "float32", "element_bits": 1, "num_elements": 2},
+    ],
+    "delta_encoding": False,
+}
+
+
+def test_the_budget_configuration_is_read_as_its_polynomial():
+    config = distillkit.compression_of(BUDGET | {"delta_encoding": False}, "x")
+    coefficients = [-2.0, -0.25, -0.5]
+    half = struct.unpack("<I", struct.pack("<f", -0.75))[0] >> 16
+    packed = np.frombuffer(struct.pack("<H3f", half, *coefficients), np.uint8)[None]
+    assert len(packed[0]) == config.row_bytes == 14
+    expected = [-0.75] + [-2.0 - 0.25 * t - 0.5 * math.sqrt(t) for t in range(5)]
+    np.testing.assert_allclose(distillkit.decompressed(packed, config)[0], expected, rtol=1e-6)
+
+
+def test_residuals_and_deltas_are_read():
+    levels, signs = [5, 0, 7], [1, 0]  # 3 bits: less 4; 1 bit: +1 or -1
+    packed = struct.pack("<2e2f", -0.5, -1.0, -2.0, -0.5)
+    packed += struct.pack("<e", 0.125) + bytes(bits_of(levels, 3)) + struct.pack("<f", 0.25) + bytes(bits_of(signs, 1))
+    residual = [0.125 * (level - 4) for level in levels] + [0.25, -0.25, 0.0]
+    expected = [-0.5, -1.0] + [-2.0 - 0.5 * t + residual[t] for t in range(6)]
+    array = np.frombuffer(packed, np.uint8)[None]
+    plain = distillkit.decompressed(array, distillkit.compression_of(RICH, "x"))[0]
+    np.testing.assert_allclose(plain, expected, rtol=1e-6)
+    summed = distillkit.decompressed(array, distillkit.compression_of(RICH | {"delta_encoding": True}, "x"))[0]
+    np.testing.assert_allclose(summed, np.cumsum(expected), rtol=1e-6)
+    normal = distillkit.compression_of(RICH | {"normalize_t": True, "residual_bins": []}, "x")
+    scaled = distillkit.decompressed(array[:, : normal.row_bytes], normal)[0]
+    np.testing.assert_allclose(scaled[2:], [-2.0 - 0.5 * t / 5 for t in range(6)], rtol=1e-6)
+
+
+def test_rows_of_distillkit_itself_take_their_mask_from_this_run_s_data(tmp_path):
+    write_cache(tmp_path / "CACHE")
+    export_cache(tmp_path / "CACHE", "distillkit", tmp_path / "out")
+    table = pq.read_table(tmp_path / "out/data/train-00000.parquet").drop_columns(["labels"])
+    pq.write_table(table, tmp_path / "out/data/train-00000.parquet")
+    with pytest.raises(ValueError, match=r"no labels say which tokens are supervised. Name the data"):
+        import_cache(tmp_path / "out", "auto", tmp_path / "back", TOKENIZING, None)
+    ours = Reader(tmp_path / "CACHE")
+    masks = {tuple(ids): mask for ids, mask in ours.sequences(7)}
+    import_cache(tmp_path / "out", "auto", tmp_path / "back", TOKENIZING, masks)
+    assert_same(ours, Reader(tmp_path / "back"), 1e-3)
+    (tmp_path / "out" / distillkit.CONFIG).unlink()
+    with pytest.raises(ValueError, match="has no compression_config.yaml beside it"):
+        import_cache(tmp_path / "out", "auto", tmp_path / "again", TOKENIZING, masks)
+
+
+# ---- refusals
+
+
+def test_a_row_that_is_not_this_tokenizer_s_is_refused_by_its_number_before_anything_is_written(tmp_path):
+    for change, message in (
+        ({"input_ids": [10, 11, 7, 300, 2]}, r"row 1: input_ids has the id 300, the tokenizer of this run has 300"),
+        ({"input_ids": [10, 299, 7, 9, 2]}, r"row 1: input_ids has the id 299, which the tokenizer of this run cannot"),
+        ({"target_token_ids": [[0, 1], [7, 400], [9, 4], [2, 3], [0, 1]]}, r"row 1: entries has the id 400"),
+        ({"target_token_ids": [[0, 1], [7, 7], [9, 4], [2, 3], [0, 1]]}, r"row 1: a token has the same id twice"),
+        ({"target_logprobs": [[0.0, 0.0], [11.7, 10.2], [-1.0, -2.0], [-1.0, -2.0], [0.0, 0.0]]}, r"no log-probabil"),
+        ({"labels": None}, r"row 1: there is no column labels"),
+        ({"labels": [-100, 11, 7, 9, 2]}, r"row 1: target_mask fits the labels neither"),
+        ({"labels": [-100, 7, 9, 2]}, r"row 1: 5 input_ids, 4 labels"),
+    ):
+        source = write_rows(tmp_path / "rows.jsonl", axolotl_row(), axolotl_row() | change)
+        with pytest.raises(ValueError, match=message):
+            import_cache(source, "axolotl", tmp_path / "CACHE", TOKENIZING, None)
+        assert not (tmp_path / "CACHE").exists()
+
+
+def test_a_source_that_is_no_such_format_or_another_tokenizer_s_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        format_of(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="has the columns a: none of Axolotl's"):
+        format_of(write_rows(tmp_path / "other.jsonl", {"a": 1}))
+    with pytest.raises(ValueError, match="DistillKit's legacy format"):
+        format_of(write_rows(tmp_path / "old.jsonl", {"packed_indices": [], "exact_values": []}))
+    write_cache(tmp_path / "CACHE")
+    export_cache(tmp_path / "CACHE", "huggingface", tmp_path / "out")
+    with pytest.raises(ValueError, match="made with another tokenizer: tokenizer_digest='tok'"):
+        import_cache(tmp_path / "out", "auto", tmp_path / "b", TOKENIZING._replace(tokenizer_digest="x"), None)
+    with pytest.raises(ValueError, match="no token after the first is supervised"):
+        check_row("row 0", Row([1, 2], [False, False], {}), SIZE, TOKENIZING.names)
+    with pytest.raises(ValueError, match="the key 'kk' is not known"):
+        distillkit.compression_of({"d": 8, "k": 2, "exact_k": 2, "kk": 1}, "x")
+
+
+def test_missing_entries_get_ids_that_the_token_does_not_have():
+    ids, logps = filled(np.array([[0, 2, 9]]), np.array([[-1.0, -0.5, 0.0]]), np.array([[True, True, False]]), 4)
+    assert ids.tolist() == [[2, 0, 1, 3]] and logps.tolist() == [[-0.5, -1.0, FILL, FILL]]
+
+
+def test_a_cache_with_fewer_entries_than_k_for_a_token_keeps_them_so(tmp_path):
+    arrays = {
+        "ids": np.array([[7, 3, 0], [5, 0, 0]]),
+        "values": np.array([[-0.75, -1.5, -2.5], [-0.25, -np.inf, -np.inf]], np.float32),
+        "tail": np.zeros(2, np.float32),
+    }
+    ids, mask = [1, 7, 5], [False, True, True]
+    writer = Writer(tmp_path / "CACHE", Meta(quantity="logprob", k=3, precision="p", reference_digest=None, **META))
+    writer.add(ids, mask, arrays)
+    writer.close()
+    finish(tmp_path / "CACHE", writer.meta, writer.keys)
+    for kind in ("axolotl", "distillkit", "huggingface"):
+        export_cache(tmp_path / "CACHE", kind, tmp_path / kind)
+        import_cache(tmp_path / kind, kind, tmp_path / f"{kind}_back", TOKENIZING, None)
+        found = Reader(tmp_path / f"{kind}_back").get(ids, mask)
+        assert found["values"][0].tolist() == [-0.75, -1.5, -2.5] and found["ids"][0].tolist() == [7, 3, 0]
+        assert found["ids"][1][0] == 5 and found["values"][1][0] == -0.25 and (found["values"][1][1:] <= FILL).all()
+
+
+# ---- the hub
+
+
+def test_a_name_of_the_hub_is_told_from_a_folder_and_refused_where_it_cannot_be_read(tmp_path, monkeypatch):
+    assert hub.cache_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ValueError, match="names no data set of the hub: write hub:OWNER/NAME"):
+        hub.cache_folder("hub:only")
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    for place in ("hub:someone/cache", "hf://datasets/someone/cache@main"):
+        with pytest.raises(ValueError, match="not in the hub's cache on this machine, and the hub cannot be reached"):
+            hub.cache_folder(place)
+    with pytest.raises(ValueError, match="must be OWNER/NAME"):
+        hub.check_push("name")
+    with pytest.raises(ValueError, match="the hub cannot be reached from here"):
+        hub.check_push("someone/cache")
+
+
+def test_a_cache_in_the_hub_s_own_folder_is_found_by_its_name(tmp_path, monkeypatch):
+    revision = "0" * 40
+    base = tmp_path / "datasets--someone--cache"
+    ours = write_cache(base / "snapshots" / revision)
+    (base / "refs").mkdir()
+    (base / "refs/main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    for place in ("hub:someone/cache", "hf://datasets/someone/cache", f"hub:someone/cache@{revision}"):
+        assert_same(ours, Reader(hub.cache_folder(place)), 0)
+
+
+def test_a_push_uploads_the_folder_and_a_card(tmp_path):
+    ours = write_cache(tmp_path / "CACHE")
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Recorded(HfApi):  # the upload itself needs the hub
+        def create_repo(self, repo_id, **given):
+            calls.append(("create_repo", {"repo_id": repo_id, **given}))
+
+        def upload_folder(self, **given):
+            calls.append(("upload_folder", given))
+
+        def upload_file(self, **given):
+            calls.append(("upload_file", given))
+
+    words = card(ours.meta, "prefdistill cache", None, 7)
+    assert hub.push(tmp_path / "CACHE", "me/cache", words, Recorded()).endswith("datasets/me/cache")
+    assert [name for name, _ in calls] == ["create_repo", "upload_folder", "upload_file"]
+    assert all(given["repo_id"] == "me/cache" and given["repo_type"] == "dataset" for _, given in calls)
+    assert calls[0][1]["private"] is True and yaml.safe_load(words.split("---")[1])["prefdistill"]["num_sequences"] == 7
+
+
+# ---- the command line
+
+
+def test_task_cache_exports_what_it_made_and_trains_from_what_it_imports(tmp_path, capsys):
+    data = write_pairs(tmp_path / "pairs.jsonl", 6)
+    common = [
+        f"cache_dir={tmp_path}",
+        "model=tiny",
+        "datasets=[local]",
+        f"datasets.local.train={data}",
+        "cache.top_k=6",
+    ]
+    launch.run_task(composed(*common, "exp_name=made", "task=cache", "cache.export_format=axolotl"))
+    said = capsys.readouterr().out
+    assert f"exported as axolotl: {tmp_path}/made/EXPORT" in said and "note: axolotl does not hold the mass" in said
+    assert sum(1 for _ in source_rows(tmp_path / "made/EXPORT")) == 12
+    source = f"cache.import_from={tmp_path}/made/EXPORT"
+    launch.run_task(composed(*common, "exp_name=read", "task=cache", source))
+    assert "note: Axolotl's columns name no teacher" in capsys.readouterr().out
+    assert_same(Reader(tmp_path / "made/CACHE"), Reader(tmp_path / "read/CACHE"), 3e-3)
+    losses = []
+    for name in ("made", "read"):
+        train = ["loss=dckd", f"loss.teacher_cache={tmp_path}/{name}/CACHE", "n_steps=1", "log_every=1"]
+        launch.run_task(composed(*common, *train, f"exp_name=trained_{name}", "model.build_seed=3"))
+        losses.append(rows_of(tmp_path / f"trained_{name}/metrics.jsonl")[0]["loss/train"])
+    assert losses[0] == losses[1]
+
+
+def test_a_cache_of_our_own_is_exported_without_asking_anybody(tmp_path):
+    (tmp_path / "c").mkdir()
+    write_cache(tmp_path / "c/CACHE")
+    mark_done(tmp_path / "c")
+    common = [f"cache_dir={tmp_path}", "model=tiny", "task=cache", f"cache.import_from={tmp_path}/c/CACHE"]
+    with pytest.raises(ValueError, match="is a cache already: use it, or set cache.export_format"):
+        launch.run_task(composed(*common, "exp_name=none"))
+    launch.run_task(
+        composed(*common, "exp_name=out", "cache.export_format=distillkit", f"cache.export_to={tmp_path}/dk")
+    )
+    config = yaml.safe_load((tmp_path / "dk" / distillkit.CONFIG).read_text())
+    assert config["k"] == config["exact_k"] == K and not (tmp_path / "out/CACHE").exists()
+    with pytest.raises(ValueError, match="cache.export_format has to say as what"):
+        launch.run_task(composed(*common, "exp_name=where", "cache.export_to=x"))
