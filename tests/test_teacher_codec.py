@@ -148,7 +148,7 @@ def test_a_killed_writer_ends_with_the_same_bytes(tmp_path, codec):
 
 def test_meta_says_what_packing_cost(tmp_path):
     packing = Reader(written(tmp_path, range(20))).meta.packing
-    assert 1 <= packing["entries_per_token"] < 8 and 0 <= packing["kl"] < 1e-3
+    assert 1 <= packing["entries_per_token"] <= 8 and 0 <= packing["kl"] < 1e-3
     assert 0 < packing["logp_error_mean"] < packing["logp_error_max"] < 0.5 and packing["advantage_error_max"] == 0
 
 
