@@ -175,7 +175,8 @@ def topk_kl(
     """Return KL(teacher || student) of each token [N] on the teacher's entries ids, teacher_logps [N, K].
 
     tail: `bucket` puts the remaining mass of both sides into one more entry; `renormalize` divides both sides by their
-    mass in the support; `truncate` drops the rest (not a divergence: it can be negative).
+    mass in the support; `truncate` drops the rest (not a divergence: it can be negative). An entry with teacher_logps
+    -inf is padding and counts nowhere.
     Source: ADPA, arXiv 2502.17927, section 3.1.
     """
     if tail == "renormalize" and ids.shape[-1] == 1:
@@ -186,16 +187,24 @@ def topk_kl(
     def kl(part: Tensor, part_ids: Tensor, teacher: Tensor) -> Tensor:
         student = _gather(part, part_ids)
         teacher = teacher.to(student.dtype)
+        padding = teacher == -torch.inf  # no entry: the student's mass at its id is not in the support
+        student = student.masked_fill(padding, -torch.inf)
         if tail == "renormalize":
             student = student - student.logsumexp(-1, keepdim=True)
             teacher = teacher - teacher.logsumexp(-1, keepdim=True)
-        total = (teacher.exp() * (teacher - student)).sum(-1)
+        gap = teacher.masked_fill(padding, 0.0) - student.masked_fill(padding, 0.0)
+        total = (teacher.exp() * gap).sum(-1)
         if tail == "bucket":
             log_rest = _log_rest(teacher)
             total = total + log_rest.exp() * (log_rest - _log_rest(student))
         return total
 
     return _chunked(kl, logits, (ids, teacher_logps), chunk)
+
+
+def support_mass(logits: Tensor, ids: Tensor, teacher_logps: Tensor) -> Tensor:
+    """Return the mass of logits [N, V] at the teacher's entries [N, K]; those with teacher_logps -inf are padding."""
+    return gather_logps(logits, ids).exp().masked_fill(teacher_logps == -torch.inf, 0.0).sum(-1)
 
 
 def expected_advantage(logits: Tensor, ids: Tensor, advantages: Tensor, chunk: int | None = None) -> Tensor:

@@ -6,10 +6,12 @@ of T tokens, C columns from the first response token to the last, N response tok
 FLOPs: arXiv 2204.02311, appendix B (6 N a token and attention), with attention causal.
 """
 
-import json
+import math
 from typing import NamedTuple
 
+from teacher.codec import count_dtype
 from teacher.quantities import Quantity
+from teacher.shard import RECORD, SEQUENCE
 
 CHUNK_ELEMENTS = 2**25  # of functional.py: entries of logits that are widened to float32 at a time
 FLOAT32 = 4
@@ -315,10 +317,20 @@ def generation_memory(model: Model, rows: int, length: int, width: int) -> Memor
 
 # ---- teacher cache
 
+GAP_BITS, LEVEL_BITS, STEP_BITS = 1.0, 5.0, 8.5  # an entry's, beside log2(vocabulary / k) of its id
 
-def cache_bytes(quantity: Quantity, k: int, vocab: int, work: Work) -> int:
-    """Return the bytes of CACHE/ on disk but for meta.json (docs/cache_format.md), index row included."""
-    per_response = sum(a.dtype_for(vocab).itemsize * (k if a.wide else 1) for a in quantity.arrays)
-    mean = [round(total / max(1.0, work.sequences)) for total in (work.tokens, work.responses)]
-    row = len(json.dumps({"key": "0" * 32, "n": mean[0], "l": mean[1]})) + 1
-    return round(work.responses * per_response + work.tokens * 5 + work.sequences * row)
+
+def cache_bytes(quantity: Quantity, k: int, vocab: int, work: Work, codec: str = "none") -> int:
+    """Return the bytes of a cache's arrays and indices on disk (docs/cache_format.md).
+
+    Exact for `none`; for `compact` at most about, as if every token kept k entries, with the bits that an entry took on
+    SmolLM2 (docs/log.md): cache.mass keeps fewer.
+    """
+    if codec == "compact" and quantity.is_wide:
+        kinds = 3 if quantity.num_models == 2 else 2
+        entry = math.log2(max(2.0, vocab / k)) + GAP_BITS + LEVEL_BITS + (STEP_BITS if kinds == 3 else 0)
+        per_response = k * entry / 8 + count_dtype(k).itemsize + kinds + 2 * (kinds - 1)
+    else:
+        per_response = sum(a.dtype_for(vocab).itemsize * (k if a.wide else 1) for a in quantity.arrays)
+    per_token = sum(array.dtype_for(vocab).itemsize for array in SEQUENCE)
+    return round(work.responses * per_response + work.tokens * per_token + work.sequences * (RECORD.itemsize + 12))

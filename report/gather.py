@@ -89,9 +89,10 @@ def tokens_of(tokenizer: Any, response_ids: list[int], entry: Entry) -> list[dic
     """Return a response's tokens as the report takes them: text, own advantage, the teacher's top entries."""
     tokens = []
     for i, token in enumerate(response_ids):
-        ids, values = entry.ids[i].tolist(), [float(v) for v in entry.values[i]]
         assert entry.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
-        likely = [math.exp(float(v)) for v in entry.teacher_logps[i]]
+        there = entry.teacher_logps[i] > -math.inf  # the others are padding
+        ids, values = entry.ids[i][there].tolist(), [float(v) for v in entry.values[i][there]]
+        likely = [math.exp(float(v)) for v in entry.teacher_logps[i][there]]
         top = [[tokenizer.decode([a]), value, p] for a, value, p in zip(ids, values, likely, strict=True)]
         own = values[ids.index(token)] if token in ids else None
         tokens.append({"text": tokenizer.decode([token]), "advantage": own, "top": top})

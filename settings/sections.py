@@ -92,6 +92,8 @@ class CacheConfig:
     quantity: str  # a row of teacher/quantities.py, whose quantity_of checks it against the other keys
     reference: Place | None
     top_k: int
+    mass: float
+    codec: str
     responses: list[str]
     generations: Place | None
     split: str
@@ -118,7 +120,9 @@ class CacheConfig:
         one_of("cache.split", self.split, ("train", "test"))
         one_of("cache.backend", self.backend, ("hf", "vllm"))
         require(self.tensor_parallel >= 1, f"cache.tensor_parallel={self.tensor_parallel} must be at least 1")
-        require(self.top_k >= 1, f"cache.top_k={self.top_k} must be at least 1")
+        require(1 <= self.top_k <= 65535, f"cache.top_k={self.top_k} must be in 1 to 65535")
+        require(0 < self.mass <= 1, f"cache.mass={self.mass} must be in (0, 1]")
+        one_of("cache.codec", self.codec, ("compact", "none"))
         require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
         for name in self.responses:
             one_of("cache.responses", name, ("chosen", "rejected", "response"))

@@ -19,7 +19,7 @@ from teacher.precision import teacher_path
 from teacher.quantities import Quantity, quantity_of
 from teacher.scoring import Scorer, batches_of, left_to_do, score_all
 
-VERSION = 2
+VERSION = 3
 
 
 def run(settings: Settings) -> None:
@@ -164,6 +164,8 @@ def _meta(settings: Settings, quantity: Quantity, tokenizer: Any, path: NumericP
         precision=str(path),
         beta=config.beta,
         backend=config.backend,
+        codec=config.codec if quantity.is_wide else "none",
+        mass=config.mass if quantity.is_wide and config.codec == "compact" else 1.0,
         command=_command(settings),
     )
 

@@ -249,7 +249,7 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
     flops = disk = None
     if lengths is not None:
         flops = arithmetic.Flops(teachers * arithmetic.forward_flops(model, lengths.work))
-        disk = arithmetic.cache_bytes(quantity, config.top_k, model.vocab, lengths.work)
+        disk = arithmetic.cache_bytes(quantity, config.top_k, model.vocab, lengths.work, config.codec)
     work = None if lengths is None else lengths.work
     return report(settings, "cache", model, memory, devices, whole(devices), lengths, work, flops, disk)
 

@@ -1,32 +1,43 @@
-"""Teacher signals on disk: ragged arrays of a quantity per response token, found by the content of the sequence.
+"""Teacher signals on disk: a quantity per response token, found by the content of the sequence (docs/cache_format.md).
 
-    meta.json        what made the entries; a reader compares it with what it expects
-    shard-0000r/     one writer's arrays: seq_ids, seq_mask, those of the quantity (quantities.py), and index.jsonl
+    meta.json        what made the entries, and a digest of every shard; a reader compares it with what it expects
+    shard-0000r/     one writer's: seq_ids, seq_mask, the arrays of the quantity or `packed` (codec.py), and index.bin
     DONE             written last
 
-A row of index.jsonl is written after its arrays, so whatever a killed writer left behind it is cut off on resume.
+A record of index.bin is written after its arrays, so whatever a killed writer left behind it is cut off on resume.
 Knows no model. Letters: L supervised tokens of a sequence, K entries a token.
 """
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from settings.artifacts import is_done, mark_done, read_jsonl, remove_parts, whole_rows, write_json
-from teacher.quantities import Array, quantity_named
+from settings.artifacts import is_done, mark_done, remove_parts, write_json
+from teacher.codec import decode, encode, errors
+from teacher.shard import (
+    KEY_BYTES,
+    RECORD,
+    File,
+    Shard,
+    damaged,
+    files_of,
+    keys_of,
+    sealed,
+    total_error,
+    whole_records,
+)
 
-FORMAT_VERSION = 2
-SEQUENCE = (Array("seq_ids", "int32", False), Array("seq_mask", "bool", False))  # an entry a token of the sequence
+FORMAT_VERSION = 3
 POLL_SECONDS = 0.5
+UNITS = ("tokens", "responses", "packed")  # what the ends in a record count
 
 Arrays = dict[str, np.ndarray]
 
@@ -47,13 +58,18 @@ class Meta:
     beta: float = 1.0
     temperature: float = 1.0
     backend: str = "hf"  # who computed the entries: hf or vllm
+    codec: str = "none"  # how K entries are stored: as arrays, or packed by teacher/codec.py (compact)
+    mass: float = 1.0  # compact: a token keeps its most probable entries until they hold this much
     format_version: int = FORMAT_VERSION
     num_sequences: int = 0
     num_tokens: int = 0
     command: str = ""
+    packing: dict[str, float] = field(default_factory=dict)  # compact: what was kept, and its error (shard.total_error)
+    shards: dict[str, str] = field(default_factory=dict)  # the digest of each
+    digest: str = ""  # of all the rest, once it is finished
 
 
-NOT_IDENTITY = ("num_sequences", "num_tokens", "command")
+NOT_IDENTITY = ("num_sequences", "num_tokens", "command", "packing", "shards", "digest")
 IDENTITY = tuple(field.name for field in fields(Meta) if field.name not in NOT_IDENTITY)
 NOUNS = {"teacher_digest": "model", "reference_digest": "reference model"}  # where the key's own words say less
 
@@ -89,50 +105,19 @@ def read_meta(folder: Path, expected: Mapping[str, object]) -> dict[str, Any]:
     return stored
 
 
-class _File(NamedTuple):
-    """A file of a shard: the shape of one token's entry, for every token of a sequence or for those of the response."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    whole: bool
-
-    def size(self, tokens: int, responses: int) -> int:
-        """Return how many numbers it holds for so many tokens, of them so many in responses."""
-        return (tokens if self.whole else responses) * math.prod(self.shape)
+def _files(meta: Meta) -> list[File]:
+    return files_of(meta.quantity, meta.vocab_size, meta.k, meta.codec)
 
 
-def _files(meta: Mapping[str, Any]) -> list[_File]:
-    """List the files of a shard of this cache."""
-    size, k = int(meta["vocab_size"]), int(meta["k"])
-    own = quantity_named(str(meta["quantity"])).arrays
-    return [_File(a.name, a.dtype_for(size), (), True) for a in SEQUENCE] + [
-        _File(a.name, a.dtype_for(size), (k,) if a.wide else (), False) for a in own
-    ]
-
-
-def _whole_rows(shard: Path, files: list[_File]) -> tuple[list[dict[str, Any]], int]:
-    """Return the index rows whose arrays are all there, and their bytes in the index."""
-    path = shard / "index.jsonl"
-    rows: list[dict[str, Any]] = []
-    size = tokens = responses = 0
-    if not path.is_file():
-        return rows, size
-    indexed = list(whole_rows(path))  # before the sizes: another process may be writing
-    there = {f.name: (shard / f"{f.name}.bin").stat().st_size // f.dtype.itemsize for f in files}
-    for row, end in indexed:
-        tokens, responses = tokens + row["n"], responses + row["l"]
-        if any(there[f.name] < f.size(tokens, responses) for f in files):
-            break
-        rows.append(row)
-        size = end
-    return rows, size
+def _meta_digest(stored: Mapping[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in stored.items() if key != "digest"}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def stored_keys(folder: Path | str, meta: Meta) -> set[bytes]:
     """Return the keys of all sequences that are whole on disk, whoever wrote them."""
-    files, shards = _files(asdict(meta)), sorted(Path(folder).glob("shard-*"))
-    return {bytes.fromhex(row["key"]) for shard in shards for row in _whole_rows(shard, files)[0]}
+    files, shards = _files(meta), sorted(Path(folder).glob("shard-*"))
+    return {key for shard in shards for key in keys_of(whole_records(shard, files))}
 
 
 def begin(folder: Path, meta: Meta) -> None:
@@ -156,19 +141,19 @@ class Writer:
         self.shard = self.folder / f"shard-{rank:05d}"
         begin(self.folder, meta)
         self.shard.mkdir(exist_ok=True)
-        self.files = _files(asdict(meta))
-        rows, index_bytes = _whole_rows(self.shard, self.files)
+        self.files = _files(meta)
+        records = whole_records(self.shard, self.files)
         self.keys = stored_keys(self.folder, meta)
-        num_tokens, num_responses = sum(row["n"] for row in rows), sum(row["l"] for row in rows)
+        self.ends = {unit: int(records[unit][-1]) if len(records) else 0 for unit in UNITS}
         self._streams = {}
         for file in self.files:
             path = self.shard / f"{file.name}.bin"
             path.touch()
-            os.truncate(path, file.size(num_tokens, num_responses) * file.dtype.itemsize)
+            os.truncate(path, self.ends[file.unit] * file.entry_bytes)
             self._streams[file.name] = path.open("ab")
-        self._index = (self.shard / "index.jsonl").open("a", encoding="utf-8")
-        self._index.truncate(index_bytes)  # cut, not written anew: a kill here must not lose what is whole
-        self._pending: list[str] = []
+        self._index = (self.shard / "index.bin").open("ab")
+        self._index.truncate(len(records) * RECORD.itemsize)  # cut, not anew: a kill must not lose what is whole
+        self._pending: list[bytes] = []
 
     def has(self, key: bytes) -> bool:
         """Say whether a sequence is written."""
@@ -179,18 +164,29 @@ class Writer:
         key = content_key(ids, response)
         if key in self.keys:
             return
-        length = int(np.sum(response))
+        length, arrays = int(np.sum(response)), dict(arrays)
+        wanted = {file.name: file for file in files_of(self.meta.quantity, self.meta.vocab_size, self.meta.k, "none")}
         given = {"seq_ids": ids, "seq_mask": response, **arrays}
-        if set(given) != set(self._streams):
-            raise ValueError(f"{self.meta.quantity} has the arrays {sorted(self._streams)}, got {sorted(given)}")
-        found = {file.name: np.ascontiguousarray(given[file.name], dtype=file.dtype) for file in self.files}
+        if set(given) != set(wanted):
+            raise ValueError(f"{self.meta.quantity} has the arrays {sorted(wanted)}, got {sorted(given)}")
+        for name, file in wanted.items():
+            needed = (len(ids) if file.unit == "tokens" else length, *file.shape)
+            if np.shape(given[name]) != needed:
+                shape = np.shape(given[name])
+                raise ValueError(f"a sequence with {length} supervised tokens needs {name} {needed}, got {shape}")
+        kept: dict[str, float] = {}
+        if self.meta.codec == "compact":
+            packed, kept = pack(arrays, self.meta)
+            given["packed"] = np.frombuffer(packed, np.uint8)
+            self.ends["packed"] += len(packed)
         for file in self.files:
-            wanted, shape = (len(ids) if file.whole else length, *file.shape), found[file.name].shape
-            if shape != wanted:
-                raise ValueError(f"a sequence with {length} supervised tokens needs {file.name} {wanted}, got {shape}")
-        for name, array in found.items():
-            self._streams[name].write(array.tobytes())
-        self._pending.append(json.dumps({"key": key.hex(), "n": len(ids), "l": length}))
+            self._streams[file.name].write(np.ascontiguousarray(given[file.name], dtype=file.dtype).tobytes())
+        self.ends["tokens"] += len(ids)
+        self.ends["responses"] += length
+        record = np.zeros(1, RECORD)
+        for name, value in {**self.ends, **kept}.items():
+            record[name] = value
+        self._pending.append(key + record.tobytes()[KEY_BYTES:])
         self.keys.add(key)
 
     def flush(self) -> None:
@@ -198,7 +194,7 @@ class Writer:
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
-        self._index.write("".join(row + "\n" for row in self._pending))
+        self._index.write(b"".join(self._pending))
         self._index.flush()
         self._pending = []
 
@@ -224,44 +220,53 @@ def finish(folder: Path | str, meta: Meta, keys: set[bytes]) -> Meta:
     wait_for(lambda: keys <= stored_keys(folder, meta))
     for shard in folder.glob("shard-*"):
         Writer(folder, meta, int(shard.name.removeprefix("shard-"))).close()  # cuts what a kill left behind
-    files = _files(asdict(meta))
-    rows = [row for shard in folder.glob("shard-*") for row in _whole_rows(shard, files)[0]]
-    counted = replace(meta, num_sequences=len(rows), num_tokens=sum(r["l"] for r in rows))
+    files, shards = _files(meta), sorted(folder.glob("shard-*"))
+    records = [whole_records(shard, files) for shard in shards]
+    counted = replace(
+        meta,
+        num_sequences=sum(map(len, records)),
+        num_tokens=sum(int(part["responses"][-1]) for part in records if len(part)),
+        packing=total_error(records) if meta.codec == "compact" else {},
+        shards={shard.name: sealed(shard, files, meta.codec, meta.k) for shard in shards},
+    )
+    counted = replace(counted, digest=_meta_digest(asdict(counted)))
     write_json(folder / "meta.json", asdict(counted))
-    remove_parts(folder, "meta.json")
+    remove_parts(folder)
     mark_done(folder)
     return counted
 
 
-class _Shard:
-    """Memory-mapped arrays of one shard with the place of every sequence."""
-
-    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
-        self.files = _files(meta)
-        self.arrays = {f.name: _mapped(folder / f"{f.name}.bin", f) for f in self.files}
-        self.places: dict[bytes, tuple[int, int, int, int]] = {}
-        token = length = 0
-        for row in read_jsonl(folder / "index.jsonl"):
-            self.places[bytes.fromhex(row["key"])] = (token, row["n"], length, row["l"])
-            token, length = token + row["n"], length + row["l"]
-
-    def entry(self, key: bytes) -> Arrays:
-        """Read the arrays of a sequence: ids as int64, numbers as float32."""
-        _, _, start, count = self.places[key]
-        own = [(f, self.arrays[f.name][start : start + count]) for f in self.files if not f.whole]
-        return {f.name: part.astype(np.float32 if f.dtype.kind == "f" else np.int64) for f, part in own}
-
-    def sequence(self, key: bytes) -> tuple[list[int], list[bool]]:
-        """Read the ids and mask of a sequence."""
-        start, count, _, _ = self.places[key]
-        ids, mask = (self.arrays[name][start : start + count].tolist() for name in ("seq_ids", "seq_mask"))
-        return ids, mask
+# ---- packing
 
 
-def _mapped(path: Path, file: _File) -> np.ndarray:
-    """Map a file of a shard as [tokens, *shape]; an empty one cannot be mapped."""
-    flat = np.memmap(path, file.dtype, "r") if path.stat().st_size else np.empty(0, file.dtype)
-    return flat.reshape(-1, *file.shape)
+def pack(arrays: Mapping[str, np.ndarray], meta: Meta) -> tuple[bytes, dict[str, float]]:
+    """Pack a sequence's entries; return them, and what a record says of them."""
+    has_advantages = meta.quantity == "advantage"
+    logps = np.asarray(arrays["teacher_logps" if has_advantages else "values"])
+    advantages = np.asarray(arrays["values"]) if has_advantages else None
+    ids = np.asarray(arrays["ids"])
+    packed = encode(ids, logps, advantages, meta.mass)
+    return packed, errors(ids, logps, advantages, decode(packed, *ids.shape, has_advantages))
+
+
+def unpack(packed: np.ndarray, length: int, k: int, has_advantages: bool) -> Arrays:
+    """Return the arrays of the quantity from a sequence's bytes; what a token lacks of k entries is padded (codec)."""
+    found = decode(packed, length, k, has_advantages)
+    if not has_advantages:
+        return {"ids": found["ids"], "values": found["logps"], "tail": found["tail"]}
+    names = {"ids": "ids", "values": "advantages", "tail": "tail", "teacher_logps": "logps"}
+    return {name: found[theirs] for name, theirs in names.items()}
+
+
+def padded(arrays: Arrays, k: int, logps: str) -> Arrays:
+    """Widen [L, fewer] entries to [L, k] as the codec pads: id 0, log-probability -inf, advantage 0."""
+    fill = {logps: -np.inf}
+    return {
+        name: part
+        if part.ndim == 1 or part.shape[1] == k
+        else np.pad(part, ((0, 0), (0, k - part.shape[1])), constant_values=fill.get(name, 0))
+        for name, part in arrays.items()
+    }
 
 
 class Reader:
@@ -280,37 +285,73 @@ class Reader:
             )
             raise ValueError(f"teacher cache {self.folder} {state}")
         stored = read_meta(self.folder, expected or {})
+        path = self.folder / "meta.json"
+        if stored.get("digest") != _meta_digest(stored):
+            raise damaged(path, "its fields have another digest")
         self.meta = Meta(**stored)
-        self.shards = [_Shard(f, stored) for f in sorted(self.folder.glob("shard-*"))]
+        names = {shard.name for shard in self.folder.glob("shard-*")} | set(self.meta.shards)
+        foreign = sorted(names - set(self.meta.shards))
+        if foreign:
+            raise damaged(self.folder / foreign[0], "meta.json does not name it: it is of another cache")
+        opened = self.meta.quantity, self.meta.vocab_size
+        self.shards = [Shard(self.folder / name, *opened, self.meta.shards[name]) for name in sorted(names)]
+        self.k = max((shard.k for shard in self.shards), default=self.meta.k)
 
     def get(self, ids: Sequence[int], response: Sequence[bool]) -> Arrays:
-        """Return the arrays of a sequence; ValueError shows the first difference from the nearest cached one."""
+        """Return the arrays of a sequence; ValueError shows the first difference from the nearest cached one.
+
+        ids are int64, numbers float32. A token with fewer than K entries is padded: id 0, log-probability -inf,
+        advantage 0.
+        """
         key = content_key(ids, response)
         for shard in self.shards:
-            if key in shard.places:
-                return shard.entry(key)
+            row = int(shard.index.find([key])[0])
+            if row >= 0:
+                return self._entry(shard, row)
         raise ValueError(self.explain(list(ids), list(response)))
+
+    def _entry(self, shard: Shard, row: int) -> Arrays:
+        has_advantages = self.meta.quantity == "advantage"
+        if shard.codec == "compact":
+            found = unpack(shard.array("packed", row), shard.length(row), shard.k, has_advantages)
+        else:
+            own = [file for file in shard.files.values() if file.unit == "responses"]
+            found = {
+                f.name: shard.array(f.name, row).astype(np.float32 if f.dtype.kind == "f" else np.int64) for f in own
+            }
+        return padded(found, self.k, "teacher_logps" if has_advantages else "values")
 
     def sequences(self, limit: int) -> list[tuple[list[int], list[bool]]]:
         """Return the ids and response masks of up to `limit` sequences, spread evenly over the cache."""
-        places = [(shard, key) for shard in self.shards for key in shard.places]
-        return [shard.sequence(key) for shard, key in places[:: max(1, -(-len(places) // max(1, limit)))][:limit]]
+        total = self.meta.num_sequences
+        rows = range(0, total, max(1, -(-total // max(1, limit))))[:limit]
+        starts = np.cumsum([0, *(len(shard.index.records) for shard in self.shards)])
+        where = [int(np.searchsorted(starts, row, side="right")) - 1 for row in rows]
+        return [self.shards[at].sequence(row - int(starts[at])) for at, row in zip(where, rows, strict=True)]
 
     def holds(self, key: bytes) -> bool:
         """Say whether a sequence is cached."""
-        return any(key in shard.places for shard in self.shards)
+        return any(shard.index.find([key])[0] >= 0 for shard in self.shards)
 
     def coverage(self, keys: Iterable[bytes]) -> float:
         """Return the share of the keys that are cached."""
         wanted = list(keys)
-        return sum(map(self.holds, wanted)) / max(1, len(wanted))
+        found = np.zeros(len(wanted), bool)
+        for shard in self.shards:
+            found |= shard.index.find(wanted) >= 0
+        return float(found.sum()) / max(1, len(wanted))
+
+    def verify(self) -> None:
+        """Check every byte of the cache now; else each part is checked when it is first read."""
+        for shard in self.shards:
+            shard.verify()
 
     def explain(self, ids: list[int], response: list[bool]) -> str:
         """Show where a sequence that is not cached parts from the nearest one that is."""
         best: tuple[int, list[int], list[bool]] = (-1, [], [])
         for shard in self.shards:
-            for key in shard.places:
-                other, mask = shard.sequence(key)
+            for row in range(len(shard.index.records)):
+                other, mask = shard.sequence(row)
                 common = next(
                     (i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other))
                 )

@@ -234,7 +234,12 @@ def test_vllm_with_the_calculator_responses_as_hugging_face_does(base, sums, mod
 
 def test_the_two_backends_caches_agree(base, greedy):
     """Two float16 roundings of numbers that differ by 1e-4 are at most a unit in the last place apart, and that."""
-    common = ["task=cache", f"cache.generations={greedy[1] / 'generations.jsonl'}", "cache.top_k=20"]
+    common = [
+        "task=cache",
+        f"cache.generations={greedy[1] / 'generations.jsonl'}",
+        "cache.top_k=20",
+        "cache.codec=none",
+    ]
     for backend in ("hf", "vllm"):
         done = run_launch(
             *overrides(base, f"cache_{backend}", *common, f"cache.backend={backend}"), timeout=SLOWEST, python=PYTHON
@@ -256,7 +261,12 @@ def test_the_two_backends_caches_agree(base, greedy):
 
 
 def test_a_cache_is_not_continued_by_the_other_backend(base, greedy):
-    common = ["task=cache", f"cache.generations={greedy[1] / 'generations.jsonl'}", "cache.top_k=20"]
+    common = [
+        "task=cache",
+        f"cache.generations={greedy[1] / 'generations.jsonl'}",
+        "cache.top_k=20",
+        "cache.codec=none",
+    ]
     (base / "cache_vllm/DONE").unlink()
     with pytest.raises(ValueError, match="made with another backend: backend='vllm', this run has 'hf'"):
         launch.run_task(composed(*overrides(base, "cache_vllm", *common)))

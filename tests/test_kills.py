@@ -153,7 +153,7 @@ def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path) -> None:
         return ["task=cache", *data, f"exp_name={name}", "cache.top_k=8", "cache.batch_size=2"]
 
     assert begin(*command("whole"), log=tmp_path / "whole.log").wait(timeout=400) == 0
-    index, log = tmp_path / "killed" / "CACHE" / "shard-00000" / "index.jsonl", tmp_path / "killed.log"
+    index, log = tmp_path / "killed" / "CACHE" / "shard-00000" / "index.bin", tmp_path / "killed.log"
     size = lambda: index.stat().st_size if index.is_file() else 0  # noqa: E731
     assert survive(begin, lambda: command("killed"), log, 20, size, start_up=1.5, window=0.2) >= 12
     # the order of sequences is fixed, so the arrays are equal byte by byte; meta.json holds the command with its

@@ -124,7 +124,7 @@ def test_another_origin_is_refused_by_name(tmp_path, key):
         Reader(folder, {key: "other"})
 
 
-@pytest.mark.parametrize("stored", [{"format_version": 1}, {"model": "a", "keys": []}])
+@pytest.mark.parametrize("stored", [{"format_version": 1}, {"format_version": 2}, {"model": "a", "keys": []}])
 def test_an_older_format_is_refused_with_what_to_do(tmp_path, stored):
     folder = written(tmp_path / "c", range(2))
     (folder / "meta.json").write_text(json.dumps(stored), encoding="utf-8")
@@ -148,15 +148,15 @@ def test_a_killed_writer_goes_on_behind_its_last_whole_sequence(tmp_path):
     writer.add(*sequence(3))
     for stream in writer._streams.values():  # arrays reach the disk, the index row does not: a kill in between
         stream.flush()
-    with (torn / "shard-00000" / "index.jsonl").open("a") as index:
-        index.write('{"key": "00')
+    with (torn / "shard-00000" / "index.bin").open("ab") as index:
+        index.write(b"half a record")
     again = Writer(torn, META)
     assert [again.has(content_key(*sequence(seed)[:2])) for seed in range(5)] == [True, True, True, False, False]
     for seed in range(6):
         again.add(*sequence(seed))
     again.close()
     finish(torn, META, again.keys)
-    for name in ("seq_ids", "seq_mask", "ids", "values", "tail"):
+    for name in ("seq_ids", "seq_mask", "ids", "values", "tail", "index"):
         file = f"shard-00000/{name}.bin"
         assert (whole / file).read_bytes() == (torn / file).read_bytes(), name
 
@@ -167,8 +167,8 @@ def test_a_run_goes_on_with_fewer_processes_behind_what_a_kill_left(tmp_path):
         for seed in seeds:
             writer.add(*sequence(seed))
         writer.close()
-    with (tmp_path / "shard-00001" / "index.jsonl").open("a") as index:
-        index.write('{"key": "00')
+    with (tmp_path / "shard-00001" / "index.bin").open("ab") as index:
+        index.write(b"half a record")
     with (tmp_path / "shard-00001" / "values.bin").open("ab") as values:
         values.write(b"torn")
     alone = Writer(tmp_path, META)
@@ -204,12 +204,12 @@ def test_the_first_rank_waits_for_a_slow_one(tmp_path):
 def test_another_meta_in_the_same_folder_is_refused(tmp_path, key):
     written(tmp_path / "c", range(2))
     with pytest.raises(ValueError, match=f"made with another .*{key}="):
-        Writer(tmp_path / "c", replace(META, **{key: 0.5 if key in ("beta", "temperature") else "another"}))
+        Writer(tmp_path / "c", replace(META, **{key: 0.5 if key in ("beta", "temperature", "mass") else "another"}))
 
 
 def test_all_of_a_meta_but_counts_and_command_is_its_identity():
     assert {field.name for field in fields(Meta)} == {*IDENTITY, *NOT_IDENTITY}
-    assert NOT_IDENTITY == ("num_sequences", "num_tokens", "command")
+    assert NOT_IDENTITY == ("num_sequences", "num_tokens", "command", "packing", "shards", "digest")
 
 
 def test_the_mask_is_part_of_the_key():

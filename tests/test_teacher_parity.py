@@ -28,7 +28,11 @@ def setup(tmp_path_factory):
     common = [f"cache_dir={base}", "model=tiny", "datasets=[local]", f"datasets.local.train={data}"]
     launch.run_task(composed(*common, "exp_name=teacher", "++model.build_seed=5", "n_steps=2", "lr=1e-3"))
     launch.run_task(
-        composed(*common, "exp_name=cache", "task=cache", f"model.load_from={base}/teacher/FINAL", "cache.top_k=8")
+        composed(
+            *common,
+            *("exp_name=cache", "task=cache", f"model.load_from={base}/teacher/FINAL"),
+            *("cache.top_k=8", "cache.codec=none"),
+        )
     )
     raw = composed(*common, "loss=dckd", f"loss.teacher_cache={base}/cache/CACHE", "loss.tail=bucket")
     settings = launch.settings_of(raw)

@@ -18,7 +18,7 @@ from engine.placement import Replicated
 from engine.processes import Apart
 from models import response_logits
 from teacher import precision
-from teacher.cache import Reader, Writer
+from teacher.cache import Reader, Writer, content_key
 from teacher.precision import teacher_logits, teacher_path
 from tests.support.helpers import composed, rows_of, write_pairs
 from tests.support.ranks import Ranks
@@ -102,7 +102,7 @@ def world(tmp_path_factory):
     launch.run_task(composed(*common, "exp_name=teacher", "++model.build_seed=5", "n_steps=2", "lr=1e-3"))
 
     def cache(name: str, *overrides: str) -> Path:
-        own = [f"exp_name={name}", "task=cache", "cache.top_k=4", "cache.batch_size=3"]
+        own = [f"exp_name={name}", "task=cache", "cache.top_k=4", "cache.batch_size=3", "cache.codec=none"]
         launch.run_task(composed(*common, *own, *overrides))
         return base / name / "CACHE"
 
@@ -112,9 +112,8 @@ def world(tmp_path_factory):
 def contents(folder: Path) -> dict[bytes, list[np.ndarray]]:
     """Return every sequence's arrays."""
     reader = Reader(folder)
-    return {
-        key: [part for _, part in sorted(shard.entry(key).items())] for shard in reader.shards for key in shard.places
-    }
+    rows = [(content_key(*row), reader.get(*row)) for row in reader.sequences(reader.meta.num_sequences)]
+    return {key: [part for _, part in sorted(found.items())] for key, found in rows}
 
 
 def test_every_quantity_is_what_its_name_says(world):

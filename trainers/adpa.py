@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataloader import Example, Generation, Tokens, read_generations
 from engine.metrics import Mean
-from functional import entropies, expected_advantage, gather_logps, row_sums, token_logps
+from functional import entropies, expected_advantage, row_sums, support_mass, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -127,7 +127,9 @@ class ADPA(BasicTrainer):
             row_sums(torch.ones_like(expected.detach()), out.rows[split:] - batch.num_items, batch.num_items),
         )
         with torch.no_grad():
-            mass = gather_logps(logits, batch.teacher.ids).exp().sum()
+            logps = batch.teacher.teacher_logps
+            assert logps is not None, "an advantage cache carries the aligned teacher's log-probs"
+            mass = support_mass(logits, batch.teacher.ids, logps).sum()
             entropy = entropies(logits).sum()
         return sums, {
             **metrics,

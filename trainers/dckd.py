@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dataloader import Example
 from engine.metrics import Mean
-from functional import gather_logps, token_logps, topk_kl
+from functional import support_mass, token_logps, topk_kl
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -61,6 +61,12 @@ class DCKD(BasicTrainer):
         A cache is made of one split: held-out rows that it lacks are evaluated by their NLL alone, and that is said.
         """
         reader = open_cache(self.config.teacher_cache, "logprob", self.tokenizer)
+        if self.config.tail == "renormalize" and reader.meta.mass < 1:
+            raise ValueError(
+                f"loss.tail=renormalize needs the same number of entries at every token, and {reader.folder} keeps "
+                f"those that hold {reader.meta.mass}: where one holds them its divergence is 0. Make it with "
+                "cache.mass=1, or take loss.tail=bucket"
+            )
         pairs = [
             (supervised_sequence(e.chosen, "chosen", "dckd"), supervised_sequence(e.rejected, "rejected", "dckd"))
             for e in examples
@@ -88,7 +94,7 @@ class DCKD(BasicTrainer):
         kl = partial(topk_kl, tail=self.config.tail)
         chosen = kl(out.logits[:split], ids[:split], values[:split]).sum()
         rejected = kl(out.logits[split:], ids[split:], values[split:]).sum()
-        mass = gather_logps(out.logits.detach(), ids).exp().sum()
+        mass = support_mass(out.logits.detach(), ids, values).sum()
         config = self.config
         sums = {
             "nll": config.sft_weight * nll,
