@@ -92,7 +92,7 @@ class CacheConfig:
     quantity: str  # a row of teacher/quantities.py, whose quantity_of checks it against the other keys
     reference: Place | None
     top_k: int
-    mass: float
+    mass: float | None
     codec: str
     responses: list[str]
     generations: Place | None
@@ -121,11 +121,21 @@ class CacheConfig:
         one_of("cache.backend", self.backend, ("hf", "vllm"))
         require(self.tensor_parallel >= 1, f"cache.tensor_parallel={self.tensor_parallel} must be at least 1")
         require(1 <= self.top_k <= 65535, f"cache.top_k={self.top_k} must be in 1 to 65535")
-        require(0 < self.mass <= 1, f"cache.mass={self.mass} must be in (0, 1]")
         one_of("cache.codec", self.codec, ("compact", "none"))
+        if self.mass is not None:
+            require(0 < self.mass <= 1, f"cache.mass={self.mass} must be in (0, 1]")
+            require(
+                self.codec == "compact",
+                f"cache.mass={self.mass} is of cache.codec=compact; cache.codec=none keeps cache.top_k entries",
+            )
         require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
         for name in self.responses:
             one_of("cache.responses", name, ("chosen", "rejected", "response"))
+
+
+def kept_mass(config: CacheConfig) -> float:
+    """Return how much of a distribution the kept entries hold at least, where cache.top_k allows it."""
+    return 1.0 if config.codec == "none" else 0.999 if config.mass is None else config.mass
 
 
 @dataclass(frozen=True)

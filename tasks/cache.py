@@ -12,6 +12,7 @@ from engine.placement import Replicated
 from engine.processes import Apart
 from models import NumericPath
 from settings.schema import Settings
+from settings.sections import kept_mass
 from teacher.cache import Arrays, Meta, Reader, Writer, begin, content_key, data_digest, finish, stored_keys
 from teacher.hub import check_push, push
 from teacher.interchange import Tokenizing, card, export_cache, import_cache, is_cache
@@ -165,7 +166,7 @@ def _meta(settings: Settings, quantity: Quantity, tokenizer: Any, path: NumericP
         beta=config.beta,
         backend=config.backend,
         codec=config.codec if quantity.is_wide else "none",
-        mass=config.mass if quantity.is_wide and config.codec == "compact" else 1.0,
+        mass=kept_mass(config) if quantity.is_wide else 1.0,
         command=_command(settings),
     )
 

@@ -238,7 +238,6 @@ def test_the_two_backends_caches_agree(base, greedy):
         "task=cache",
         f"cache.generations={greedy[1] / 'generations.jsonl'}",
         "cache.top_k=20",
-        "cache.codec=none",
     ]
     for backend in ("hf", "vllm"):
         done = run_launch(
@@ -265,7 +264,6 @@ def test_a_cache_is_not_continued_by_the_other_backend(base, greedy):
         "task=cache",
         f"cache.generations={greedy[1] / 'generations.jsonl'}",
         "cache.top_k=20",
-        "cache.codec=none",
     ]
     (base / "cache_vllm/DONE").unlink()
     with pytest.raises(ValueError, match="made with another backend: backend='vllm', this run has 'hf'"):

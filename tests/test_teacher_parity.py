@@ -31,7 +31,7 @@ def setup(tmp_path_factory):
         composed(
             *common,
             *("exp_name=cache", "task=cache", f"model.load_from={base}/teacher/FINAL"),
-            *("cache.top_k=8", "cache.codec=none"),
+            "cache.top_k=8",
         )
     )
     raw = composed(*common, "loss=dckd", f"loss.teacher_cache={base}/cache/CACHE", "loss.tail=bucket")

@@ -102,7 +102,7 @@ def world(tmp_path_factory):
     launch.run_task(composed(*common, "exp_name=teacher", "++model.build_seed=5", "n_steps=2", "lr=1e-3"))
 
     def cache(name: str, *overrides: str) -> Path:
-        own = [f"exp_name={name}", "task=cache", "cache.top_k=4", "cache.batch_size=3", "cache.codec=none"]
+        own = [f"exp_name={name}", "task=cache", "cache.top_k=4", "cache.batch_size=3"]
         launch.run_task(composed(*common, *own, *overrides))
         return base / name / "CACHE"
 
