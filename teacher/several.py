@@ -16,12 +16,11 @@ from dataloader import Example, Tokens, encode_example
 from models import tokenizer_digest
 from settings.schema import DatasetConfig, ModelConfig, one_of, require
 from settings.typed import Place, Places
-from teacher.alignment import covered
 from teacher.cache import Reader, content_key
 from teacher.lookup import entry_of
 from teacher.mixture import ABSENT, mixed, within
 from teacher.quantities import Entry
-from teacher.spans import Aligned, aligned, compared_tokens, laid_onto, response_ids, translation
+from teacher.spans import Aligned, aligned, check_coverage, compared_tokens, laid_onto, response_ids, translation
 from teacher.vocabulary import check_shared_ids
 
 ONLY = ""  # the name of a teacher that stands alone
@@ -191,36 +190,12 @@ class CachedTeachers:
     # ---- how much of the responses is compared
 
     def report(self, wanted: Sequence[Wanted], entries: Sequence[Entry]) -> str:
-        """Say which share of the response tokens is in aligned spans; ValueError below loss.min_coverage, with the
-        worst sequence."""
+        """Say which share of the response tokens is in aligned spans; ValueError below loss.min_coverage."""
         tokens = sum(sum(w.tokens.response) for w in wanted)
-        spanned = [covered(w.aligned.spans) if w.aligned is not None else 0 for w in wanted]
-        share, compared = sum(spanned) / max(1, tokens), sum(map(compared_tokens, entries)) / max(1, tokens)
-        said = (
-            f"alignment by bytes: {share:.1%} of {tokens} response tokens are in aligned spans, {compared:.1%} are "
-            "compared (the teacher's top k lacks the others)"
+        assert self.between is not None
+        found = [w.aligned or aligned(self.between, response_ids(w.tokens), []) for w in wanted]
+        share, compared = check_coverage(found, self.config.min_coverage), sum(map(compared_tokens, entries))
+        return (
+            f"alignment by bytes: {share:.1%} of {tokens} response tokens are in aligned spans, "
+            f"{compared / max(1, tokens):.1%} are compared (of the others the teacher's top k says nothing)"
         )
-        if share >= self.config.min_coverage:
-            return said
-        worst = min(range(len(wanted)), key=lambda i: spanned[i] / max(1, sum(wanted[i].tokens.response)))
-        raise ValueError(
-            f"{said}: below loss.min_coverage={self.config.min_coverage}. The worst response:\n"
-            + shown(wanted[worst].aligned)
-            + "\nDo both tokenizers keep the text, and cut it at the same place (model.max_length counts tokens)?"
-        )
-
-
-def shown(found: Aligned | None) -> str:
-    """Show a response as both tokenizers write it, its aligned spans between bars."""
-    if found is None:
-        return "  the teacher's tokenizer leaves no token of it"
-    rows = []
-    for name, side, places in (
-        ("student", found.ours, [(s.start, s.end) for s in found.spans]),
-        ("teacher", found.theirs, [(s.their_start, s.their_end) for s in found.spans]),
-    ):
-        begins, words = {start for start, _ in places}, []
-        for i, piece in enumerate(side.pieces):
-            words.append(("|" if i in begins else " ") + (piece or b"<>").decode(errors="replace"))
-        rows.append(f"  {name}: {''.join(words)[:200]!r}")
-    return "\n".join(rows)

@@ -4,12 +4,13 @@ Letters: L response tokens of the student, M of the teacher, K entries a token, 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dataloader import Tokens
-from teacher.alignment import Side, Span, align, lead, side_of
+from teacher.alignment import Side, Span, align, covered, lead, side_of
 from teacher.mixture import ABSENT
 from teacher.quantities import Entry
 from teacher.vocabulary import NOTHING, matched_ids, token_bytes
@@ -27,6 +28,7 @@ class Translation(NamedTuple):
     by_bytes: dict[bytes, int]
 
 
+@lru_cache(maxsize=4)
 def translation(ours: Any, theirs: Any) -> Translation:
     """Put two tokenizers beside each other."""
     pieces = token_bytes(ours)
@@ -114,3 +116,32 @@ def compared_tokens(entry: Entry) -> int:
     """Count the student's tokens [L] that have entries, or are in a span with a probability."""
     assert entry.spans is not None
     return int((~np.isneginf(entry.values).all(axis=-1) | (entry.spans >= 0)).sum())
+
+
+def check_coverage(found: Sequence[Aligned], least: float) -> float:
+    """Return the share of the student's tokens in aligned spans; ValueError below `least` shows the worst response."""
+    shares = [(covered(one.spans), len(one.ours.pieces)) for one in found]
+    tokens = sum(length for _, length in shares)
+    share = sum(inside for inside, _ in shares) / tokens if tokens else 1.0
+    if share >= least:
+        return share
+    worst = min((inside / length, i) for i, (inside, length) in enumerate(shares) if length)[1]
+    raise ValueError(
+        f"{share:.1%} of {tokens} response tokens are in spans of text that both tokenizers have, less than "
+        f"loss.min_coverage={least}. The worst response, a bar where a common span begins:\n{shown(found[worst])}\n"
+        "Do both tokenizers keep the text as it is, and cut it at the same place (model.max_length counts tokens)?"
+    )
+
+
+def shown(found: Aligned) -> str:
+    """Show a response as both tokenizers write it, a bar where an aligned span begins."""
+    rows = []
+    for name, side, places in (
+        ("student", found.ours, [(s.start, s.end) for s in found.spans]),
+        ("teacher", found.theirs, [(s.their_start, s.their_end) for s in found.spans]),
+    ):
+        begins, words = {start for start, _ in places}, []
+        for i, piece in enumerate(side.pieces):
+            words.append(("|" if i in begins else " ") + (piece or b"<>").decode(errors="replace"))
+        rows.append(f"  {name}: {''.join(words)[:200]!r}")
+    return "\n".join(rows)

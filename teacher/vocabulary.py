@@ -26,15 +26,25 @@ def check_shared_ids(ours: Any, theirs: Any, what: str) -> int:
     if different:
         i = different[0]
         raise ValueError(
-            f"{what} has another tokenizer: {len(different)} of the {len(shared)} ids that both have are other tokens. "
-            f"The first, id {i}, is {mine[i]!r} for the student and {other[i]!r} there. Use one of the same family"
+            f"{what} has another tokenizer than the policy: {len(different)} of the {len(shared)} ids that both have "
+            f"are other tokens. The first, id {i}, is {mine[i]!r} for the policy and {other[i]!r} there. "
+            "Use one of the same family"
         )
     return len(shared)
 
 
-def unknown_ids(ours: Any, theirs: Any) -> list[int]:
-    """Return the ids that the first tokenizer has and the second lacks."""
-    return sorted(set(ours.get_vocab().values()) - set(theirs.get_vocab().values()))
+def check_reads_ours(ours: Any, theirs: Any, what: str) -> None:
+    """Refuse a frozen model that cannot read the policy's ids: shared ids are other tokens, or it lacks some of ours.
+
+    Tokens that only it has are no hindrance: its logits are cut to the policy's vocabulary before the softmax.
+    """
+    check_shared_ids(ours, theirs, what)
+    missing = sorted(set(ours.get_vocab().values()) - set(theirs.get_vocab().values()))
+    if missing:
+        raise ValueError(
+            f"{what} has another tokenizer than the policy: it lacks {len(missing)} tokens, the first is id "
+            f"{missing[0]}, {ours.convert_ids_to_tokens(missing[0])!r}. It could not read what is said with them"
+        )
 
 
 @lru_cache(maxsize=4)
@@ -80,8 +90,8 @@ def _decoded_behind(tokenizer: Any, size: int) -> dict[int, str]:
 def matched_ids(theirs: Any, ours: Any) -> np.ndarray:
     """Return for each id of their vocabulary [V] the id of ours with the same bytes, else NOTHING.
 
-    One to one: of several tokens with the same bytes (a letter, and the byte of that letter) the first is meant. The
-    ends of a turn are matched with each other.
+    One to one: of several tokens with the same bytes (a letter, and the byte of that letter) the first is meant.
+    Special tokens are matched by their names, and the ends of a turn with each other, whatever they are called.
     """
     first: dict[bytes, int] = {}
     for i, text in enumerate(token_bytes(ours)):
@@ -92,7 +102,12 @@ def matched_ids(theirs: Any, ours: Any) -> np.ndarray:
     for i, text in enumerate(pieces):
         if text:
             found[i] = first.pop(text, NOTHING)
+    named = {ours.convert_ids_to_tokens(i): i for i in special_ids(ours)}
+    for i in special_ids(theirs):
+        found[i] = named.get(theirs.convert_ids_to_tokens(i), NOTHING)
     ends = turn_end(theirs).id, turn_end(ours).id
+    if ends[1] is not None:
+        found[found == ends[1]] = NOTHING  # a token of that name that ends no turn there
     if ends[0] is not None and ends[1] is not None:
         found[ends[0]] = ends[1]
     return found

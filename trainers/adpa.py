@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataloader import Example, Generation, Tokens, read_generations
 from engine.metrics import Mean
-from functional import entropies, expected_advantage, gather_logps, row_sums, token_logps
+from functional import entropies, expected_advantage, gather_logps, inside, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -116,18 +116,20 @@ class ADPA(BasicTrainer):
         metrics = {"nll/chosen": Mean(nll.detach(), split)}
         if batch.teacher is None:
             return {**sums, "advantage": logits.sum() * 0}, metrics
-        advantages = batch.teacher.values
+        ids, advantages = batch.teacher.ids, batch.teacher.values
+        if logits.shape[-1] < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
+            ids, advantages = inside(ids, advantages, logits.shape[-1], nothing=0.0)
         if self.config.advantage_floor > 0:
             assert batch.teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
             advantages = floored(advantages, batch.teacher.teacher_logps, self.config.advantage_floor)
-        expected = expected_advantage(logits, batch.teacher.ids, advantages)
+        expected = expected_advantage(logits, ids, advantages)
         sums["advantage"] = -self.config.gamma * expected.sum()
         tokens, lengths = (
             len(expected),
             row_sums(torch.ones_like(expected.detach()), out.rows[split:] - batch.num_items, batch.num_items),
         )
         with torch.no_grad():
-            mass = gather_logps(logits, batch.teacher.ids).exp().sum()
+            mass = gather_logps(logits, ids).exp().sum()
             entropy = entropies(logits).sum()
         return sums, {
             **metrics,
