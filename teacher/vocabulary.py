@@ -15,7 +15,7 @@ from templates import special_ids, turn_end
 NOTHING = -1  # the id of a token that the other tokenizer lacks
 
 
-def check_shared_ids(ours: Any, theirs: Any, what: str) -> int:
+def check_shared_ids(ours: Any, theirs: Any, what: str, whose: str = "the policy") -> int:
     """Return how many ids both tokenizers have; ValueError if one of them is another token there, with both texts.
 
     Rows of an embedding beyond a tokenizer's last id are padding: no id reaches them, so they are not compared.
@@ -26,23 +26,23 @@ def check_shared_ids(ours: Any, theirs: Any, what: str) -> int:
     if different:
         i = different[0]
         raise ValueError(
-            f"{what} has another tokenizer than the policy: {len(different)} of the {len(shared)} ids that both have "
-            f"are other tokens. The first, id {i}, is {mine[i]!r} for the policy and {other[i]!r} there. "
+            f"{what} has another tokenizer than {whose}: {len(different)} of the {len(shared)} ids that both have "
+            f"are other tokens. The first, id {i}, is {mine[i]!r} for {whose} and {other[i]!r} there. "
             "Use one of the same family"
         )
     return len(shared)
 
 
-def check_reads_ours(ours: Any, theirs: Any, what: str) -> None:
+def check_reads_ours(ours: Any, theirs: Any, what: str, whose: str = "the policy") -> None:
     """Refuse a frozen model that cannot read the policy's ids: shared ids are other tokens, or it lacks some of ours.
 
     Tokens that only it has are no hindrance: its logits are cut to the policy's vocabulary before the softmax.
     """
-    check_shared_ids(ours, theirs, what)
+    check_shared_ids(ours, theirs, what, whose)
     missing = sorted(set(ours.get_vocab().values()) - set(theirs.get_vocab().values()))
     if missing:
         raise ValueError(
-            f"{what} has another tokenizer than the policy: it lacks {len(missing)} tokens, the first is id "
+            f"{what} has another tokenizer than {whose}: it lacks {len(missing)} tokens, the first is id "
             f"{missing[0]}, {ours.convert_ids_to_tokens(missing[0])!r}. It could not read what is said with them"
         )
 

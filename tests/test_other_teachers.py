@@ -171,6 +171,15 @@ def test_a_live_teachers_padding_is_cut_off_and_other_shared_ids_are_refused(wor
         launch.run_task(composed(*common, *gkd, f"++model.tokenizer_name_or_path={other}", "exp_name=refused"))
 
 
+def test_a_teacher_asked_in_tokens_that_mean_something_else_to_it_is_refused(world, tmp_path):
+    base, common, cache, _ = world
+    launch.run_task(composed(*common, "n_steps=1", "exp_name=own_tokens"))
+    other, own = written("bpe", tmp_path), f"++model.load_from={base}/own_tokens/FINAL"
+    with pytest.raises(ValueError, match=r"own_tokens/FINAL has another tokenizer .* ids that both have are other"):
+        cache("wrong_tokens", own, f"++model.tokenizer_name_or_path={other}")
+    cache("right_tokens", own, "++model.tokenizer_name_or_path=assets/byte_tokenizer")
+
+
 def test_a_familys_tokenizer_with_more_words_is_taken_if_shared_ids_are_the_same(world, tmp_path):
     base, common, cache, _ = world
     larger = models.load_tokenizer(launch.settings_of(composed("model=tiny")).model)
