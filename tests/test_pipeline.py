@@ -137,7 +137,7 @@ def test_a_stage_may_have_a_mapping_of_teachers_and_every_folder_of_it_counts(tm
     line += (f"pipeline.stages.dckd.set.loss.teacher_cache={teachers}",)
     plan = planned(tmp_path, "pipeline=dckd", *line)
     wanted = {"mine": f"{plan['cache_logprobs'].folder}/CACHE", "other": str(other)}
-    assert plan["dckd"].raw["loss"]["teacher_cache"] == wanted
+    assert plan["dckd"].config["loss"]["teacher_cache"] == wanted
     words = [word for word in plan["dckd"].command if word.startswith("loss")]
     assert composed(*words)["loss"]["teacher_cache"] == wanted  # what the stage's own command line says
     (other / "meta.json").write_text("2", encoding="utf-8")
