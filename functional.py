@@ -236,6 +236,7 @@ def sorted_distance(logits: Tensor, teacher_logps: Tensor, chunk: int | None = N
         student = wide.log_softmax(-1).topk(size, dim=-1).values.exp()
         student = torch.nn.functional.pad(student, (0, teacher.shape[-1] - size))
         found = teacher.to(student.dtype).exp().sort(-1, descending=True).values
+        student = torch.where(found > 0, student, 0.0)  # a rank that the teacher does not tell is in the rest
         rest = (found.sum(-1) - student.sum(-1)).abs()  # (1 - sum) of both, subtracted
         return torch.where((teacher == -math.inf).all(-1), 0.0, (student - found).abs().sum(-1) + rest)
 

@@ -121,6 +121,8 @@ class CachedTeachers:
         expected: dict[str, object] = {"quantity": quantity, "tokenizer_digest": tokenizer_digest(self.tokenizer)}
         decode = self.tokenizer.decode
         self.readers = {name: Reader(folder, expected, decode) for name, folder in config.folders.items()}
+        widths = [reader.meta.k for reader in self.readers.values()]
+        self.width = max(widths) if config.teacher_column is not None else sum(widths)
         self.between = None
         if config.alignment == "bytes":
             whole = [name for name, entry in datasets.items() if entry.supervise == "all"]
@@ -174,13 +176,25 @@ class CachedTeachers:
             found = parts[0]
         else:
             found = mixed(parts, [self.config.weights[name] for name in wanted.teachers], self.config.mixture)
+        found = self._widened(found)
         if self.between is None or wanted.aligned is None:
             return within(found, self.size)
         return laid_onto(wanted.aligned, found, self.between, self.config.span_loss == "uld")
 
+    def _widened(self, entry: Entry) -> Entry:
+        """Fill up entries to the width of the widest: a batch may have rows of several teachers."""
+        missing = self.width - entry.ids.shape[1]
+        if missing <= 0:
+            return entry
+        ids, values = (
+            np.pad(part, ((0, 0), (0, missing)), constant_values=fill)
+            for part, fill in ((entry.ids, 0), (entry.values, ABSENT))
+        )
+        return entry._replace(ids=ids, values=values)
+
     def _nothing(self, wanted: Wanted) -> Entry:
         """Return entries that say nothing, of as many tokens as the response has."""
-        length, width = sum(wanted.tokens.response), self.readers[wanted.teachers[0]].meta.k
+        length, width = sum(wanted.tokens.response), self.width
         values = np.full((length, width), ABSENT, np.float32)
         spans = np.full(length, -1, np.int64)
         return Entry(

@@ -99,13 +99,21 @@ def test_a_mixture_has_the_weighted_probabilities_of_its_teachers(world):
 
 
 def test_a_column_routes_each_row_to_its_teacher_and_a_missing_name_is_refused_with_its_place(world, tmp_path):
-    _, common, _, made = world
+    _, common, cache, made = world
     routed = [cached(f"{{code: {made['code']}, math: {made['math']}}}"), "loss.teacher_column=teacher"]
     trainer = trainer_of(common, *routed)
     for i, item in enumerate(items_of(trainer)):
         reader = Reader(made["math" if i % 2 else "code"])
         for tokens, entry in zip(item.sequences, item.entries, strict=True):
             assert np.array_equal(entry.values, reader.get(tokens.ids, tokens.response)["values"])
+    narrow = cache("narrow", "++model.build_seed=5", "cache.top_k=3")  # teachers may keep different numbers of entries
+    mixed_widths = trainer_of(
+        common, cached(f"{{code: {narrow}, math: {made['math']}}}"), "loss.teacher_column=teacher"
+    )
+    items = items_of(mixed_widths)
+    assert {entry.ids.shape[1] for item in items for entry in item.entries} == {8}
+    assert np.isneginf(items[0].entries[0].values[:, 3:]).all()
+    assert np.isfinite(list(sums_of(trainer, items).values())).all()
     data = Path(trainer.settings.datasets["local"].train)
     rows = rows_of(data)
     rows[3]["teacher"] = "physics"

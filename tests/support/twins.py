@@ -228,8 +228,7 @@ def dckd_tokens(world: World, sequence, entry) -> list[float]:
             continue
         p = world.p("policy", before)
         if world.config.span_loss == "uld":
-            top, other = sorted(p, reverse=True)[: len(ids)], sorted((t for _, t in there), reverse=True)
-            other += [0.0] * (len(ids) - len(other))
+            top, other = sorted(p, reverse=True)[: len(there)], sorted((t for _, t in there), reverse=True)
             ranks = [*zip(top, other, strict=True), (1 - sum(top), 1 - sum(other))]
             found.append(sum(abs(s - t) for s, t in ranks))
         else:
