@@ -57,11 +57,15 @@ class TopK(NamedTuple):
     """A teacher's entries, flat over the response tokens of a batch: ids [N, K] int64, values [N, K] float32.
 
     `teacher_logps` [N, K] comes with advantages only: the aligned teacher's log-probabilities at the same ids.
+    `spans` [N] and `span_logps` [M] come from a teacher with another tokenizer only: which of the batch's M spans of
+    several tokens a token is in (-1: none), and the teacher's log-probability of each.
     """
 
     ids: Tensor
     values: Tensor
     teacher_logps: Tensor | None = None
+    spans: Tensor | None = None
+    span_logps: Tensor | None = None
 
 
 class Generation(NamedTuple):

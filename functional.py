@@ -174,6 +174,8 @@ def topk_kl(
 ) -> Tensor:
     """Return KL(teacher || student) of each token [N] on the teacher's entries ids, teacher_logps [N, K].
 
+    An entry of -inf is none: its id is not looked at, on either side, so a token may have fewer than K entries.
+
     tail: `bucket` puts the remaining mass of both sides into one more entry; `renormalize` divides both sides by their
     mass in the support; `truncate` drops the rest (not a divergence: it can be negative). An entry with teacher_logps
     -inf is padding and counts nowhere.
@@ -186,18 +188,7 @@ def topk_kl(
 
     def kl(part: Tensor, part_ids: Tensor, teacher: Tensor) -> Tensor:
         student = _gather(part, part_ids)
-        teacher = teacher.to(student.dtype)
-        padding = teacher == -torch.inf  # no entry: the student's mass at its id is not in the support
-        student = student.masked_fill(padding, -torch.inf)
-        if tail == "renormalize":
-            student = student - student.logsumexp(-1, keepdim=True)
-            teacher = teacher - teacher.logsumexp(-1, keepdim=True)
-        gap = teacher.masked_fill(padding, 0.0) - student.masked_fill(padding, 0.0)
-        total = (teacher.exp() * gap).sum(-1)
-        if tail == "bucket":
-            log_rest = _log_rest(teacher)
-            total = total + log_rest.exp() * (log_rest - _log_rest(student))
-        return total
+        return _entries_kl(student, teacher.to(student.dtype), tail)
 
     return _chunked(kl, logits, (ids, teacher_logps), chunk)
 
@@ -205,6 +196,57 @@ def topk_kl(
 def support_mass(logits: Tensor, ids: Tensor, teacher_logps: Tensor) -> Tensor:
     """Return the mass of logits [N, V] at the teacher's entries [N, K]; those with teacher_logps -inf are padding."""
     return gather_logps(logits, ids).exp().masked_fill(teacher_logps == -torch.inf, 0.0).sum(-1)
+
+
+def _entries_kl(student: Tensor, teacher: Tensor, tail: str) -> Tensor:
+    """Return the divergence [n] of log-probabilities [n, K] of the same events; a teacher's -inf is no event."""
+    absent = teacher == -math.inf
+    student = student.masked_fill(absent, -math.inf)
+    if tail == "renormalize":
+        empty = absent.all(-1, keepdim=True)  # their log-sum-exp would be -inf, and its gradient not a number
+        student = student - student.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True)
+        teacher = teacher - teacher.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True)
+    total = torch.where(absent, 0.0, teacher.exp() * (teacher - student)).sum(-1)
+    if tail == "bucket":
+        log_rest = _log_rest(teacher)
+        total = total + log_rest.exp() * (log_rest - _log_rest(student))
+    return total
+
+
+def inside(ids: Tensor, values: Tensor, width: int, nothing: float = -math.inf) -> tuple[Tensor, Tensor]:
+    """Return entries [N, K] for logits of `width` columns: an id beyond them becomes 0 with the value `nothing`."""
+    beyond = ids >= width
+    return ids.masked_fill(beyond, 0), values.masked_fill(beyond, nothing)
+
+
+def event_kl(logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    """Return KL(teacher || student) of one event and its complement [M], from the log-probabilities [M] of the event.
+
+    The event of a span is that a response goes on with its text; it may be of several tokens, others in each model.
+    """
+    return _entries_kl(logps.unsqueeze(-1), teacher_logps.to(logps.dtype).unsqueeze(-1), "bucket")
+
+
+def sorted_distance(logits: Tensor, teacher_logps: Tensor, chunk: int | None = None) -> Tensor:
+    """Return the universal logit distance of each token [N]: the L1 distance of sorted probabilities.
+
+    teacher_logps [N, K] in any order, -inf where there is none. The K largest probabilities of both sides are compared
+    rank by rank, and the mass that is left as one more rank; a vocabulary below K counts as filled with zeros. With K
+    the teacher's whole vocabulary that is the distance itself; with fewer a lower bound of it (triangle inequality).
+    Rows without any entry give 0. Source: ULD, arXiv 2402.12030, eq. 4.
+    """
+
+    def distance(part: Tensor, teacher: Tensor) -> Tensor:
+        wide = _wide(part)
+        size = min(teacher.shape[-1], wide.shape[-1])
+        student = wide.log_softmax(-1).topk(size, dim=-1).values.exp()
+        student = torch.nn.functional.pad(student, (0, teacher.shape[-1] - size))
+        found = teacher.to(student.dtype).exp().sort(-1, descending=True).values
+        student = torch.where(found > 0, student, 0.0)  # a rank that the teacher does not tell is in the rest
+        rest = (found.sum(-1) - student.sum(-1)).abs()  # (1 - sum) of both, subtracted
+        return torch.where((teacher == -math.inf).all(-1), 0.0, (student - found).abs().sum(-1) + rest)
+
+    return _chunked(distance, logits, (teacher_logps,), chunk, held=3)
 
 
 def expected_advantage(logits: Tensor, ids: Tensor, advantages: Tensor, chunk: int | None = None) -> Tensor:

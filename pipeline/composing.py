@@ -35,6 +35,8 @@ def spelled(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
         return f"[{','.join(spelled(v) for v in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {spelled(v)}' for key, v in value.items())}}}"
     if not isinstance(value, str):
         return repr(value)
     plain = re.fullmatch(r"[A-Za-z_./][\w./:@-]*", value) and value.lower() not in (

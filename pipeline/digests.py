@@ -19,7 +19,7 @@ from settings.paths import ROOT
 from settings.schema import DatasetConfig, RunConfig, Settings
 from settings.source import closure, in_repository
 from settings.tasks import counted
-from settings.typed import Code, Place
+from settings.typed import Code, Place, Places
 
 LARGE = 32 * 2**20  # bytes from which on a file's digest is kept between commands
 DATA = (".jsonl", ".json", ".parquet")  # a name that ends so is a file, never a name of the hub
@@ -62,14 +62,14 @@ def code_of(name: str, root: Path) -> dict[str, str]:
 def marked(cls: type) -> dict[str, str]:
     """Return the fields of a section's dataclass that are declared as Place or Code."""
     hints = get_type_hints(cls, include_extras=True)
-    declared = {"Place": str(Place), "Code": str(Code)}
-    return {name: kind for name, hint in hints.items() for kind, text in declared.items() if text in str(hint)}
+    declared = {str(Place): "Place", str(Places): "Place", str(Code): "Code"}
+    return {name: kind for name, hint in hints.items() for text, kind in declared.items() if text in str(hint)}
 
 
 def loss_marks(trainer: str, root: Path) -> dict[str, str]:
     """Return the same of the Config of a method, which is read and not imported."""
     written = config_fields(trainer, root)
-    return {name: kind for name, text in written.items() for kind in re.findall(r"\b(?:Place|Code)\b", text)}
+    return {name: kind for name, text in written.items() for kind in re.findall(r"\b(Place|Code)s?\b", text)}
 
 
 def with_contents(kept: dict[str, Any], stages_dir: Path, root: Path) -> dict[str, Any]:

@@ -58,9 +58,9 @@ class PipelineConfig:
 
 
 def flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("a.b.c", value) for every leaf."""
+    """Yield ("a.b.c", value) for every leaf; a mapping in the loss section is a value, as its method reads it."""
     for key, value in section.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix != "loss.":
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -70,6 +70,8 @@ def mentioned(value: Any) -> list[str]:
     """Return the stage names in the placeholders of a value."""
     if isinstance(value, list):
         return [name for item in value for name in mentioned(item)]
+    if isinstance(value, dict):
+        return mentioned(list(value.values()))
     return [name for name in PLACEHOLDER.findall(value) if name != "seed"] if isinstance(value, str) else []
 
 

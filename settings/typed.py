@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 # Types of keys whose content counts in a stage's digest (pipeline/digests.py), not the words they are written in.
 Place = Annotated[str, "a file or a folder; where none is here, a name of the hub"]
+Places = Annotated[Any, "a Place, or a list or a mapping of them"]
 Code = Annotated[str, "module:function"]
 
 # Spellings of neighboring projects, with ours beside them.

@@ -19,6 +19,7 @@ from teacher.interchange import Tokenizing, card, export_cache, import_cache, is
 from teacher.precision import teacher_path
 from teacher.quantities import Quantity, quantity_of
 from teacher.scoring import Scorer, batches_of, left_to_do, score_all
+from teacher.vocabulary import check_reads_ours
 
 VERSION = 3
 
@@ -37,6 +38,7 @@ def run(settings: Settings) -> None:
             _imported(settings, Path(config.import_from).expanduser())
         return
     tokenizer = models.load_tokenizer(settings.model)
+    check_own_tokenizer(tokenizer, settings)
     if config.reference:
         check_tokenizers(tokenizer, config.reference, settings)
     batches = batches_of(_sequences(settings, tokenizer), config.batch_size)
@@ -138,6 +140,24 @@ def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
     if not found:
         raise ValueError(f"nothing to score: the rows have none of cache.responses={config.responses}")
     return found
+
+
+def check_own_tokenizer(tokenizer: Any, settings: Settings) -> None:
+    """Refuse a model that is asked in the tokens of another one if ids that both have are other tokens to it.
+
+    A model whose folder has no tokenizer, or that is built, has none of its own to compare with.
+    """
+    source = models.model_source(settings.model)
+    if not settings.model.tokenizer_name_or_path or source is None:
+        return
+    if Path(source).is_dir() and not (Path(source) / "tokenizer.json").is_file():
+        return
+    try:
+        own = models.load_tokenizer(replace(settings.model, tokenizer_name_or_path=None))
+    except ValueError as error:
+        print(f"model.tokenizer_name_or_path is not compared with the model's own tokenizer: {error}")
+        return
+    check_reads_ours(tokenizer, own, f"model {source}", "model.tokenizer_name_or_path")
 
 
 def check_tokenizers(tokenizer: Any, reference: str, settings: Settings) -> None:

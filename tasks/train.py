@@ -1,6 +1,7 @@
 """task=train: load data and models, hand them to the method's trainer, save FINAL."""
 
 import gc
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from settings.artifacts import write_text
 from settings.methods import method_class
 from settings.schema import Settings
 from teacher.precision import teacher_dtype
+from teacher.vocabulary import check_reads_ours
 from templates import turn_end
 from trainers import reference
 from trainers.basic import BasicTrainer
@@ -48,7 +50,7 @@ def run(settings: Settings) -> None:
     if trainer.needs.reference:
         ref_model, items, test_items = _reference(settings, trainer, items, test_items)
     policy = _policy(settings, trainer)
-    _load_frozen_models(settings, trainer)
+    _load_frozen_models(settings, trainer, policy)
     used.restart()
     before = checkpoint.examples_seen(settings.run.run_dir)
     with preemption.watched():
@@ -118,9 +120,9 @@ def _policy(settings: Settings, trainer: BasicTrainer) -> torch.nn.Module:
     return model
 
 
-def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
-    """Load the frozen models that the method asks: they read the policy's token ids, so they must share its
-    tokenizer.
+def _load_frozen_models(settings: Settings, trainer: BasicTrainer, policy: torch.nn.Module) -> None:
+    """Load the frozen models that the method asks: they read the policy's token ids, so they must know its tokens, or
+    the same text in their own.
     """
     for name, (folder, head) in trainer.frozen_model_folders().items():
         if head == "reward":
@@ -132,13 +134,27 @@ def _load_frozen_models(settings: Settings, trainer: BasicTrainer) -> None:
             dtype = models.resolve_dtype(settings.model.reference_dtype, device)
         config = settings.model.of_folder(folder)
         tokenizer = models.load_tokenizer(config)
-        if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
-            raise ValueError(
-                f"{name} {folder} has another tokenizer than the policy ({len(tokenizer)} and {len(trainer.tokenizer)} "
-                "tokens, or other words): it would read other text. Use a model of the same family"
-            )
+        if head == "lm" and trainer.aligns_bytes:
+            trainer.frozen_tokenizers[name] = tokenizer
+        else:
+            check_reads_ours(trainer.tokenizer, tokenizer, f"{name} {folder}")
         model = models.load_model(config, dtype=dtype, trainable=False, head=head, empty=trainer.placement.empty)
+        if head == "lm" and name not in trainer.frozen_tokenizers:
+            _check_width(model, policy, trainer, f"{name} {folder}")
         trainer.frozen_models[name] = trainer.placement.place_frozen(model)
+
+
+def _check_width(model: Any, policy: Any, trainer: BasicTrainer, what: str) -> None:
+    """Refuse a teacher whose head has fewer of the tokenizer's ids than the policy's, or more; padding rows beyond the
+    tokenizer's last id may differ, they are cut off.
+    """
+    rows = [one.config.get_text_config().vocab_size for one in (policy, model)]
+    own, other = (min(number, len(trainer.tokenizer)) for number in rows)
+    if own != other:
+        raise ValueError(
+            f"{what} has {rows[1]} rows for the {len(trainer.tokenizer)} tokens, the policy {rows[0]}: "
+            "their distributions are over different ids. Use a model of the same family"
+        )
 
 
 def _reference(

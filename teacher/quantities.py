@@ -45,13 +45,18 @@ class Quantity(NamedTuple):
 
 class Entry(NamedTuple):
     """A sequence's entries of the two quantities with K ids: ids [L, K], values [L, K], tail [L] (mass outside the
-    top k), teacher_logps [L, K] or None.
+    top k), teacher_logps [L, K] or None. A log-probability of -inf is no entry.
+
+    Of a teacher with another tokenizer (teacher/spans.py) also spans [L], which of the sequence's M spans of several
+    tokens a token is in (-1: none), and span_logps [M], the teacher's log-probability of each.
     """
 
     ids: np.ndarray
     values: np.ndarray
     tail: np.ndarray
     teacher_logps: np.ndarray | None = None
+    spans: np.ndarray | None = None
+    span_logps: np.ndarray | None = None
 
 
 # float16 on disk only where its error was measured (docs/cache_format.md); log-probabilities of a reference are

@@ -215,6 +215,10 @@ def test_a_name_without_a_slash_that_is_a_folder_here_counts(base, tmp_path, mon
         config(base, "evaluate", evaluation={"models": {"a": "teacher"}}),
         config(base, "evaluate", evaluation={"reference": {"a": "teacher"}}),
         with_loss(base, "gkd", teacher="teacher"),
+        with_loss(base, "dckd", teacher_cache="teacher"),
+        with_loss(base, "dckd", teacher_cache=["elsewhere", "teacher"]),
+        with_loss(base, "dckd", teacher_cache={"math": "elsewhere", "code": "teacher"}),
+        with_loss(base, "dckd", teacher_cache="elsewhere", teacher_tokenizer="teacher"),
         with_loss(base, "reward-weighted-distill", teachers=["teacher"]),
         with_loss(base, "ppo", reward_model="teacher"),
     ):

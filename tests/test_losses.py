@@ -13,7 +13,9 @@ from trainers.kto import mismatched
 
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Options that change the numbers, each against the same twin.
+BYTES = "loss.alignment=bytes loss.teacher_tokenizer=none"
 OPTIONS = {
+    "dckd": [BYTES, f"{BYTES} loss.span_loss=uld"],
     "dpo": [
         "loss.divergence=js",
         "loss.divergence=forward_kl",

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from pipeline.plan import Stage, build_plan, spelled
 from pipeline.runner import run_pipeline
-from tests.support.helpers import launch, write_pairs
+from tests.support.helpers import composed, launch, write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,6 +125,25 @@ def test_the_content_of_a_data_file_counts_and_its_name_does_not(tmp_path: Path)
     assert not set(plan_of(first).values()) & set(plan_of(other).values())
     first.write_text(first.read_text(encoding="utf-8").replace("ant", "ent"), encoding="utf-8")
     assert not set(plan_of(first).values()) & set(plan_of(same).values())
+
+
+def test_a_stage_may_have_a_mapping_of_teachers_and_every_folder_of_it_counts(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs.jsonl", 8)
+    other = tmp_path / "other" / "CACHE"
+    other.mkdir(parents=True)
+    (other / "meta.json").write_text("1", encoding="utf-8")
+    teachers = f"{{mine: '{{cache_logprobs}}/CACHE', other: '{other}'}}"
+    line = ("pipeline.teacher=tiny", "pipeline.student=tiny", "datasets=[local]", f"datasets.local.train={path}")
+    line += (f"pipeline.stages.dckd.set.loss.teacher_cache={teachers}",)
+    plan = planned(tmp_path, "pipeline=dckd", *line)
+    wanted = {"mine": f"{plan['cache_logprobs'].folder}/CACHE", "other": str(other)}
+    assert plan["dckd"].config["loss"]["teacher_cache"] == wanted
+    words = [word for word in plan["dckd"].command if word.startswith("loss")]
+    assert composed(*words)["loss"]["teacher_cache"] == wanted  # what the stage's own command line says
+    (other / "meta.json").write_text("2", encoding="utf-8")
+    again = planned(tmp_path, "pipeline=dckd", *line)
+    assert again["dckd"].digest != plan["dckd"].digest
+    assert again["cache_logprobs"].digest == plan["cache_logprobs"].digest
 
 
 def test_two_pipelines_share_the_teacher(tmp_path: Path) -> None:

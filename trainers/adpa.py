@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataloader import Example, Generation, Tokens, read_generations
 from engine.metrics import Mean
-from functional import entropies, expected_advantage, row_sums, support_mass, token_logps
+from functional import entropies, expected_advantage, inside, row_sums, support_mass, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -116,11 +116,13 @@ class ADPA(BasicTrainer):
         metrics = {"nll/chosen": Mean(nll.detach(), split)}
         if batch.teacher is None:
             return {**sums, "advantage": logits.sum() * 0}, metrics
-        advantages = batch.teacher.values
+        ids, advantages = batch.teacher.ids, batch.teacher.values
+        if logits.shape[-1] < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
+            ids, advantages = inside(ids, advantages, logits.shape[-1], nothing=0.0)
         if self.config.advantage_floor > 0:
             assert batch.teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
             advantages = floored(advantages, batch.teacher.teacher_logps, self.config.advantage_floor)
-        expected = expected_advantage(logits, batch.teacher.ids, advantages)
+        expected = expected_advantage(logits, ids, advantages)
         sums["advantage"] = -self.config.gamma * expected.sum()
         tokens, lengths = (
             len(expected),
@@ -129,7 +131,7 @@ class ADPA(BasicTrainer):
         with torch.no_grad():
             logps = batch.teacher.teacher_logps
             assert logps is not None, "an advantage cache carries the aligned teacher's log-probs"
-            mass = support_mass(logits, batch.teacher.ids, logps).sum()
+            mass = support_mass(logits, *inside(batch.teacher.ids, logps, logits.shape[-1])).sum()
             entropy = entropies(logits).sum()
         return sums, {
             **metrics,

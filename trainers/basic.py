@@ -54,6 +54,8 @@ class BasicTrainer:
         self.micro_size = settings.model.batch_size // (world_size * accum)
         self.reference: torch.nn.Module | None = None
         self.frozen_models: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
+        self.aligns_bytes = False  # frozen language models may have a tokenizer of their own, kept in:
+        self.frozen_tokenizers: dict[str, Any] = {}
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
         self.keeps_start = False  # items carry the start's log-probabilities even beside a live reference, which moves
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints

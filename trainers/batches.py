@@ -118,11 +118,26 @@ def _top_k(entries: list[Entry]) -> TopK | None:
     logps = None
     if entries[0].teacher_logps is not None:
         logps = torch.cat([torch.as_tensor(e.teacher_logps, dtype=torch.float32) for e in entries])
+    spans, span_logps = _spans(entries)
     return TopK(
         torch.cat([torch.as_tensor(e.ids, dtype=torch.int64) for e in entries]),
         torch.cat([torch.as_tensor(e.values, dtype=torch.float32) for e in entries]),
         logps,
+        spans,
+        span_logps,
     )
+
+
+def _spans(entries: list[Entry]) -> tuple[Tensor | None, Tensor | None]:
+    """Number the spans of all sequences one after the other."""
+    if entries[0].spans is None or entries[0].span_logps is None:
+        return None, None
+    numbered, begun = [], 0
+    for e in entries:
+        assert e.spans is not None and e.span_logps is not None, "all of a batch's teachers have another tokenizer"
+        numbered.append(torch.as_tensor(np.where(e.spans < 0, -1, e.spans + begun), dtype=torch.int64))
+        begun += len(e.span_logps)
+    return torch.cat(numbered), torch.cat([torch.as_tensor(e.span_logps, dtype=torch.float32) for e in entries])
 
 
 def items_digest(items: Sequence[Item]) -> str:
@@ -139,6 +154,8 @@ def items_digest(items: Sequence[Item]) -> str:
         digest.update(b"" if item.notes is None else item.notes.tobytes())
         for entry in item.entries:
             parts = () if entry is None else (entry.ids[:1], entry.values[:1], entry.tail[:1])
+            if entry is not None and entry.span_logps is not None:
+                parts = (*parts, entry.span_logps)
             digest.update(b"".join([b"entries", *(part.tobytes() for part in parts)]))
     return digest.hexdigest()[:16]
 

@@ -5,22 +5,28 @@ discount the later tokens' rewards count, too. One number a token is asked of th
 whole distribution.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dataloader import Sequences, Tokens, collate, fit_prompt
 from engine.metrics import Mean
 from functional import entropies, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
-from settings.schema import require
+from settings.schema import one_of, require
 from settings.typed import Place
+from teacher.alignment import Span, side_of
 from teacher.precision import teacher_logits
+from teacher.spans import Aligned, Translation, aligned, check_coverage, response_ids, translation
 from trainers.batches import Batch, Item
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
-from trainers.rollouts import RolloutConfig, RolloutTrainer
+from trainers.rollouts import Micros, RolloutConfig, RolloutTrainer
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class OPDConfig(RolloutConfig):
     """Values of config/loss/opd.yaml."""
 
     teacher: Place
+    alignment: str
+    min_coverage: float
     discount: float
     clip: float
     is_online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
@@ -37,6 +45,8 @@ class OPDConfig(RolloutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("loss.alignment", self.alignment, ("ids", "bytes"))
+        require(0 <= self.min_coverage <= 1, f"loss.min_coverage={self.min_coverage} must be in [0, 1]")
         require(0 <= self.discount <= 1, f"loss.discount={self.discount} must be in [0, 1]")
         require(0 < self.clip < 1, f"loss.clip={self.clip} must be in (0, 1)")
 
@@ -46,6 +56,21 @@ def distillation_advantages(logps: Tensor, teacher_logps: Tensor, discount: floa
     are.
     """
     return discounted_sums(teacher_logps - logps, discount)
+
+
+def span_advantages(logps: np.ndarray, teacher_logps: np.ndarray, spans: Sequence[Span], discount: float) -> np.ndarray:
+    """Return the advantage of each token [L] where teacher_logps [M] are of another tokenizer's tokens of the text.
+
+    A span is one action: its reward, the difference of both models' log-probabilities of its text, goes to each of its
+    tokens, and the discount counts spans. Tokens in no span have nobody's opinion: their own reward is 0, and so is
+    their advantage.
+    """
+    found, later = np.zeros(len(logps), logps.dtype), 0.0
+    for span in reversed(spans):
+        own = logps[span.start : span.end].sum()
+        later = teacher_logps[span.their_start : span.their_end].sum() - own + discount * later
+        found[span.start : span.end] = later
+    return found
 
 
 class OPD(RolloutTrainer):
@@ -61,12 +86,28 @@ class OPD(RolloutTrainer):
     )
     source = "2306.08543, 2306.13649"
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.aligns_bytes = self.config.alignment == "bytes"
+
+    def objective(self) -> str:
+        """Return the formula with the run's numbers, and how another tokenizer's teacher is asked."""
+        by_bytes = "; y_s are spans of text that both tokenizers have, each token of one gets its reward"
+        return super().objective() + (by_bytes if self.aligns_bytes else "")
+
     def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
         """Return the teacher."""
         return {"teacher": (self.config.teacher, "lm")}
 
+    def rollout(self, micros: Micros, step: int) -> Micros:
+        """Know whose prompts are answered: the conversations of another tokenizer's teacher are theirs."""
+        self.split = "train" if step else "test"
+        return super().rollout(micros, step)
+
     def noted(self, items: list[Item]) -> list[Item]:
-        """Return the items with their notes [n, 2]."""
+        """Return the items with their notes [n, 2]: old log-probability and advantage; by bytes also 1 in a span."""
+        if self.aligns_bytes:
+            return self._noted_by_bytes(items)
         batch = self.batch_of(items)
         response = batch.sequences.response
         asked = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size)
@@ -79,6 +120,37 @@ class OPD(RolloutTrainer):
             for i, (item, length) in enumerate(zip(items, lengths, strict=True))
         ]
 
+    def _noted_by_bytes(self, items: list[Item]) -> list[Item]:
+        teacher, tokenizer = self.frozen_models["teacher"], self.frozen_tokenizers["teacher"]
+        between, batch = translation(self.tokenizer, tokenizer), self.batch_of(items)
+        asked, found = zip(*(self._asked(item, tokenizer, between) for item in items), strict=True)
+        check_coverage(found, self.config.min_coverage)
+        sequences = Sequences(*(part.to(batch.sequences.ids.device) for part in collate(asked, tokenizer.pad_token_id)))
+        out = teacher_logits(teacher, sequences, len(tokenizer))
+        flat = token_logps(out.logits, out.targets), self.token_logps_of(self.policy, batch.sequences)
+        lengths = [sum(tokens.response) for tokens in asked], batch.sequences.response.sum(dim=1).tolist()
+        rows = zip(*(f.float().cpu().split(n) for f, n in zip(flat, lengths, strict=True)), items, found, strict=True)
+        return [item._replace(notes=self._notes(own.numpy(), theirs.numpy(), a)) for theirs, own, item, a in rows]
+
+    def _notes(self, own: np.ndarray, theirs: np.ndarray, found: Aligned) -> np.ndarray:
+        within = np.zeros(len(own), np.float32)
+        for span in found.spans:
+            within[span.start : span.end] = 1
+        return np.stack([own, span_advantages(own, theirs, found.spans, self.config.discount), within], axis=1)
+
+    def _asked(self, item: Item, tokenizer: Any, between: Translation) -> tuple[Tokens, Aligned]:
+        """Return the item's conversation in the teacher's tokens, and how the response's are aligned."""
+        ids = response_ids(item.sequences[0])
+        if not ids:  # a filler
+            return Tokens([tokenizer.eos_token_id] * 2, [False] * 2), aligned(between, [], [])
+        side = side_of(ids, between.pieces, between.end)
+        text = side.text.decode(errors="replace")  # what is no character ends the common text
+        theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
+        theirs += [between.their_end] if side.ended and between.their_end is not None else []
+        messages = self.rollouts.examples[self.split][item.source].conversation.prompt
+        _, prompt = fit_prompt(tokenizer, messages, self.model_config.max_prompt_length, Counter())
+        return Tokens(prompt + theirs, [False] * len(prompt) + [True] * len(theirs)), aligned(between, ids, theirs)
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count response tokens."""
         return {"policy": batch.num_tokens(0)}
@@ -87,14 +159,16 @@ class OPD(RolloutTrainer):
         """Return the loss sum, and the sampled reverse KL."""
         assert batch.notes is not None
         logps = token_logps(out.logits, out.targets)
-        old, advantages = batch.notes.to(logps).unbind(dim=1)
+        old, advantages, *within = batch.notes.to(logps).unbind(dim=1)
         log_ratios = logps - old
         tokens, real = len(logps), batch.supervised(0)
         with torch.no_grad():
             outside, spread = ((log_ratios.exp() - 1).abs() > self.config.clip).sum(), entropies(out.logits).sum()
+        metrics = {"coverage": Mean(within[0].sum(), tokens)} if within else {}
         return {"policy": clipped_losses(log_ratios, advantages, self.config.clip).sum()}, {
             "advantage": Mean(advantages.sum(), tokens),  # with discount 0: minus the sampled reverse KL
             "clipped": Mean(outside, tokens),
             "entropy": Mean(spread, tokens),
             "response_tokens": Mean(tokens, real.sum()),
+            **metrics,
         }

@@ -16,6 +16,7 @@ from functional import (
     gather_logps,
     log_collision,
     row_sums,
+    sorted_distance,
     token_logps,
     topk_kl,
     topk_logps,
@@ -207,6 +208,26 @@ def d_compress(variant: Variant) -> Outputs:
     )
 
 
+def gold_uld(variant: Variant) -> Outputs:
+    if variant["params"]["hybrid"]:
+        raise Skip("not a method of ours: GOLD's hybrid, whose divergence on matched ids is of unnormalized parts")
+    inputs, params = variant["inputs"], variant["params"]
+    student, labels, temperature = inputs["student_logits"].requires_grad_(), inputs["labels"], params["temperature"]
+    if params["token_merge_strategy"] == "bayesian":  # the logits that predict the answers
+        rows, columns = (labels != -100).nonzero(as_tuple=True)
+        columns = columns - 1
+    else:  # quirk 32: the logits at the answers
+        rows, columns = (labels != -100).nonzero(as_tuple=True)
+    teacher = (inputs["teacher_logits"][rows, columns] / temperature).log_softmax(-1)
+    tokens = sorted_distance(student[rows, columns] / temperature, teacher, chunk=2)
+    size = len(labels)  # the case averages a response, then responses; ours averages spans
+    loss = (row_sums(tokens, rows, size) / row_sums(torch.ones_like(tokens), rows, size)).mean()
+    outputs = {"loss": loss}
+    if "grad_student_logits" in variant["outputs"]:
+        outputs["grad_student_logits"] = gradient(loss, student)
+    return outputs
+
+
 def halos_sft(variant: Variant) -> Outputs:
     logits = variant["inputs"]["policy_logits"].requires_grad_()
     flat, targets, _ = response_tokens(logits, variant["inputs"]["labels"])
@@ -286,6 +307,7 @@ ADAPTERS: dict[str, Callable[[Variant], Outputs]] = {
     "C_halos_sft": halos_sft,
     "C_halos_grpo": policy_gradient.halos_grpo,
     "C_halos_ppo": policy_gradient.halos_ppo,
+    "D_gold_uld": gold_uld,
     "D_gkd_jsd": policy_gradient.gkd_jsd,
     "D_opd_minillm": policy_gradient.opd,
     "D_compress": d_compress,
@@ -305,7 +327,7 @@ def outputs_of(stem: str, variant: Variant) -> Outputs:
         raise Skip("tokenization of a reference (SmolLM2's tokenizer is not in the case)")
     if family == "B_dlla_dpo":
         raise Skip("quirk 50: token means over the prompt, a step without ratio, clip or value function")
-    if family in ("D_tvkd", "D_gold_uld"):
+    if family == "D_tvkd":
         raise Skip(f"not a method of ours: {family}")
     if family not in ADAPTERS:
         raise Skip(f"method not built yet: {family}")

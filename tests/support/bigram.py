@@ -97,14 +97,26 @@ def entries(sequence: Tokens, rng: np.random.Generator, advantage: bool) -> Entr
     return Entry(ids, values, tail, logps) if advantage else Entry(ids, logps, tail, None)
 
 
+def on_spans(entry: Entry, rng: np.random.Generator) -> Entry:
+    """Give entries the form of those of another tokenizer's teacher: some are missing, at some tokens all of them are,
+    and the last two tokens of a longer response are a span.
+    """
+    values = np.where(rng.random(entry.values.shape) < 0.3, -np.inf, entry.values).astype(np.float32)
+    spans = np.full(len(values), -1)
+    if len(values) > 2:
+        values[-2:], spans[-2:] = -np.inf, 0
+    logps = rng.normal(-3, 0.5, size=int(spans.max() + 1)).astype(np.float32)
+    return entry._replace(values=values, spans=spans, span_logps=logps)
+
+
 def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
     """Make the method's own items; the two methods with a teacher get drawn entries instead of a cache on disk."""
     rng = np.random.default_rng(4)
     if name == "dckd":
-        return [
-            Item((e.chosen, e.rejected), (entries(e.chosen, rng, False), entries(e.rejected, rng, False)))
-            for e in examples()
-        ]
+        by_bytes = trainer.config.alignment == "bytes"
+        drawn = [[entries(side, rng, False) for side in (e.chosen, e.rejected)] for e in examples()]
+        drawn = [[on_spans(entry, rng) if by_bytes else entry for entry in both] for both in drawn]
+        return [Item((e.chosen, e.rejected), tuple(both)) for e, both in zip(examples(), drawn, strict=True)]
     if name == "adpa":
         return [Item((e.chosen, e.rejected), (None, entries(e.rejected, rng, True))) for e in examples()]
     if (

@@ -201,17 +201,51 @@ def dckd(world: World) -> float:
     config, sums, counts = world.config, [0.0, 0.0], [0, 0]
     for item in world.items:
         for slot, (sequence, entry) in enumerate(zip(item.sequences, item.entries, strict=True)):
-            for (before, _), ids, logps in zip(world.steps(sequence), entry.ids, entry.values, strict=True):
-                teacher = [math.exp(float(x)) for x in logps]
-                student = [world.p("policy", before)[int(i)] for i in ids]
-                for t, s in zip([*teacher, 1 - sum(teacher)], [*student, 1 - sum(student)], strict=True):
-                    sums[slot] += t * math.log(t / s)
-                counts[slot] += 1
+            found = [
+                *dckd_tokens(world, sequence, entry),
+                *([] if entry.spans is None else dckd_spans(world, sequence, entry)),
+            ]
+            sums[slot] += sum(found)
+            counts[slot] += len(found)
     return (
         config.sft_weight * world.nll()
         + config.chosen_weight * sums[0] / counts[0]
         + config.rejected_weight * sums[1] / counts[1]
     )
+
+
+def bucket_kl(teacher: list[float], student: list[float]) -> float:
+    pairs = zip([*teacher, 1 - sum(teacher)], [*student, 1 - sum(student)], strict=True)
+    return sum(t * math.log(t / s) for t, s in pairs)
+
+
+def dckd_tokens(world: World, sequence, entry) -> list[float]:
+    """Return the divergence at each token that has entries."""
+    found = []
+    for (before, _), ids, logps in zip(world.steps(sequence), entry.ids, entry.values, strict=True):
+        there = [(int(i), math.exp(float(x))) for i, x in zip(ids, logps, strict=True) if x > -math.inf]
+        if not there:
+            continue
+        p = world.p("policy", before)
+        if world.config.span_loss == "uld":
+            top, other = sorted(p, reverse=True)[: len(there)], sorted((t for _, t in there), reverse=True)
+            ranks = [*zip(top, other, strict=True), (1 - sum(top), 1 - sum(other))]
+            found.append(sum(abs(s - t) for s, t in ranks))
+        else:
+            found.append(bucket_kl([t for _, t in there], [p[i] for i, _ in there]))
+    return found
+
+
+def dckd_spans(world: World, sequence, entry) -> list[float]:
+    """Return the divergence of each span of several tokens: that its text comes, or not."""
+    if world.config.span_loss == "uld":
+        return [0.0] * len(entry.span_logps)
+    found = []
+    for number, logp in enumerate(entry.span_logps):
+        inside = [step for step, span in zip(world.steps(sequence), entry.spans, strict=True) if span == number]
+        student = math.prod(world.p("policy", before)[token] for before, token in inside)
+        found.append(bucket_kl([math.exp(float(logp))], [student]))
+    return found
 
 
 def adpa(world: World) -> float:

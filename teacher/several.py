@@ -1,0 +1,216 @@
+"""The cached teachers of a method: one, a mixture of several, or one a row; with the student's tokenizer or another.
+
+`wanted` says at the start which sequence of which teacher an example needs, `entry` reads it. Another tokenizer's
+teacher is asked for the same conversation in its own tokens (teacher/spans.py lays them onto the student's).
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import models
+from dataloader import Example, Tokens, encode_example
+from models import tokenizer_digest
+from settings.schema import DatasetConfig, ModelConfig, one_of, require
+from settings.typed import Place, Places
+from teacher.cache import Reader, content_key
+from teacher.hub import cache_folder
+from teacher.lookup import entry_of
+from teacher.mixture import ABSENT, mixed, within
+from teacher.quantities import Entry
+from teacher.spans import Aligned, aligned, check_coverage, compared_tokens, laid_onto, response_ids, translation
+from teacher.vocabulary import check_shared_ids
+
+ONLY = ""  # the name of a teacher that stands alone
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class CachedTeachersConfig:
+    """The keys of config/loss/dckd.yaml that say who the teachers are and how their tokens meet the student's."""
+
+    teacher_cache: Places
+    teacher_weights: Any
+    mixture: str
+    teacher_column: str | None
+    alignment: str
+    teacher_tokenizer: Place | None
+    min_coverage: float
+    span_loss: str
+
+    def __post_init__(self) -> None:
+        one_of("loss.mixture", self.mixture, ("probabilities", "log_probabilities"))
+        one_of("loss.alignment", self.alignment, ("ids", "bytes"))
+        one_of("loss.span_loss", self.span_loss, ("kl", "uld"))
+        require(0 <= self.min_coverage <= 1, f"loss.min_coverage={self.min_coverage} must be in [0, 1]")
+        folders = self.folders
+        require(
+            bool(folders) and all(isinstance(folder, str) and folder for folder in folders.values()),
+            f"loss.teacher_cache={self.teacher_cache} must be a CACHE folder, a list or a mapping of them",
+        )
+        require(
+            self.teacher_column is None or isinstance(self.teacher_cache, dict),
+            f"loss.teacher_column={self.teacher_column} names one teacher a row: give loss.teacher_cache as a mapping, "
+            "e.g. 'loss.teacher_cache={math: FOLDER, code: FOLDER}'",
+        )
+        require(
+            self.teacher_weights is None or (len(folders) > 1 and self.teacher_column is None),
+            f"loss.teacher_weights={self.teacher_weights} mixes several teachers: give loss.teacher_cache as a list or "
+            "a mapping, and no loss.teacher_column",
+        )
+        require(
+            self.alignment == "ids" or self.teacher_tokenizer is not None,
+            "loss.alignment=bytes needs loss.teacher_tokenizer=PATH, with which the teacher's cache was made",
+        )
+        require(
+            self.span_loss == "kl" or self.alignment == "bytes",
+            f"loss.span_loss={self.span_loss} compares tokenizers: it needs loss.alignment=bytes",
+        )
+        self.weights  # noqa: B018 (refused here, before a model loads)
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Return the cache of each teacher by its name; in a list the names are numbers."""
+        given = self.teacher_cache
+        if isinstance(given, list):
+            return {str(i): folder for i, folder in enumerate(given)}
+        return {str(name): folder for name, folder in given.items()} if isinstance(given, dict) else {ONLY: given}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return each teacher's share of a mixture; they sum to 1."""
+        names, given = list(self.folders), self.teacher_weights
+        if given is None:
+            return dict.fromkeys(names, 1 / len(names))
+        named = dict(zip(names, given, strict=False)) if isinstance(given, list) else given
+        wrong = not isinstance(named, dict) or len(given) != len(names) or {str(name) for name in named} != set(names)
+        key = f"loss.teacher_weights={given}"
+        require(not wrong, f"{key} must have one weight a teacher of loss.teacher_cache: {', '.join(names)}")
+        numbers = {str(name): weight for name, weight in named.items()}
+        fine = all(isinstance(w, (int, float)) and not isinstance(w, bool) and w > 0 for w in numbers.values())
+        require(fine, f"{key} must be numbers above 0")
+        return {name: float(numbers[name]) / sum(numbers.values()) for name in names}
+
+
+class Wanted(NamedTuple):
+    """A sequence of the student's, and the same in the tokens of those who are asked (None: they have none of it)."""
+
+    tokens: Tokens
+    asked: Tokens | None
+    teachers: tuple[str, ...]
+    aligned: Aligned | None
+
+
+class CachedTeachers:
+    """The readers of a method's teachers, and how their tokens become the student's."""
+
+    def __init__(
+        self,
+        config: CachedTeachersConfig,
+        quantity: str,
+        tokenizer: Any,
+        model: ModelConfig,
+        datasets: Mapping[str, DatasetConfig],
+    ) -> None:
+        self.config, self.model, self.size = config, model, len(tokenizer)
+        self.tokenizer = tokenizer
+        if config.teacher_tokenizer is not None:
+            self.tokenizer = models.load_tokenizer(replace(model, tokenizer_name_or_path=config.teacher_tokenizer))
+        expected: dict[str, object] = {"quantity": quantity, "tokenizer_digest": tokenizer_digest(self.tokenizer)}
+        decode = self.tokenizer.decode
+        self.readers = {name: Reader(cache_folder(folder), expected, decode) for name, folder in config.folders.items()}
+        widths = [reader.meta.k for reader in self.readers.values()]
+        self.width = max(widths) if config.teacher_column is not None else sum(widths)
+        self.between = None
+        if config.alignment == "bytes":
+            whole = [name for name, entry in datasets.items() if entry.supervise == "all"]
+            require(not whole, f"loss.alignment=bytes aligns last turns: datasets.{whole[:1]} has supervise=all")
+            self.between = translation(tokenizer, self.tokenizer)
+        elif config.teacher_tokenizer is not None:
+            check_shared_ids(tokenizer, self.tokenizer, f"loss.teacher_tokenizer={config.teacher_tokenizer}")
+
+    # ---- what is wanted
+
+    def wanted(self, example: Example, sides: Sequence[str] = SIDES) -> list[Wanted]:
+        """Return what a row's responses ask of whom; ValueError names the row whose teacher is not there."""
+        teachers, own = self._teachers_of(example), [getattr(example, side) for side in sides]
+        if self.between is None:
+            return [Wanted(tokens, tokens, teachers, None) for tokens in own]
+        found = encode_example(self.tokenizer, example.conversation, self.model, "last", Counter())
+        theirs = [None if found is None else getattr(found, side) for side in sides]
+        return [
+            Wanted(tokens, other, teachers, aligned(self.between, response_ids(tokens), response_ids(other)))
+            if other is not None
+            else Wanted(tokens, None, teachers, None)
+            for tokens, other in zip(own, theirs, strict=True)
+        ]
+
+    def _teachers_of(self, example: Example) -> tuple[str, ...]:
+        column = self.config.teacher_column
+        if column is None:
+            return tuple(self.readers)
+        name = example.conversation.meta.get(column)
+        if not isinstance(name, str) or name not in self.readers:
+            raise ValueError(
+                f"{example.where}: the row's column {column!r} (loss.teacher_column) says {name!r}, and "
+                f"loss.teacher_cache has {', '.join(self.readers)}. Name one of them in every row"
+            )
+        return (name,)
+
+    def coverage(self, wanted: Sequence[Wanted]) -> float:
+        """Return the share of the sequences that every teacher asked for them has."""
+        keyed = [(w.teachers, content_key(w.asked.ids, w.asked.response)) for w in wanted if w.asked is not None]
+        held = [all(self.readers[name].holds(key) for name in teachers) for teachers, key in keyed]
+        return sum(held) / max(1, len(held))
+
+    # ---- entries
+
+    def entry(self, wanted: Wanted) -> Entry:
+        """Return the entries for a sequence's response tokens; ValueError shows what a cache has in its place."""
+        if wanted.asked is None:
+            return self._nothing(wanted)
+        parts = [entry_of(self.readers[name], wanted.asked) for name in wanted.teachers]
+        if len(parts) == 1:
+            found = parts[0]
+        else:
+            found = mixed(parts, [self.config.weights[name] for name in wanted.teachers], self.config.mixture)
+        found = self._widened(found)
+        if self.between is None or wanted.aligned is None:
+            return within(found, self.size)
+        return laid_onto(wanted.aligned, found, self.between, self.config.span_loss == "uld")
+
+    def _widened(self, entry: Entry) -> Entry:
+        """Fill up entries to the width of the widest: a batch may have rows of several teachers."""
+        missing = self.width - entry.ids.shape[1]
+        if missing <= 0:
+            return entry
+        ids, values = (
+            np.pad(part, ((0, 0), (0, missing)), constant_values=fill)
+            for part, fill in ((entry.ids, 0), (entry.values, ABSENT))
+        )
+        return entry._replace(ids=ids, values=values)
+
+    def _nothing(self, wanted: Wanted) -> Entry:
+        """Return entries that say nothing, of as many tokens as the response has."""
+        length, width = sum(wanted.tokens.response), self.width
+        values = np.full((length, width), ABSENT, np.float32)
+        spans = np.full(length, -1, np.int64)
+        return Entry(
+            np.zeros((length, width), np.int64), values, np.ones(length, np.float32), None, spans, values[:0, 0]
+        )
+
+    # ---- how much of the responses is compared
+
+    def report(self, wanted: Sequence[Wanted], entries: Sequence[Entry]) -> str:
+        """Say which share of the response tokens is in aligned spans; ValueError below loss.min_coverage."""
+        tokens = sum(sum(w.tokens.response) for w in wanted)
+        assert self.between is not None
+        found = [w.aligned or aligned(self.between, response_ids(w.tokens), []) for w in wanted]
+        share, compared = check_coverage(found, self.config.min_coverage), sum(map(compared_tokens, entries))
+        return (
+            f"alignment by bytes: {share:.1%} of {tokens} response tokens are in aligned spans, "
+            f"{compared / max(1, tokens):.1%} are compared (of the others the teacher's top k says nothing)"
+        )

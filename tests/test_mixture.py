@@ -1,0 +1,161 @@
+"""Several cached teachers as one: exact where their entries are whole, and nothing made up where they are not."""
+
+import numpy as np
+import pytest
+import torch
+
+from functional import event_kl, sorted_distance, topk_kl, topk_logps
+from teacher.mixture import ABSENT, mixed, within
+from teacher.quantities import Entry
+
+V, L = 9, 5
+
+
+def dense(seed: int) -> torch.Tensor:
+    return torch.randn(L, V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 1.5
+
+
+def entry(logits: torch.Tensor, k: int) -> Entry:
+    ids, logps, tail = topk_logps(logits, k)
+    return Entry(ids.numpy(), logps.float().numpy(), tail.float().numpy())
+
+
+def as_dense(found: Entry) -> np.ndarray:
+    """Spread entries over the vocabulary; every id at most once a token."""
+    table = np.full((len(found.ids), V), ABSENT)
+    for row, ids, values in zip(table, found.ids, found.values, strict=True):
+        for i, value in zip(ids, values, strict=True):
+            if value > ABSENT:
+                assert row[i] == ABSENT
+                row[i] = value
+    return table
+
+
+WEIGHTS = [0.5, 0.2, 0.3]
+TEACHERS = [dense(seed) for seed in (1, 2, 3)]
+LOGPS = torch.stack([logits.log_softmax(-1) for logits in TEACHERS])
+SHARES = torch.tensor(WEIGHTS, dtype=torch.float64)[:, None, None]
+TRUTH = {
+    "probabilities": (SHARES * LOGPS.exp()).sum(0).log(),
+    "log_probabilities": (SHARES * LOGPS).sum(0).log_softmax(-1),
+}
+
+
+@pytest.mark.parametrize("kind", TRUTH)
+def test_with_whole_vocabularies_a_mixture_is_the_dense_one(kind):
+    found = mixed([entry(logits, V) for logits in TEACHERS], WEIGHTS, kind)
+    np.testing.assert_allclose(as_dense(found), TRUTH[kind].numpy(), atol=2e-6)  # float32 log-probabilities
+    student = dense(7).requires_grad_()
+    kl = topk_kl(student, torch.from_numpy(found.ids), torch.from_numpy(found.values))
+    exact = (TRUTH[kind].exp() * (TRUTH[kind] - student.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(kl, exact, atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (kl, exact)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_teachers_top_k_lacks_stays_in_its_tail():
+    k = 3
+    parts = [entry(logits, k) for logits in TEACHERS]
+    found = as_dense(mixed(parts, WEIGHTS, "probabilities"))
+    for t in range(L):
+        for v in range(V):
+            holders = [(w, p[t, v]) for w, p, e in zip(WEIGHTS, LOGPS.exp(), parts, strict=True) if v in e.ids[t]]
+            known = sum(w * float(p) for w, p in holders)
+            assert np.exp(found[t, v]) == pytest.approx(known, abs=1e-6)
+            assert np.exp(found[t, v]) <= float(TRUTH["probabilities"].exp()[t, v]) + 1e-6
+    tails = sum(w * e.tail for w, e in zip(WEIGHTS, parts, strict=True))
+    np.testing.assert_allclose(1 - np.exp(found).sum(-1), tails, atol=1e-6)
+
+
+def test_log_probabilities_are_mixed_over_the_ids_of_all_and_one_event_for_the_rest():
+    parts = [entry(logits, 6) for logits in TEACHERS]
+    found = as_dense(mixed(parts, WEIGHTS, "log_probabilities"))
+    for t in range(L):
+        common = [v for v in range(V) if all(v in e.ids[t] for e in parts)]
+        powers = np.array([sum(w * float(p[t, v]) for w, p in zip(WEIGHTS, LOGPS, strict=True)) for v in common])
+        rests = [1 - float(p[t, common].exp().sum()) for p in LOGPS]
+        rest = np.prod([r**w for r, w in zip(rests, WEIGHTS, strict=True)])
+        total = np.exp(powers).sum() + rest
+        np.testing.assert_allclose(found[t, common], powers - np.log(total), atol=2e-5)
+        assert np.isneginf(np.delete(found[t], common)).all()
+
+
+@pytest.mark.parametrize("kind", TRUTH)
+def test_teachers_without_a_common_id_and_teachers_that_agree(kind):
+    one, other = (Entry(np.array([[i]]), np.array([[-0.1]], np.float32), np.array([0.1])) for i in (3, 4))
+    apart = mixed([one, other], [0.5, 0.5], kind)
+    mass = np.exp(apart.values).sum()
+    assert mass == pytest.approx(np.exp(-0.1) if kind == "probabilities" else 0.0, abs=1e-6)
+    assert apart.tail[0] == pytest.approx(1 - mass, abs=1e-6)
+    same = mixed([one, one], [0.3, 0.7], kind)
+    assert same.ids[same.values > ABSENT].tolist() == [3]
+    np.testing.assert_allclose(same.values[same.values > ABSENT], [-0.1], atol=1e-6)
+
+
+# ---- ids beyond the student's vocabulary
+
+
+def test_ids_beyond_a_vocabulary_go_to_the_tail_and_are_never_looked_up():
+    whole = entry(dense(1), V)
+    cut = within(whole, 6)
+    assert cut.ids.max() < 6 and within(whole, V) is whole
+    kept = whole.ids < 6
+    np.testing.assert_allclose(cut.tail, np.where(kept, 0, np.exp(whole.values)).sum(-1), atol=1e-6)
+    student = dense(7)[:, :6].clone().requires_grad_()
+    kl = topk_kl(student, torch.from_numpy(cut.ids), torch.from_numpy(cut.values), "truncate")
+    teacher = dense(1).log_softmax(-1)[:, :6]
+    torch.testing.assert_close(kl, (teacher.exp() * (teacher - student.log_softmax(-1))).sum(-1), atol=1e-6, rtol=1e-6)
+    bucket = topk_kl(
+        student, torch.from_numpy(cut.ids), torch.from_numpy(cut.values)
+    )  # all the student's mass is below
+    assert torch.autograd.grad(bucket.sum(), student)[0].isfinite().all()
+
+
+def test_an_advantage_beyond_a_vocabulary_adds_nothing():
+    whole = entry(dense(1), V)
+    advantages = whole._replace(values=whole.values + 1, teacher_logps=whole.values)
+    cut = within(advantages, 6)
+    assert (cut.values[advantages.ids >= 6] == 0).all() and (cut.ids[advantages.ids >= 6] == 0).all()
+    assert np.isneginf(cut.teacher_logps[advantages.ids >= 6]).all()
+
+
+# ---- the losses on such entries
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "truncate"])
+def test_absent_entries_are_as_if_they_were_not_there(tail):
+    ids, logps, _ = topk_logps(dense(1), 4)
+    padded_ids = torch.cat([torch.zeros(L, 1, dtype=torch.int64), ids, torch.full((L, 1), V - 1)], dim=1)
+    absent = torch.full((L, 1), ABSENT, dtype=torch.float64)
+    student, other = dense(7).requires_grad_(), dense(7).requires_grad_()
+    plain = topk_kl(student, ids, logps, tail, chunk=2)
+    padded = topk_kl(other, padded_ids, torch.cat([absent, logps, absent], dim=1), tail, chunk=2)
+    torch.testing.assert_close(padded, plain)
+    gradients = torch.autograd.grad(plain.sum(), student)[0], torch.autograd.grad(padded.sum(), other)[0]
+    torch.testing.assert_close(*gradients)
+    empty = topk_kl(other, padded_ids[:, :3], torch.full((L, 3), ABSENT, dtype=torch.float64), tail)
+    assert (empty == 0).all() and (torch.autograd.grad(empty.sum(), other)[0] == 0).all()
+
+
+def test_the_divergence_of_an_event_and_its_slope():
+    own = torch.tensor([-0.3, -2.0, -7.0], dtype=torch.float64).requires_grad_()
+    teacher = torch.tensor([-1.0, -0.5, -7.0], dtype=torch.float64)
+    s, t = own.exp(), teacher.exp()
+    exact = t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()
+    torch.testing.assert_close(event_kl(own, teacher), exact)
+    assert torch.autograd.gradcheck(lambda x: event_kl(x, teacher), (own,))
+
+
+def test_the_distance_of_sorted_probabilities_and_what_a_cut_teacher_bounds():
+    student, teacher = dense(7).requires_grad_(), dense(1).log_softmax(-1)
+    p, q = (x.sort(-1, descending=True).values for x in (student.softmax(-1), teacher.exp()))
+    whole = sorted_distance(student, teacher, chunk=2)
+    torch.testing.assert_close(whole, (p - q).abs().sum(-1))
+    for k in (1, 4, 8):
+        assert (sorted_distance(student, teacher.topk(k).values) <= whole + 1e-12).all()
+    wide = torch.nn.functional.pad(p, (0, 4))  # a teacher with more words than the student
+    more = torch.randn(L, V + 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).log_softmax(-1)
+    exact = (wide - more.exp().sort(-1, descending=True).values).abs().sum(-1)
+    torch.testing.assert_close(sorted_distance(student, more), exact)
+    assert torch.autograd.gradcheck(lambda x: sorted_distance(x, teacher.topk(4).values), (student,))
+    assert (sorted_distance(student, torch.full((L, 3), ABSENT, dtype=torch.float64)) == 0).all()
