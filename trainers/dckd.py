@@ -4,6 +4,7 @@ L = w_sft NLL(y_w) + w_c KL_w + w_r KL_l; KL = mean over response tokens of KL(p
 top k plus one bucket for the rest, from the verified teacher cache.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,10 +17,9 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place
-from teacher.cache import content_key
-from teacher.lookup import entry_of, open_cache
+from teacher.lookup import open_cache, stored_entry
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, supervised_sequence
+from trainers.batches import Batch, Item, checked, pair_of
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,22 @@ class DCKD(BasicTrainer):
     )
     source = "2502.17927"
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take both responses with the teacher's entries.
 
         A cache is made of one split: held-out rows that it lacks are evaluated by their NLL alone, and that is said.
         """
         reader = open_cache(self.config.teacher_cache, "logprob", self.tokenizer)
-        pairs = [
-            (supervised_sequence(e.chosen, "chosen", "dckd"), supervised_sequence(e.rejected, "rejected", "dckd"))
-            for e in examples
-        ]
-        keys = [content_key(s.ids, s.response) for pair in pairs for s in pair]
-        if split == "test" and reader.coverage(keys) < 1.0:
+        pairs = checked(len(examples), lambda i: Item(pair_of(examples[i], "dckd")))
+        if split == "test" and reader.coverage(s.key for item in pairs for s in item.sequences) < 1.0:
             self.processes.print("the teacher cache does not hold the test split: loss/eval is the NLL term alone")
-            return [Item(pair) for pair in pairs]
-        return [Item(pair, tuple(entry_of(reader, s) for s in pair)) for pair in pairs]
+            return pairs
+
+        def item(number: int) -> Item:
+            pair = pair_of(examples[number], "dckd")
+            return Item(pair, tuple(stored_entry(reader, s) for s in pair))
+
+        return checked(len(examples), item)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count chosen tokens (NLL, KL_w) and rejected tokens (KL_l)."""
