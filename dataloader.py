@@ -9,12 +9,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from torch import Tensor
 
 from conversations import Message, RowSource, format_of, open_rows, to_conversation
@@ -258,7 +259,7 @@ def code_digest() -> str:
     """Hash the code that turns rows into tokens, and the versions of the libraries that it calls."""
     names = ("conversations", "dataloader", "encoding", "examples", "templates", "token_store")
     parts = [(ROOT / f"{name}.py").read_bytes() for name in names]
-    parts += [version(name).encode() for name in ("jinja2", "tokenizers", "transformers")]
+    parts += [tokenizers.__version__.encode(), transformers.__version__.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
