@@ -4,7 +4,8 @@
 
 The pairs are made up (about 250 bytes a sequence, a token a byte), and so are the entries of the teacher cache: K = 8
 random numbers a token. A run is two steps of the tiny model. The first start of a row count tokenizes, later ones do
-not. Memory is the largest resident set of a process of the run (pages of mapped files among them).
+not. CPU seconds are those of all processes together. Memory is the largest resident set of a process of the run (pages
+of mapped files among them).
 """
 
 import argparse
@@ -60,8 +61,10 @@ def write_cache(data: Path, folder: Path) -> None:
     finish(folder, meta, set())
 
 
-def measured(root: Path, folder: Path, rows: int, processes: int, name: str) -> tuple[float, float]:
-    """Run two steps with the code under `root`; return seconds and the largest process's memory in MiB."""
+def measured(root: Path, folder: Path, rows: int, processes: int, name: str) -> tuple[float, float, float]:
+    """Run two steps with the code under `root`; return seconds, of the CPU and by the clock, and the largest process's
+    memory in MiB.
+    """
     base = folder / f"rows-{rows}"
     words = [sys.executable, "launch.py"]
     if processes > 1:
@@ -79,11 +82,11 @@ def measured(root: Path, folder: Path, rows: int, processes: int, name: str) -> 
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"the run failed:\n{errors[-3000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    return usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss / 1024
 
 
 def main() -> None:
-    """Print a table: rows, processes, start, seconds, MiB."""
+    """Print a table: rows, processes, start, CPU seconds, seconds, MiB."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100, 100_000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
@@ -91,7 +94,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/start_up"))
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository whose code runs")
     options = parser.parse_args()
-    print("| rows | processes | start | seconds | MiB |\n|---|---|---|---|---|", flush=True)
+    print("| rows | processes | start | CPU seconds | seconds | MiB |\n|---|---|---|---|---|---|", flush=True)
     for rows in options.rows:
         base = options.folder / f"rows-{rows}"
         if not (base / "cache" / "DONE").is_file():
@@ -101,8 +104,8 @@ def main() -> None:
         for processes in options.processes:
             shutil.rmtree(base / "out", ignore_errors=True)
             for start in range(1, options.starts + 1):
-                seconds, memory = measured(options.root, options.folder, rows, processes, "run")
-                print(f"| {rows:,} | {processes} | {start} | {seconds:.1f} | {memory:.0f} |", flush=True)
+                cpu, seconds, memory = measured(options.root, options.folder, rows, processes, "run")
+                print(f"| {rows:,} | {processes} | {start} | {cpu:.1f} | {seconds:.1f} | {memory:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

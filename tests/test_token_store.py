@@ -103,7 +103,7 @@ def test_each_thing_that_decides_the_ids_gives_another_store(tmp_path: Path, tok
     assert load(config=replace(config, max_prompt_length=config.max_prompt_length - 1)) == 4
     assert load(DatasetConfig(train=str(file), supervise="all")) == 5
     assert load(DatasetConfig(train=str(file), format="messages")) == 6
-    file.write_text(file.read_text().replace("ant", "aunt", 1))
+    file.write_text(file.read_text().replace("!", "!!", 1))
     assert load() == 7
 
 
