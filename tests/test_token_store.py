@@ -16,12 +16,14 @@ import pytest
 import models
 import token_store
 from conversations import format_of, open_rows, read_rows, to_conversation
-from dataloader import load_examples
+from dataloader import epoch_order, load_examples
 from encoding import encode_example
 from examples import Example, content_key
 from settings.schema import DatasetConfig, ModelConfig, typed
+from tests.support.bigram import trainer_of
 from tests.support.helpers import composed, write_pairs
 from token_store import Record, open_store, store
+from trainers.batches import items_digest, make_batch
 
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}]
 FORMATS = {
@@ -280,3 +282,29 @@ def test_a_stored_sequence_knows_its_key(tmp_path: Path, tokenizer, config):
     data = {"a": DatasetConfig(train=str(write_pairs(tmp_path / "a.jsonl", 3)))}
     for example in load_examples(data, "train", tokenizer, config, store_in=tmp_path / "tokens"):
         assert example.chosen.key == content_key(example.chosen.ids, example.chosen.response)
+
+
+@pytest.mark.slow
+def test_the_second_start_of_many_rows_costs_little(tmp_path: Path, tokenizer, config):
+    """A fifth of 100,000 rows within a fifth of 15 s and of 500 MB; CPU time, as other work may share the machine."""
+    trainer, seconds, pages = trainer_of("dpo"), [], []
+
+    def start(data: dict[str, DatasetConfig]) -> None:
+        began = time.process_time()
+        examples = load_examples(data, "train", tokenizer, config, store_in=tmp_path / "tokens")
+        items = trainer.items(examples, "train")
+        items_digest(items)
+        make_batch([items[i] for i in epoch_order(len(items), 0, 0)[:16]], 0)
+        seconds.append(time.process_time() - began)
+        pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+
+    few, many = (
+        {"a": DatasetConfig(train=str(write_pairs(tmp_path / f"{count}.jsonl", count)))} for count in (100, 20_000)
+    )
+    for data in (few, many):
+        load_examples(data, "train", tokenizer, config, store_in=tmp_path / "tokens")
+    start(few)
+    start(many)
+    grown = (pages[1] - pages[0]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    print(f"100 rows: {seconds[0]:.2f} s; 20,000 rows: {seconds[1]:.2f} s and {grown:.0f} MB more")
+    assert seconds[1] - seconds[0] < 15 / 5 and grown < 500 / 5
