@@ -20,7 +20,7 @@ from settings.schema import Settings
 from teacher.precision import teacher_dtype
 from trainers import reference
 from trainers.basic import BasicTrainer
-from trainers.batches import Item
+from trainers.batches import Item, joined
 from trainers.value_head import add_value_head
 
 
@@ -174,6 +174,6 @@ def _scored(
     def load() -> torch.nn.Module:
         return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
 
-    folder = reference.cached(trainer, [*items, *test_items], load)
+    folder = reference.cached(trainer, joined(items, test_items), load)
     trainer.processes.print(f"reference log-probabilities: {folder}")
     return reference.attach(trainer, items, folder), reference.attach(trainer, test_items, folder)

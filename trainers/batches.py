@@ -85,6 +85,11 @@ def checked(count: int, make: Callable[[int], Item]) -> Items:
     return items
 
 
+def joined(first: Sequence[Item], second: Sequence[Item]) -> Items:
+    """Return the items of both, one after the other."""
+    return Items(len(first) + len(second), lambda i: first[i] if i < len(first) else second[i - len(first)])
+
+
 class Batch(NamedTuple):
     """S*B padded rows, slot after slot, and what belongs to them.
 
