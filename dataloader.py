@@ -1,48 +1,33 @@
 """From rows to token ids to batches.
 
 Letters: B rows, T tokens of a padded row, N response tokens of a whole batch (flat, row after row), K teacher entries.
-A sequence is tokenized once, here; its ids then travel to the cache, the generator and the losses.
+A sequence is tokenized once (encoding.py) and kept (token_store.py).
 """
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from torch import Tensor
 
-from conversations import (
-    WAY_OUT,
-    Conversation,
-    Message,
-    format_of,
-    read_rows,
-    to_conversation,
-    tokenizer_of,
-)
-from settings.artifacts import read_jsonl
+from conversations import Message, RowSource, format_of, open_rows, to_conversation
+from encoding import check_ids, encode_example, take_ids
+from encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
+from examples import Example, Tokens
+from pipeline.digests import content_digest
+from settings.artifacts import is_done, read_jsonl, write_json
+from settings.paths import ROOT
 from settings.schema import DatasetConfig, ModelConfig
-from templates import adds_bos, render, tokenizer_digest, turn_end
-
-
-class Tokens(NamedTuple):
-    """One tokenized conversation: ids, and True where a token is supervised (the end of turn included)."""
-
-    ids: list[int]
-    response: list[bool]
-
-
-class Example(NamedTuple):
-    """A tokenized row: the prompt's ids (generation prompt included), the sequences that continue it, and its place."""
-
-    prompt: list[int]
-    chosen: Tokens | None
-    rejected: Tokens | None
-    response: Tokens | None
-    conversation: Conversation
-    where: str = ""
+from templates import tokenizer_digest
+from token_store import NotStorable, Record, Rows, digest_of, pack, store
 
 
 class Sequences(NamedTuple):
@@ -115,176 +100,52 @@ def read_generations(path: str | Path, tokenizer: Any | None) -> list[Generation
     return found
 
 
-# ---- whose ids they are
-
-
-def check_ids(row: dict[str, Any], where: str, tokenizer: Any, own: str) -> None:
-    """Refuse a row whose ids another tokenizer or template wrote: here they would be other text. `own`: our digest."""
-    theirs = tokenizer_of(row, where)
-    if theirs == own:
-        return
-    name = "chosen" if "chosen_ids" in row else "response"
-    raise ValueError(
-        f"{where}: its ids are of another tokenizer or chat template (digest {theirs}, this model's is {own}).\n"
-        f"  the row's text begins      {str(row.get(name))[:60]!r}\n"
-        f"  its ids begin, decoded here {tokenizer.decode(row[f'{name}_ids'][:20])[:60]!r}\n{WAY_OUT}"
-    )
-
-
-# ---- tokens of one conversation
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Tokenize a prompt with the generation prompt and exactly one begin-of-sequence token where there is one."""
-    ids = _encode(tokenizer, render(tokenizer, messages, True))
-    bos = tokenizer.bos_token_id
-    if adds_bos(tokenizer) and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise ValueError(
-            f"the chat template puts two {tokenizer.bos_token!r} at the start of "
-            f"{render(tokenizer, messages, True)[:80]!r}"
-        )
-    return ids
-
-
-def encode_turn(tokenizer: Any, before: list[Message], turn: Message, counts: Counter[str]) -> list[int]:
-    """Tokenize an assistant's turn after `before`, up to and including its end-of-turn token.
-
-    The turn is cut out of the jointly tokenized text; where a token would straddle the seam between prompt and
-    response it is tokenized apart, as a generator would see it, and counted under 'seam tokenized apart'.
-    """
-    head, full = render(tokenizer, before, True), render(tokenizer, [*before, turn], False)
-    if not full.startswith(head):
-        raise ValueError(
-            "the chat template does not keep the prompt as a prefix of the conversation:\n"
-            f"  prompt ends with      {head[-60:]!r}\n  conversation has there {full[: len(head)][-60:]!r}"
-        )
-    head_ids, full_ids = _encode(tokenizer, head), _encode(tokenizer, full)
-    if full_ids[: len(head_ids)] == head_ids:
-        ids = full_ids[len(head_ids) :]
-    else:
-        counts["seam tokenized apart"] += 1
-        ids = _encode(tokenizer, full[len(head) :])
-    end = turn_end(tokenizer)
-    if end.id is None:
-        return ids
-    if end.in_template and end.id in ids:  # what the template writes after it (a newline) is nobody's token
-        return ids[: len(ids) - ids[::-1].index(end.id)]
-    return [*ids, end.id]
-
-
-def fit_prompt(
-    tokenizer: Any, messages: list[Message], limit: int, counts: Counter[str]
-) -> tuple[list[Message], list[int]]:
-    """Shorten a prompt to `limit` tokens: drop the oldest turns, then cut the left of the newest one."""
-    ids = encode_prompt(tokenizer, messages)
-    if len(ids) <= limit:
-        return messages, ids
-    counts["prompt shortened"] += 1
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    turns = messages[len(system) :]
-    while len(ids) > limit and len(turns) > 2:
-        turns = turns[2:]
-        ids = encode_prompt(tokenizer, system + turns)
-    if len(ids) > limit:
-        keep_bos = ids[:1] if adds_bos(tokenizer) else []
-        ids = keep_bos + ids[len(ids) - limit + len(keep_bos) :]
-    return system + turns, ids
-
-
-def encode_response(
-    tokenizer: Any,
-    prompt: list[Message],
-    prompt_ids: list[int],
-    response: list[Message],
-    config: ModelConfig,
-    supervise: str,
-    counts: Counter[str],
-) -> Tokens | None:
-    """Return prompt and response as Tokens, cut on the right to max_length; None if nothing is supervised."""
-    if supervise == "all":
-        ids, mask = _all_turns(tokenizer, [*prompt, *response], counts)
-        counts["response cut"] += any(mask[config.max_length :])
-        ids, mask = ids[: config.max_length], mask[: config.max_length]
-    else:
-        if not response[0]["content"].strip():
-            return None
-        turn = encode_turn(tokenizer, prompt, response[0], counts)
-        room = config.max_length - len(prompt_ids)
-        counts["response cut"] += len(turn) > room
-        ids = prompt_ids + turn[:room]
-        mask = [False] * len(prompt_ids) + [True] * len(turn[:room])
-    return Tokens(ids, mask) if any(mask) else None
-
-
-def _all_turns(tokenizer: Any, messages: list[Message], counts: Counter[str]) -> tuple[list[int], list[bool]]:
-    """Supervise every assistant turn, each tokenized after what stands before it."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt_ids = encode_prompt(tokenizer, messages[:i])
-        if prompt_ids[: len(ids)] != ids:
-            shown = tokenizer.decode(prompt_ids[: len(ids)][-20:])
-            raise ValueError(
-                "supervise=all needs a template that leaves earlier turns unchanged; this one rewrites them near "
-                f"{shown!r}. Use supervise=last"
-            )
-        turn = encode_turn(tokenizer, messages[:i], message, counts)
-        mask += [False] * (len(prompt_ids) - len(ids)) + [True] * len(turn)
-        ids = prompt_ids + turn
-    return ids, mask
-
-
-def encode_example(
-    tokenizer: Any, conversation: Conversation, config: ModelConfig, supervise: str, counts: Counter[str]
-) -> Example | None:
-    """Tokenize one conversation; None (counted) if a response that it has keeps no supervised token."""
-    prompt, prompt_ids = fit_prompt(tokenizer, conversation.prompt, config.max_prompt_length, counts)
-    encoded: list[Tokens | None] = []
-    for response in (conversation.chosen, conversation.rejected, conversation.response):
-        tokens = None
-        if response is not None:
-            tokens = encode_response(tokenizer, prompt, prompt_ids, response, config, supervise, counts)
-            if tokens is None:
-                counts["dropped: no supervised token"] += 1
-                return None
-        encoded.append(tokens)
-    return Example(prompt_ids, encoded[0], encoded[1], encoded[2], conversation)
-
-
-def _from_ids(
-    row: dict[str, Any], conversation: Conversation, config: ModelConfig, counts: Counter[str]
-) -> Example | None:
-    """Take the ids that a generator wrote instead of tokenizing its text again."""
-    prompt, room = row["prompt_ids"], max(0, config.max_length - len(row["prompt_ids"]))
-    found: dict[str, Tokens] = {}
-    for name in ("chosen", "rejected") if "chosen_ids" in row else ("response",):
-        ids = row[f"{name}_ids"][:room]
-        counts["response cut"] += len(ids) < len(row[f"{name}_ids"])
-        if not ids:
-            counts["dropped: no supervised token"] += 1
-            return None
-        found[name] = Tokens(prompt + ids, [False] * len(prompt) + [True] * len(ids))
-    return Example(prompt, found.get("chosen"), found.get("rejected"), found.get("response"), conversation)
-
-
 # ---- data sets
+
+COUNTED = ("dropped: no supervised token", "prompt shortened", "response cut", "seam tokenized apart")
 
 
 class Source(NamedTuple):
-    """A row before it is tokenized, and where it stands."""
+    """A split of a data set, opened, and what decides how its rows become tokens."""
 
-    row: dict[str, Any]
+    name: str  # as the config writes it
+    rows: RowSource
     format: str
     supervise: str
-    where: str
+
+
+class Drawn(NamedTuple):
+    """The rows of a source that a run uses, by number, in the order of the mix; a weight may repeat them."""
+
+    source: Source
+    numbers: np.ndarray
+    total: int  # rows in the source
+
+
+class Examples(Sequence[Example]):
+    """The rows of a mix that keep a supervised token, made when they are asked for.
+
+    parts [n]: which source a row is of; places [n]: its row in that source's table.
+    """
+
+    def __init__(self, tables: list[Rows], sources: list[str], parts: np.ndarray, places: np.ndarray) -> None:
+        self.tables, self.sources, self.parts, self.places = tables, sources, parts, places
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        part, place = self.parts[index], self.places[index]
+        table = self.tables[part]
+        return table.example(place, f"{self.sources[part]}, row {table.table.numbers[place] + 1}")
 
 
 def load_examples(
@@ -294,31 +155,45 @@ def load_examples(
     model: ModelConfig,
     limit: int | None = None,
     seed: int = 0,
-) -> list[Example]:
+    store_in: Path | None = None,
+    num_proc: int | None = None,
+) -> Sequence[Example]:
     """Read, tokenize and mix the `split` of every data set; what was dropped or cut is counted and printed.
 
-    Weights mix the train split. `limit` keeps the first rows of a shuffle by `seed`. Raises ValueError for a missing
-    source, a bad row, or if no row keeps a supervised token.
+    Weights mix the train split. `limit` keeps the first rows of a shuffle by `seed`. Tokens of files and folders are
+    kept below `store_in`, written by `num_proc` processes (None: as many as large data keeps busy); without a place,
+    and of hub data sets, they stay in memory. Raises ValueError for a missing source, a bad row, or if no row keeps a
+    supervised token.
     """
     if not datasets:
         raise ValueError("no data: add datasets=[NAME], e.g. datasets=[local] datasets.local.train=my.jsonl")
-    rows: list[Source] = []
+    drawn: list[Drawn] = []
     for name, config in datasets.items():
         source = getattr(config, split)
         if source is None:
             if split == "test":
                 continue
             raise ValueError(f"datasets.{name}.{split} is not set: give a file, a folder or hub_name:split")
-        own = read_rows(source, f"datasets.{name}.{split}")
-        if not own:
+        rows = open_rows(source, f"datasets.{name}.{split}")
+        count = _num_rows(rows, store_in)
+        if not count:
             raise ValueError(f"datasets.{name}.{split}={source} has no rows")
-        fmt = format_of(config.format, own[0], source)
-        picked = drawn_rows(len(own), config, split, seed, name)
-        rows += [Source(own[i], fmt, config.supervise, f"{source}, row {i + 1}") for i in picked]
-    if limit is not None and limit < len(rows):
-        kept = np.random.default_rng(seed).permutation(len(rows))[:limit]
-        rows = [rows[i] for i in sorted(kept)]
-    return _encode_rows(rows, split, tokenizer, model)
+        numbers = np.asarray(drawn_rows(count, config, split, seed, name), np.int64)
+        drawn.append(Drawn(Source(source, rows, config.format, config.supervise), numbers, count))
+    drawn = limited(drawn, limit, seed)
+    tables = [_table(part, tokenizer, model, store_in, num_proc) for part in drawn]
+    return _mixed(drawn, tables, split, model)
+
+
+def _num_rows(rows: RowSource, store_in: Path | None) -> int:
+    """Count the rows of a source; what a file of this content holds is noted beside the stores."""
+    if store_in is None or rows.place is None:
+        return rows.size()
+    note = store_in / f"rows-{content_digest(rows.place)[:16]}.json"
+    if not note.is_file():
+        store_in.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"rows": rows.size()})
+    return json.loads(note.read_text(encoding="utf-8"))["rows"]
 
 
 def drawn_rows(count: int, config: DatasetConfig, split: str, seed: int, name: str) -> list[int]:
@@ -338,31 +213,98 @@ def drawn_rows(count: int, config: DatasetConfig, split: str, seed: int, name: s
     return list(range(count)) * repeats + sorted(order[:rest].tolist())
 
 
-def _encode_rows(rows: list[Source], split: str, tokenizer: Any, model: ModelConfig) -> list[Example]:
-    counts: Counter[str] = Counter()
-    examples: list[Example] = []
-    dropped: list[tuple[str, Conversation]] = []
-    own = tokenizer_digest(tokenizer) if any(source.format == "generation" for source in rows) else ""
-    for row, fmt, supervise, where in rows:
+def limited(drawn: list[Drawn], limit: int | None, seed: int) -> list[Drawn]:
+    """Keep the first `limit` rows of a shuffle of all by `seed`, in their order."""
+    total = sum(len(part.numbers) for part in drawn)
+    if limit is None or limit >= total:
+        return drawn
+    kept = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
+    found, start = [], 0
+    for part in drawn:
+        stop = start + len(part.numbers)
+        own = kept[(kept >= start) & (kept < stop)] - start
+        found.append(part._replace(numbers=part.numbers[own]))
+        start = stop
+    return [part for part in found if len(part.numbers)]
+
+
+def _table(drawn: Drawn, tokenizer: Any, model: ModelConfig, store_in: Path | None, num_proc: int | None) -> Rows:
+    """Return the tokenized rows of a source: all that are used, each once."""
+    source, own = drawn.source, tokenizer_digest(tokenizer)
+    numbers = np.unique(drawn.numbers)
+
+    def encode(wanted: Sequence[int]) -> Iterator[Record]:
+        return _encoded(source, wanted, tokenizer, model, own)
+
+    if store_in is not None and source.rows.place is not None:
+        whole = len(numbers) == drawn.total
+        identity = {
+            "content": content_digest(source.rows.place),
+            "rows": "all" if whole else hashlib.sha256(numbers.tobytes()).hexdigest(),
+            "tokenizer": own,
+            "max_length": model.max_length,
+            "max_prompt_length": model.max_prompt_length,
+            "format": source.format,
+            "supervise": source.supervise,
+            "code": code_digest(),
+        }
+        every = store_in / digest_of(identity | {"rows": "all"})
+        if not whole and is_done(every):  # a run on all rows came before
+            identity, numbers = identity | {"rows": "all"}, np.arange(drawn.total)
+        try:
+            return store(store_in, identity, numbers.tolist(), encode, num_proc)
+        except NotStorable as error:
+            print(f"{source.name}: tokenized at every start, its rows cannot be kept as JSON ({error})", flush=True)
+    return Rows(pack(list(encode(numbers.tolist())), as_json=False))
+
+
+@cache
+def code_digest() -> str:
+    """Hash the code that turns rows into tokens, and the versions of the libraries that it calls."""
+    names = ("conversations", "dataloader", "encoding", "examples", "templates", "token_store")
+    parts = [(ROOT / f"{name}.py").read_bytes() for name in names]
+    parts += [tokenizers.__version__.encode(), transformers.__version__.encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _encoded(source: Source, numbers: Sequence[int], tokenizer: Any, model: ModelConfig, own: str) -> Iterator[Record]:
+    """Tokenize the rows of these numbers. `own`: the tokenizer's digest."""
+    fmt = format_of(source.format, next(source.rows.pick([0])), source.name)
+    for number, row in zip(numbers, source.rows.pick(numbers), strict=True):
+        counts: Counter[str] = Counter()
+        where = f"{source.name}, row {number + 1}"
         conversation = to_conversation(row, fmt, where)
         if fmt == "generation":
             check_ids(row, where, tokenizer, own)
-            example = _from_ids(row, conversation, model, counts)
+            example = take_ids(row, conversation, model, counts)
         else:
             try:
-                example = encode_example(tokenizer, conversation, model, supervise, counts)
+                example = encode_example(tokenizer, conversation, model, source.supervise, counts)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
-        if example is not None:
-            examples.append(example._replace(where=where))
-        else:
-            dropped.append((where, conversation))
-    report = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if n)
-    report += f"; the first one dropped: {dropped[0][0]}" if dropped else ""
-    if rows:
-        print(f"{split}: {len(examples)} of {len(rows)} rows" + (f" ({report})" if report else ""), flush=True)
-    if rows and not examples:
-        where, conversation = dropped[0]
+        yield Record(number, example, [counts[what] for what in COUNTED], conversation)
+
+
+def _mixed(drawn: list[Drawn], tables: list[Rows], split: str, model: ModelConfig) -> Sequence[Example]:
+    """Lay the used rows of all sources in the order of the mix, print what was cut, and leave out what was dropped."""
+    counts, parts, places = np.zeros(len(COUNTED), np.int64), [], []
+    for i, (part, rows) in enumerate(zip(drawn, tables, strict=True)):
+        place = np.searchsorted(rows.table.numbers, part.numbers)
+        counts += rows.table.counts[place].sum(axis=0, dtype=np.int64)
+        parts.append(np.full(len(place), i, np.int32))
+        places.append(place)
+    names = [part.source.name for part in drawn]
+    if not drawn:
+        return []
+    every = Examples(tables, names, np.concatenate(parts), np.concatenate(places))
+    keeps = np.concatenate([rows.table.lengths[p, 0] >= 0 for rows, p in zip(tables, places, strict=True)])
+    examples = Examples(tables, names, every.parts[keeps], every.places[keeps])
+    dropped = np.flatnonzero(~keeps)
+    report = ", ".join(f"{n} {what}" for what, n in zip(COUNTED, counts, strict=True) if n)
+    report += f"; the first one dropped: {every[dropped[0]].where}" if len(dropped) else ""
+    print(f"{split}: {len(examples)} of {len(every)} rows" + (f" ({report})" if report else ""), flush=True)
+    if not len(examples):
+        conversation = every[dropped[0]].conversation
         response = conversation.chosen or conversation.response or [{"content": ""}]
         raise ValueError(
             f"no {split} row keeps a supervised token ({report}). Its prompt ends with "
@@ -375,14 +317,15 @@ def _encode_rows(rows: list[Source], split: str, tokenizer: Any, model: ModelCon
 
 def collate(rows: Sequence[Tokens], pad_id: int) -> Sequences:
     """Pad rows on the right: ids [B, T], attention [B, T], response [B, T]."""
-    longest = max(len(row.ids) for row in rows)
+    longest = max(row.length for row in rows)
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     attention = torch.zeros(len(rows), longest, dtype=torch.bool)
     response = torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        attention[i, : len(row.ids)] = True
-        response[i, : len(row.ids)] = torch.tensor(row.response)
+        own, mask = row.arrays()
+        ids[i, : len(own)] = torch.tensor(own)
+        attention[i, : len(own)] = True
+        response[i, : len(own)] = torch.tensor(mask)
     return Sequences(ids, attention, response)
 
 
@@ -394,12 +337,15 @@ def unsupervised(tokens: Tokens) -> Tokens:
 # ---- order
 
 
+@lru_cache(maxsize=2)  # asked at every step
 def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
     """Return the order of an epoch, a function of (seed, epoch) alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples).tolist()
 
 
-def local_micro_batches(batch: list[int], micro_size: int, micro_steps: int, rank: int, world: int) -> list[list[int]]:
+def local_micro_batches(
+    batch: Sequence[int], micro_size: int, micro_steps: int, rank: int, world: int
+) -> list[Sequence[int]]:
     """Deal a global batch to `micro_steps` micro-batches of this rank.
 
     Every rank gets the same number of micro-batches, so that all take the same branches; some may be empty.

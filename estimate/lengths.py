@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from conversations import read_rows
+from conversations import open_rows
 from estimate.arithmetic import Batch, Work
 from settings import paths
 from settings.needs import Needs
@@ -35,7 +35,7 @@ class Lengths(NamedTuple):
 
 def slot_of(tokens: "Tokens") -> Slot:
     """Return the numbers of a sequence."""
-    return len(tokens.ids), tokens.response.index(True), sum(tokens.response)
+    return tokens.length, tokens.response.index(True), tokens.num_supervised
 
 
 def training_slots(example: "Example", needs: Needs) -> list[tuple[Slot, ...]]:
@@ -68,7 +68,7 @@ def is_here(settings: Settings, split: str) -> bool:
     return any(sources) and all(paths.found(source) for source in sources if source)
 
 
-def examples_of(settings: Settings, split: str) -> tuple[list["Example"], int, int]:
+def examples_of(settings: Settings, split: str) -> tuple[Sequence["Example"], int, int]:
     """Tokenize at most estimate.rows rows of a split; return examples, the rows they come from and all rows there
     are.
     """
@@ -78,7 +78,7 @@ def examples_of(settings: Settings, split: str) -> tuple[list["Example"], int, i
     run, config = settings.run, settings.model
     limit = run.n_examples if split == "train" else run.n_eval_examples
     total = sum(
-        len(drawn_rows(len(read_rows(source, f"datasets.{name}.{split}")), dataset, split, run.seed, name))
+        len(drawn_rows(open_rows(source, f"datasets.{name}.{split}").size(), dataset, split, run.seed, name))
         for name, dataset in settings.datasets.items()
         if (source := getattr(dataset, split))
     )

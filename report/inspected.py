@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from dataloader import Example, encode_example
+from dataloader import Example
+from encoding import encode_example
 from report.inspection import (
     Facts,
     Finding,

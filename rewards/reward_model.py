@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 import models
 from conversations import Message
-from dataloader import Sequences, Tokens, collate, encode_turn, fit_prompt
+from dataloader import Sequences, Tokens, collate
+from encoding import encode_turn, fit_prompt
 from settings.schema import Settings
 
 

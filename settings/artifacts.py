@@ -141,10 +141,11 @@ def read_jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _row(line, path, number)
+                yield parsed_row(line, path, number)
 
 
-def _row(line: str | bytes, path: Path, number: int) -> Row:
+def parsed_row(line: str | bytes, path: Path, number: int) -> Row:
+    """Return the object on a line; ValueError names file and line."""
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -172,7 +173,7 @@ def whole_rows(path: Path) -> Iterator[tuple[Row, int]]:
         if not line.endswith(b"\n"):
             return
         size += len(line)
-        yield _row(line, path, number), size
+        yield parsed_row(line, path, number), size
 
 
 def resumed_rows(path: Path) -> list[Row]:

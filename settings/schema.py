@@ -61,6 +61,7 @@ class RunConfig:
     sync_reference_rate: float
     strategy: str
     sweep: Place | None
+    num_proc: int | None
     first_step: int = 0  # with defaults: a stored run may be older than the two
     schedule_steps: int | None = None
 
@@ -80,6 +81,10 @@ class RunConfig:
         )
         require(self.warmup >= 0, f"warmup={self.warmup} must not be negative (below 1: a share of the steps)")
         require(len(self.betas) == 2, f"betas={self.betas} must be two numbers")
+        require(
+            self.num_proc is None or self.num_proc >= 1,
+            f"num_proc={self.num_proc} must be at least 1 (or null: as many as large data keeps busy)",
+        )
         one_of("optimizer", self.optimizer, ("AdamW", "Adam", "RMSprop", "SGD"))
         one_of("scheduler", self.scheduler, ("cosine", "constant", "linear"))
         one_of("strategy", self.strategy, ("auto", "none", "ddp", "fsdp", "deepspeed"))
@@ -87,6 +92,11 @@ class RunConfig:
             not (self.cache_reference_logprobs and self.load_reference_logprobs),
             "cache_reference_logprobs=true and load_reference_logprobs are two ways to one thing: give only one",
         )
+
+    @property
+    def tokens_dir(self) -> Path:
+        """Return cache_dir/tokens, where tokenized rows are kept for all runs and stages."""
+        return Path(self.cache_dir).expanduser() / "tokens"
 
     @property
     def run_dir(self) -> Path:

@@ -27,6 +27,7 @@ SHOWN = (
     "intermediate_checkpoints",
     "eval_every",
     "do_first_eval",
+    "num_proc",
 )
 TRAINING = (
     "seed",

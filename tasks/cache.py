@@ -13,7 +13,7 @@ from engine.processes import Apart
 from models import NumericPath
 from settings.schema import Settings
 from settings.sections import kept_mass
-from teacher.cache import Arrays, Meta, Reader, Writer, begin, content_key, data_digest, finish, stored_keys
+from teacher.cache import Arrays, Meta, Reader, Writer, begin, data_digest, finish, stored_keys
 from teacher.hub import check_push, push
 from teacher.interchange import Tokenizing, card, export_cache, import_cache, is_cache
 from teacher.precision import teacher_path
@@ -42,13 +42,13 @@ def run(settings: Settings) -> None:
     if config.reference:
         check_tokenizers(tokenizer, config.reference, settings)
     batches = batches_of(_sequences(settings, tokenizer), config.batch_size)
-    keys = {content_key(t.ids, t.response) for batch in batches for t in batch}
+    keys = {t.key for batch in batches for t in batch}
     folder = settings.run.run_dir / "CACHE"
     meta = _meta(settings, quantity, tokenizer, _path(settings, quantity, process), data_digest(keys))
     begin(folder, meta)
     todo = left_to_do(batches, stored_keys(folder, meta), process.rank, process.world_size)
     if todo:
-        longest = max(len(t.ids) for batch in todo for t in batch)
+        longest = max(t.length for batch in todo for t in batch)
         scorer, close = _scorer(settings, quantity, tokenizer, process, longest)
         writer = Writer(folder, meta, process.rank)
         score_all(todo, writer, scorer, "cache", process.is_main)
@@ -135,7 +135,10 @@ def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
         found = [g.tokens for g in read_generations(config.generations, tokenizer) if g.response_ids]
     else:
         limit = settings.run.n_examples if config.split == "train" else settings.run.n_eval_examples
-        examples = load_examples(settings.datasets, config.split, tokenizer, settings.model, limit, settings.run.seed)
+        run = settings.run
+        examples = load_examples(
+            settings.datasets, config.split, tokenizer, settings.model, limit, run.seed, run.tokens_dir, run.num_proc
+        )
         found = [t for e in examples for name in config.responses if (t := getattr(e, name)) is not None]
     if not found:
         raise ValueError(f"nothing to score: the rows have none of cache.responses={config.responses}")

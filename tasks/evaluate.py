@@ -80,7 +80,16 @@ def held_out(settings: Settings, tokenizer: Any) -> HeldOut:
     run = settings.run
     rows: list[Example] = []
     for name, config in settings.datasets.items():
-        rows += load_examples({name: config}, "test", tokenizer, settings.model, run.n_eval_examples, run.seed)
+        rows += load_examples(
+            {name: config},
+            "test",
+            tokenizer,
+            settings.model,
+            run.n_eval_examples,
+            run.seed,
+            run.tokens_dir,
+            run.num_proc,
+        )
     if not rows:
         raise ValueError("no held-out rows: set datasets.NAME.test to a file, a folder or hub_name:split")
     pairs = [row for row in rows if row.chosen is not None and row.rejected is not None]

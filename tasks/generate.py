@@ -160,7 +160,9 @@ def _write(
 def _jobs(settings: Settings, tokenizer: Any) -> list[Job]:
     run, generation = settings.run, settings.generation
     limit = run.n_examples if generation.split == "train" else run.n_eval_examples
-    examples = load_examples(settings.datasets, generation.split, tokenizer, settings.model, limit, run.seed)
+    examples = load_examples(
+        settings.datasets, generation.split, tokenizer, settings.model, limit, run.seed, run.tokens_dir, run.num_proc
+    )
     if not examples:
         raise ValueError(
             f"no prompts: no data set has a {generation.split} source; set datasets.NAME.{generation.split}"

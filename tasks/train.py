@@ -1,6 +1,8 @@
 """task=train: load data and models, hand them to the method's trainer, save FINAL."""
 
 import gc
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from teacher.vocabulary import check_reads_ours
 from templates import turn_end
 from trainers import reference
 from trainers.basic import BasicTrainer
-from trainers.batches import Item
+from trainers.batches import Item, joined
 from trainers.value_head import add_value_head
 
 
@@ -36,7 +38,7 @@ def run(settings: Settings) -> None:
     trainer: BasicTrainer = method_class(settings.raw["loss"]["trainer"])(settings, tokenizer, placement)
     train, test = _examples(settings, tokenizer)
     if trainer.needs.data == "pairs":
-        _check_pairs(train + test, settings.raw["loss"]["name"])
+        _check_pairs(chain(train, test), settings.raw["loss"]["name"])
     objective = f"loss={settings.raw['loss']['name']}: {trainer.objective()}"
     processes.print(f"{objective}\nstrategy={placement.name}, {processes.world_size} process(es)")
     if processes.is_main:
@@ -69,14 +71,19 @@ def run(settings: Settings) -> None:
         processes.close()
 
 
-def _examples(settings: Settings, tokenizer: object) -> tuple[list[Example], list[Example]]:
+def _examples(settings: Settings, tokenizer: object) -> tuple[Sequence[Example], Sequence[Example]]:
     run = settings.run
-    train = load_examples(settings.datasets, "train", tokenizer, settings.model, run.n_examples, run.seed)
-    test = load_examples(settings.datasets, "test", tokenizer, settings.model, run.n_eval_examples, run.seed)
+    limits = {"train": run.n_examples, "test": run.n_eval_examples}
+    train, test = (
+        load_examples(
+            settings.datasets, split, tokenizer, settings.model, limit, run.seed, run.tokens_dir, run.num_proc
+        )
+        for split, limit in limits.items()
+    )
     return train, test
 
 
-def _check_pairs(examples: list[Example], loss: str) -> None:
+def _check_pairs(examples: Iterable[Example], loss: str) -> None:
     """Refuse a row that holds no pair, by its place."""
     for example in examples:
         missing = [name for name in ("chosen", "rejected") if getattr(example, name) is None]
@@ -99,7 +106,7 @@ def _show(example: Example, tokenizer: object, processes: Processes) -> None:
 def _record(settings: Settings, trainer: BasicTrainer, used: meter.Meter, examples: int) -> None:
     """Write what this process and its neighbors used into resources.json; all ranks call it."""
     everyone, items = trainer.processes.gathered([used.used()]), trainer.train_items
-    tokens = examples * sum(len(s.ids) for item in items for s in item.sequences) / len(items)
+    tokens = examples * sum(s.length for item in items for s in item.sequences) / len(items)
     if trainer.processes.is_main:
         device, name = "gpu" if used.gpu else "cpu", trainer.placement.name
         found = meter.write(settings.run.run_dir, everyone, used.seconds, tokens, device, name)
@@ -158,8 +165,8 @@ def _check_width(model: Any, policy: Any, trainer: BasicTrainer, what: str) -> N
 
 
 def _reference(
-    settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
-) -> tuple[torch.nn.Module | None, list[Item], list[Item]]:
+    settings: Settings, trainer: BasicTrainer, items: Sequence[Item], test_items: Sequence[Item]
+) -> tuple[torch.nn.Module | None, Sequence[Item], Sequence[Item]]:
     """Return the frozen reference, or None and items that carry its log-probabilities (or LoRA, whose base it is)."""
     run, config = settings.run, models.start_of(settings.model)
     cached = run.cache_reference_logprobs or run.load_reference_logprobs
@@ -175,8 +182,8 @@ def _reference(
 
 
 def _scored(
-    settings: Settings, trainer: BasicTrainer, items: list[Item], test_items: list[Item]
-) -> tuple[list[Item], list[Item]]:
+    settings: Settings, trainer: BasicTrainer, items: Sequence[Item], test_items: Sequence[Item]
+) -> tuple[Sequence[Item], Sequence[Item]]:
     """Return the items with the reference's log-probabilities, scored once and shared between runs."""
     # The starting policy is the reference: a checkpoint of an interrupted run moves the policy only.
     config = models.start_of(settings.model)
@@ -185,6 +192,6 @@ def _scored(
     def load() -> torch.nn.Module:
         return models.load_model(config, dtype=dtype, trainable=False, empty=trainer.placement.empty)
 
-    folder = reference.cached(trainer, items + test_items, load)
+    folder = reference.cached(trainer, joined(items, test_items), load)
     trainer.processes.print(f"reference log-probabilities: {folder}")
     return reference.attach(trainer, items, folder), reference.attach(trainer, test_items, folder)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from examples import content_key as content_key  # numpy alone; a cache's keys are those of the rows
 from settings.artifacts import is_done, mark_done, remove_parts, write_json
 from teacher.codec import decode, encode, errors
 from teacher.shard import (
@@ -72,14 +73,6 @@ class Meta:
 NOT_IDENTITY = ("num_sequences", "num_tokens", "command", "packing", "shards", "digest")
 IDENTITY = tuple(field.name for field in fields(Meta) if field.name not in NOT_IDENTITY)
 NOUNS = {"teacher_digest": "model", "reference_digest": "reference model"}  # where the key's own words say less
-
-
-def content_key(ids: Sequence[int], response: Sequence[bool]) -> bytes:
-    """Hash token ids and response mask to 16 bytes: the same text under another template or cut has another key."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(np.asarray(ids, dtype=np.int32).tobytes())
-    digest.update(np.asarray(response, dtype=np.bool_).tobytes())
-    return digest.digest()
 
 
 def data_digest(keys: Iterable[bytes]) -> str:
@@ -166,7 +159,7 @@ class Writer:
             return
         length, arrays = int(np.sum(response)), dict(arrays)
         wanted = {file.name: file for file in files_of(self.meta.quantity, self.meta.vocab_size, self.meta.k, "none")}
-        given = {"seq_ids": ids, "seq_mask": response, **arrays}
+        given: dict[str, Any] = {"seq_ids": ids, "seq_mask": response, **arrays}
         if set(given) != set(wanted):
             raise ValueError(f"{self.meta.quantity} has the arrays {sorted(wanted)}, got {sorted(given)}")
         for name, file in wanted.items():
@@ -245,8 +238,9 @@ def pack(arrays: Mapping[str, np.ndarray], meta: Meta) -> tuple[bytes, dict[str,
     logps = np.asarray(arrays["teacher_logps" if has_advantages else "values"])
     advantages = np.asarray(arrays["values"]) if has_advantages else None
     ids = np.asarray(arrays["ids"])
+    length, k = ids.shape
     packed = encode(ids, logps, advantages, meta.mass)
-    return packed, errors(ids, logps, advantages, decode(packed, *ids.shape, has_advantages))
+    return packed, errors(ids, logps, advantages, decode(packed, length, k, has_advantages))
 
 
 def unpack(packed: np.ndarray, length: int, k: int, has_advantages: bool) -> Arrays:

@@ -1,11 +1,18 @@
-"""What methods with a teacher share: opening a verified cache, and finding generations by their prompt's ids."""
+"""What methods with a teacher share: a verified cache whose entries are read when a batch is made, and generations
+found by their prompt's ids.
+"""
 
+import hashlib
+import json
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from dataloader import Example, Generation, Tokens
 from models import tokenizer_digest
-from teacher.cache import Reader
+from teacher.cache import IDENTITY, Reader
 from teacher.hub import cache_folder
 from teacher.quantities import Entry
 
@@ -16,9 +23,64 @@ def open_cache(folder: str, quantity: str, tokenizer: Any) -> Reader:
     return Reader(cache_folder(folder), expected, decode=tokenizer.decode)
 
 
+@lru_cache(maxsize=8)
+def identity_of(reader: Reader) -> bytes:
+    """Hash what decides a sequence's entries: teachers, quantity, K, precision; not which others the cache holds."""
+    stored = {key: getattr(reader.meta, key) for key in IDENTITY if key != "data_digest"}
+    return hashlib.sha256(json.dumps(stored, sort_keys=True, default=str).encode()).digest()[:16]
+
+
+class Stored(Protocol):
+    """A sequence's entries where they lie."""
+
+    def read(self) -> Entry:
+        """Read them."""
+
+    def identity(self) -> bytes:
+        """Return what tells them from another teacher's, without reading them."""
+
+
+class StoredEntry(NamedTuple):
+    """A sequence's entries in a cache of log-probabilities or advantages."""
+
+    reader: Reader
+    tokens: Tokens
+
+    def read(self) -> Entry:
+        """Read ids, values and tail (and teacher_logps) of every response token."""
+        return entry_of(self.reader, self.tokens)
+
+    def identity(self) -> bytes:
+        """Return the cache's identity."""
+        return identity_of(self.reader)
+
+
+def stored_entry(reader: Reader, tokens: Tokens) -> StoredEntry:
+    """Find a sequence's entries, by its key alone; ValueError shows the nearest sequence where there are none."""
+    check_held(reader, tokens)
+    return StoredEntry(reader, tokens)
+
+
+def check_held(reader: Reader, tokens: Tokens) -> None:
+    """ValueError shows the nearest sequence where a cache has no entries for this one; only keys are looked at."""
+    if not reader.holds(tokens.key):
+        raise ValueError(reader.explain(tokens.ids, tokens.response))
+
+
 def entry_of(reader: Reader, tokens: Tokens) -> Entry:
-    """Return the K entries a token that a cache of log-probabilities or advantages holds of a sequence."""
+    """Read the K entries a token that a cache of log-probabilities or advantages holds of a sequence."""
     return Entry(**reader.get(tokens.ids, tokens.response))
+
+
+class StoredLogps(NamedTuple):
+    """A sequence's log-probabilities under the reference, in a cache of quantity token_logp."""
+
+    reader: Reader
+    tokens: Tokens
+
+    def read(self) -> np.ndarray:
+        """Read one number a response token [L] float32."""
+        return self.reader.get(self.tokens.ids, self.tokens.response)["logps"]
 
 
 def generations_by_prompt(

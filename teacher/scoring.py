@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dataloader import Sequences, Tokens, collate
 from functional import gather_logps, log_normalizers, token_logps, topk_logps
 from models import ResponseLogits, response_logits
-from teacher.cache import Arrays, Writer, content_key
+from teacher.cache import Arrays, Writer
 from teacher.precision import teacher_logits
 from teacher.quantities import TABLE, Quantity
 
@@ -92,7 +92,7 @@ class Scorer:
         batch = Sequences(*(part.to(device) for part in collate(list(rows), self.pad_id)))
         asked = tuple(lambda model=model: self._logits(model, batch) for model in self.teachers)
         found = SCORES[self.quantity.name](Asked(asked, self.k, self.beta))
-        return split_rows(found, [sum(row.response) for row in rows])
+        return split_rows(found, [row.num_supervised for row in rows])
 
     def _logits(self, model: Any, batch: Sequences) -> ResponseLogits:
         if not self.quantity.policy_path:
@@ -113,15 +113,15 @@ def batches_of(sequences: Sequence[Tokens], size: int) -> list[list[Tokens]]:
     Batches do not depend on who scores them, nor on what a killed run has left: other neighbors mean other padding,
     and other last bits.
     """
-    unique = {content_key(t.ids, t.response): t for t in sequences}
-    ordered = [t for _, t in sorted(unique.items(), key=lambda row: (-len(row[1].ids), row[0]))]
+    unique = {t.key: t for t in sequences}
+    ordered = [t for _, t in sorted(unique.items(), key=lambda row: (-row[1].length, row[0]))]
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def left_to_do(batches: list[list[Tokens]], written: set[bytes], rank: int, world_size: int) -> list[list[Tokens]]:
     """Return this process's share of the batches that are not written."""
     share = batches[rank::world_size]
-    return [batch for batch in share if not all(content_key(t.ids, t.response) in written for t in batch)]
+    return [batch for batch in share if not all(t.key in written for t in batch)]
 
 
 def score_all(
@@ -133,7 +133,7 @@ def score_all(
         for batch in todo:
             for row, arrays in zip(batch, scorer(batch), strict=True):
                 writer.add(row.ids, row.response, arrays)
-                tokens += sum(row.response)
+                tokens += row.num_supervised
             writer.flush()
             bar.update(len(batch))
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s")

@@ -5,20 +5,21 @@ teacher is asked for the same conversation in its own tokens (teacher/spans.py l
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import models
-from dataloader import Example, Tokens, encode_example
+from dataloader import Example, Tokens
+from encoding import encode_example
 from models import tokenizer_digest
 from settings.schema import DatasetConfig, ModelConfig, one_of, require
 from settings.typed import Place, Places
-from teacher.cache import Reader, content_key
+from teacher.cache import Reader
 from teacher.hub import cache_folder
-from teacher.lookup import entry_of
+from teacher.lookup import check_held, entry_of, identity_of
 from teacher.mixture import ABSENT, mixed, within
 from teacher.quantities import Entry
 from teacher.spans import Aligned, aligned, check_coverage, compared_tokens, laid_onto, response_ids, translation
@@ -160,13 +161,20 @@ class CachedTeachers:
             )
         return (name,)
 
-    def coverage(self, wanted: Sequence[Wanted]) -> float:
+    def coverage(self, wanted: Iterable[Wanted]) -> float:
         """Return the share of the sequences that every teacher asked for them has."""
-        keyed = [(w.teachers, content_key(w.asked.ids, w.asked.response)) for w in wanted if w.asked is not None]
+        keyed = [(w.teachers, w.asked.key) for w in wanted if w.asked is not None]
         held = [all(self.readers[name].holds(key) for name in teachers) for teachers, key in keyed]
         return sum(held) / max(1, len(held))
 
     # ---- entries
+
+    def stored(self, wanted: Wanted) -> "Together":
+        """Find a sequence's entries by keys alone; ValueError shows what a cache has in their place."""
+        if wanted.asked is not None:
+            for name in wanted.teachers:
+                check_held(self.readers[name], wanted.asked)
+        return Together(self, wanted)
 
     def entry(self, wanted: Wanted) -> Entry:
         """Return the entries for a sequence's response tokens; ValueError shows what a cache has in its place."""
@@ -195,7 +203,7 @@ class CachedTeachers:
 
     def _nothing(self, wanted: Wanted) -> Entry:
         """Return entries that say nothing, of as many tokens as the response has."""
-        length, width = sum(wanted.tokens.response), self.width
+        length, width = wanted.tokens.num_supervised, self.width
         values = np.full((length, width), ABSENT, np.float32)
         spans = np.full(length, -1, np.int64)
         return Entry(
@@ -204,9 +212,9 @@ class CachedTeachers:
 
     # ---- how much of the responses is compared
 
-    def report(self, wanted: Sequence[Wanted], entries: Sequence[Entry]) -> str:
+    def report(self, wanted: Sequence[Wanted], entries: Iterable[Entry]) -> str:
         """Say which share of the response tokens is in aligned spans; ValueError below loss.min_coverage."""
-        tokens = sum(sum(w.tokens.response) for w in wanted)
+        tokens = sum(w.tokens.num_supervised for w in wanted)
         assert self.between is not None
         found = [w.aligned or aligned(self.between, response_ids(w.tokens), []) for w in wanted]
         share, compared = check_coverage(found, self.config.min_coverage), sum(map(compared_tokens, entries))
@@ -214,3 +222,18 @@ class CachedTeachers:
             f"alignment by bytes: {share:.1%} of {tokens} response tokens are in aligned spans, "
             f"{compared / max(1, tokens):.1%} are compared (of the others the teacher's top k says nothing)"
         )
+
+
+class Together(NamedTuple):
+    """A sequence's entries in the caches of its teachers, read when a batch is made."""
+
+    teachers: CachedTeachers
+    wanted: Wanted
+
+    def read(self) -> Entry:
+        """Read what each teacher says, as one."""
+        return self.teachers.entry(self.wanted)
+
+    def identity(self) -> bytes:
+        """Return the identities of the caches that are asked."""
+        return b"".join(identity_of(self.teachers.readers[name]) for name in self.wanted.teachers)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("settings", "functional"),
     ("conversations", "assets", "pipeline"),
-    ("templates",),
+    ("templates", "examples"),
+    ("encoding", "token_store"),
     ("dataloader",),
     ("models",),
     ("engine", "teacher", "generation"),

@@ -9,7 +9,7 @@ from tests.support.bigram import gradient_of, items_of, loss_of, tokens, trainer
 from tests.support.helpers import ROOT
 from tests.support.ranks import Ranks
 from tests.support.twins import TWINS, World
-from trainers.kto import mismatched
+from trainers.kto import mismatched, partners
 
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Options that change the numbers, each against the same twin.
@@ -197,11 +197,13 @@ def test_kto_pairs_by_the_seed_alone():
 def test_kto_pairs_a_response_with_another_prompt_wherever_two_prompts_are():
     pairs = many_pairs(2)
     rows = [(pairs[0].prompt, pairs[0].chosen)] * 5 + [(pairs[1].prompt, pairs[1].rejected)]
+    prompts = [tuple(prompt) for prompt, _ in rows]
     for seed in range(4):
-        joined = mismatched(rows, 99, seed)
+        others = partners(prompts, seed)
+        joined = [mismatched(prompt, rows[j][1], 99) for (prompt, _), j in zip(rows, others, strict=True)]
         assert [other.ids[-1] for other in joined] == [7] * 5 + [5]
     with pytest.raises(ValueError, match="two different prompts"):
-        mismatched(rows[:5], 99, 0)
+        partners(prompts[:5], 0)
 
 
 def test_the_running_mean_of_bco_goes_on_from_step_to_step():

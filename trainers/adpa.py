@@ -18,9 +18,9 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place
-from teacher.lookup import entry_of, generations_by_prompt, open_cache
+from teacher.lookup import generations_by_prompt, open_cache, stored_entry
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, supervised_sequence
+from trainers.batches import Batch, Item, checked, supervised_sequence
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,22 @@ class ADPA(BasicTrainer):
     )
     source = "2502.17927"
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Join rows with the responses generated for the very ids of their prompts, and these with their advantages."""
         if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
-            return [Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ()) for e in examples]
+            held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ())  # noqa: E731
+            return checked(len(examples), lambda i: held_out(examples[i]))
         reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
         generations = generations_by_prompt(
             read_generations(self.config.generations, self.tokenizer), examples, self.config.generations
         )
-        return [
-            Item(pair, (None, entry_of(reader, pair[1]) if any(pair[1].response) else None))
-            for pair in dealt(examples, generations)
-        ]
+        pairs = dealt(examples, generations)
+
+        def item(number: int) -> Item:
+            pair = pairs[number]
+            return Item(pair, (None, stored_entry(reader, pair[1]) if pair[1].num_supervised else None))
+
+        return checked(len(pairs), item)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count chosen tokens (NLL) and generated tokens or sequences (advantage); no advantage without a teacher."""

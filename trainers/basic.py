@@ -7,8 +7,9 @@ Data order, dropout and learning rate are functions of (seed, step): a resumed r
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from engine import checkpoint, export, preemption
 from engine.metrics import Mean, MetricsFile, Window, means, named
 from engine.optimizer import learning_rate_scale, scheduled_steps, seed_step
 from engine.placement import Placement
+from engine.prefetch import Prefetch
 from engine.tracking import tracker
 from functional import token_logps
 from models import response_logits, scoring
@@ -57,12 +59,13 @@ class BasicTrainer:
         self.aligns_bytes = False  # frozen language models may have a tokenizer of their own, kept in:
         self.frozen_tokenizers: dict[str, Any] = {}
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
+        self.ahead: Prefetch[list[Batch]] | None = None  # makes the batches of the next step
         self.keeps_start = False  # items carry the start's log-probabilities even beside a live reference, which moves
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
     # ---- what a method defines
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Turn examples into items, teacher signals attached."""
         raise NotImplementedError
 
@@ -160,7 +163,7 @@ class BasicTrainer:
     # ---- the loop
 
     def fit(
-        self, policy: torch.nn.Module, reference: torch.nn.Module | None, train: list[Item], test: list[Item]
+        self, policy: torch.nn.Module, reference: torch.nn.Module | None, train: Sequence[Item], test: Sequence[Item]
     ) -> dict[str, float]:
         """Train to the end, resuming from the newest whole checkpoint; return the last evaluation's metrics."""
         run, processes = self.run_config, self.processes
@@ -179,6 +182,7 @@ class BasicTrainer:
         self.tracker = tracker(self.settings, step) if processes.is_main else None
         if run.do_first_eval and step == 0:
             self._evaluate_and_log(0)
+        self.ahead = None if self.moves_its_data() else Prefetch(self.batches, self.total_steps)
         started, tokens = time.perf_counter(), 0
         bar = tqdm(
             total=self.total_steps,
@@ -203,6 +207,8 @@ class BasicTrainer:
             if stop:
                 preemption.leave(step)
         bar.close()
+        if self.ahead is not None:
+            self.ahead.close()
         if self.tracker is not None:
             self.tracker.finish()
         return last_eval
@@ -214,10 +220,30 @@ class BasicTrainer:
         size, world_size = self.model_config.batch_size, self.processes.world_size
         order = epoch_order(len(self.train_items), self.run_config.seed, epoch)
         chosen = order[index * size : (index + 1) * size]
-        self.examples_seen += len(chosen)
         return self.rollout(list(self.deal(self.train_items, chosen, self.micro_size, world_size)), step)
 
-    def deal(self, items: list[Item], indices: list[int], micro_size: int, world_size: int) -> Iterator[list[Item]]:
+    def new_batches(self, step: int) -> Sequence[int]:
+        """Return the numbers of the global batches of an epoch's order that a step is the first to use."""
+        return (step,)
+
+    def examples_in(self, step: int) -> int:
+        """Return how many items of the data all ranks together take up in a step."""
+        size, per_epoch = self.model_config.batch_size, self.steps_per_epoch
+        places = [(number - 1) % per_epoch * size for number in self.new_batches(step)]
+        return sum(min(size, len(self.train_items) - place) for place in places)
+
+    def batches(self, step: int) -> list[Batch]:
+        """Return this rank's batches of a step, not yet on its device."""
+        return [make_batch(items, self.tokenizer.pad_token_id) for items in self.micro_items(step)]
+
+    def moves_its_data(self) -> bool:
+        """Tell whether what is learned from depends on the policy as it stands, so that no step can be made ahead."""
+        own = type(self)
+        return own.rollout is not BasicTrainer.rollout or own.micro_items is not BasicTrainer.micro_items
+
+    def deal(
+        self, items: Sequence[Item], indices: Sequence[int], micro_size: int, world_size: int
+    ) -> Iterator[list[Item]]:
         """Yield this rank's micro-batches of the items at `indices`, the same number on every rank."""
         micro_steps = math.ceil(math.ceil(len(indices) / world_size) / micro_size)
         for micro in local_micro_batches(indices, micro_size, micro_steps, self.processes.rank, world_size):
@@ -250,7 +276,9 @@ class BasicTrainer:
         seed_step(run.seed, run.first_step + step, self.processes.rank)
         self.policy.train()
         with scoring(self.policy):  # what a rollout answers and what `prepared` looks at is not learned from
-            batches = self.prepared([self.batch_of(items) for items in self.micro_items(step)], True)
+            found = self.batches(step) if self.ahead is None else self.ahead.get(step)
+            batches = self.prepared([batch.to(self.placement.device) for batch in found], True)
+        self.examples_seen += self.examples_in(step)
         counts = self.global_counts(batches)
         for i, batch in enumerate(batches):
             with self.placement.micro_batch(last=i == len(batches) - 1):
@@ -276,15 +304,20 @@ class BasicTrainer:
     def evaluate(self) -> dict[str, float]:
         """Return the global means over the test items, `loss/eval` among them."""
         window = Window()
-        size, world_size = self.model_config.eval_batch_size, self.processes.world_size
-        micros: list[list[Item]] = []
-        for start in range(0, len(self.test_items), size * world_size):
-            indices = list(range(start, min(start + size * world_size, len(self.test_items))))
-            micros += self.deal(self.test_items, indices, size, world_size)
         with scoring(self.policy):
-            for batch in self.prepared([self.batch_of(items) for items in self.rollout(micros, 0)], False):
+            for batch in self._test_batches():
                 window.add(self.terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
         return named(means(window.reduced(self._reduce)), "eval")
+
+    def _test_batches(self) -> Iterable[Batch]:
+        """Give the batches of the test items, one by one where a method does not want to see all of them at once."""
+        size, world_size = self.model_config.eval_batch_size, self.processes.world_size
+        starts = range(0, len(self.test_items), size * world_size)
+        parts = (range(len(self.test_items))[start : start + size * world_size] for start in starts)
+        micros = (micro for part in parts for micro in self.deal(self.test_items, part, size, world_size))
+        if not self.moves_its_data() and type(self).prepared is BasicTrainer.prepared:
+            return (self.batch_of(items) for items in micros)
+        return self.prepared([self.batch_of(items) for items in self.rollout(list(micros), 0)], False)
 
     def _evaluate_and_log(self, step: int) -> dict[str, float]:
         if not self.test_items:
@@ -313,6 +346,11 @@ class BasicTrainer:
         """Hash the training sequences in their order: a resume on other data is refused."""
         return items_digest(self.train_items)
 
+    @cached_property
+    def digest_of_data(self) -> str:
+        """Return the data's digest, made once: the items of a run stay what they are."""
+        return self.data_digest()
+
     def _save(self, step: int) -> None:
         sums = self.window.reduced(self._reduce)
         if not self.processes.is_main:
@@ -323,7 +361,7 @@ class BasicTrainer:
             "examples": self.examples_seen,
             "window": sums,
             "method": self.state,
-            "data": self.data_digest(),
+            "data": self.digest_of_data,
             "total_steps": self.total_steps,
         }
         run = self.run_config
@@ -346,7 +384,7 @@ class BasicTrainer:
         if folder is None:
             return 0
         state = checkpoint.state_of(folder)
-        for key, now in (("data", self.data_digest()), ("total_steps", self.total_steps)):
+        for key, now in (("data", self.digest_of_data), ("total_steps", self.total_steps)):
             if state[key] != now:
                 raise ValueError(
                     f"{folder} was written with {key}={state[key]}, this run has {now}. Use the same data and "

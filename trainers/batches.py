@@ -5,15 +5,16 @@ slot: rows 0..B-1 are slot 0 of the B items, rows B..2B-1 slot 1, so every respo
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import Sequences, Tokens, TopK, collate, unsupervised
-from teacher.cache import content_key
+from dataloader import Example, Sequences, Tokens, TopK, collate, unsupervised
+from teacher.lookup import Stored, StoredLogps
 from teacher.quantities import Entry
 
 
@@ -21,15 +22,16 @@ class Item(NamedTuple):
     """One example: a sequence per slot, and what belongs to it.
 
     entries: the teacher's entries per slot (or None). reference_logps: the reference's log-probability of every
-    response token, an array per slot, then one per `scored` sequence. label: 1 desirable, 0 undesirable, or a reward.
+    response token, an array per slot, then one per `scored` sequence. Both may stand in a cache, where they are read
+    when a batch is made. label: 1 desirable, 0 undesirable, or a reward.
     scored: sequences that are scored without learning from them (KTO's mismatched response). notes [n, F]: what a
     method noted of each response token when it was written (PPO's old log-probability, advantage, ...). source: the
     number of the example that this item was made of (-1: a filler).
     """
 
     sequences: tuple[Tokens, ...]
-    entries: tuple[Entry | None, ...] = ()
-    reference_logps: tuple[np.ndarray, ...] | None = None
+    entries: tuple[Entry | Stored | None, ...] = ()
+    reference_logps: tuple[np.ndarray | StoredLogps, ...] | None = None
     label: float | None = None
     scored: tuple[Tokens, ...] = ()
     notes: np.ndarray | None = None
@@ -46,6 +48,46 @@ class Item(NamedTuple):
             notes=None if self.notes is None else self.notes[:0],
             source=-1,
         )
+
+
+class Items(Sequence[Item]):
+    """Items that are made when they are asked for, by their number."""
+
+    def __init__(self, count: int, make: Callable[[int], Item]) -> None:
+        self.size, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self.make(i) for i in range(*index.indices(self.size))]
+        number = index + self.size if index < 0 else index
+        if not 0 <= number < self.size:
+            raise IndexError(index)
+        return self.make(number)
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self.make, range(self.size))
+
+
+def checked(count: int, make: Callable[[int], Item]) -> Items:
+    """Make every item once, so that a row that lacks something is refused before the first step, and keep none."""
+    items = Items(count, make)
+    for _ in items:
+        pass
+    return items
+
+
+def joined(first: Sequence[Item], second: Sequence[Item]) -> Items:
+    """Return the items of both, one after the other."""
+    return Items(len(first) + len(second), lambda i: first[i] if i < len(first) else second[i - len(first)])
 
 
 class Batch(NamedTuple):
@@ -91,15 +133,13 @@ def make_batch(items: Sequence[Item], pad_id: int) -> Batch:
     """Pad the items and lay them slot after slot."""
     first = items[0]
     slots = range(len(first.sequences))
-    entries = [
-        item.entries[slot] for slot in slots for item in items if item.entries and item.entries[slot] is not None
-    ]
+    entries = [item.entries[slot] for slot in slots for item in items if item.entries]
     scored = [tokens for item in items for tokens in item.scored]
     labels = None if first.label is None else torch.tensor([float(item.label or 0.0) for item in items])
     return Batch(
         collate([item.sequences[slot] for slot in slots for item in items], pad_id),
         len(items),
-        _top_k([e for e in entries if e is not None]),
+        _top_k([e if isinstance(e, Entry) else e.read() for e in entries if e is not None]),
         _joined([item.reference_logps[slot] for slot in slots for item in items if item.reference_logps is not None]),
         labels,
         collate(scored, pad_id) if scored else None,
@@ -108,8 +148,9 @@ def make_batch(items: Sequence[Item], pad_id: int) -> Batch:
     )
 
 
-def _joined(arrays: list[np.ndarray]) -> Tensor | None:
-    return torch.from_numpy(np.concatenate(arrays)) if arrays else None
+def _joined(arrays: list[Any]) -> Tensor | None:
+    read = [array.read() if isinstance(array, StoredLogps) else array for array in arrays]
+    return torch.from_numpy(np.concatenate(read)) if read else None
 
 
 def _top_k(entries: list[Entry]) -> TopK | None:
@@ -143,21 +184,27 @@ def _spans(entries: list[Entry]) -> tuple[Tensor | None, Tensor | None]:
 def items_digest(items: Sequence[Item]) -> str:
     """Hash what is learned from, in its order: sequences, labels or rewards, notes, and who the teacher was.
 
-    Of a teacher's entries the first token's are hashed: another teacher, k or beta has others there, and all of a
-    cache would be gigabytes.
+    Nothing of a cache is read for it: what made the cache (its meta.json) stands for its entries.
     """
     digest = hashlib.sha256()
     for item in items:
-        for tokens in (*item.sequences, *item.scored):
-            digest.update(content_key(tokens.ids, tokens.response))
+        for tokens in chain(item.sequences, item.scored):
+            digest.update(tokens.key)
         digest.update(repr(item.label).encode())
         digest.update(b"" if item.notes is None else item.notes.tobytes())
         for entry in item.entries:
-            parts = () if entry is None else (entry.ids[:1], entry.values[:1], entry.tail[:1])
-            if entry is not None and entry.span_logps is not None:
-                parts = (*parts, entry.span_logps)
-            digest.update(b"".join([b"entries", *(part.tobytes() for part in parts)]))
+            digest.update(b"entries" + _who(entry))
     return digest.hexdigest()[:16]
+
+
+def _who(entry: Entry | Stored | None) -> bytes:
+    """Return what tells a teacher's entries from another's; of arrays, the first token's values and the spans' do."""
+    if entry is None:
+        return b""
+    if not isinstance(entry, Entry):
+        return entry.identity()
+    parts = [part[:1] for part in (entry.ids, entry.values, entry.tail)]
+    return b"".join(part.tobytes() for part in (*parts, *(() if entry.span_logps is None else (entry.span_logps,))))
 
 
 def supervised_sequence(tokens: Tokens | None, what: str, method: str) -> Tokens:
@@ -165,3 +212,11 @@ def supervised_sequence(tokens: Tokens | None, what: str, method: str) -> Tokens
     if tokens is None:
         raise ValueError(f"loss={method} needs {what} in every row, and one has none. Check datasets= and its format")
     return tokens
+
+
+def pair_of(example: Example, method: str) -> tuple[Tokens, Tokens]:
+    """Return chosen and rejected, or refuse the row."""
+    return (
+        supervised_sequence(example.chosen, "chosen", method),
+        supervised_sequence(example.rejected, "rejected", method),
+    )

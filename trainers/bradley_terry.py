@@ -1,5 +1,6 @@
 """Bradley-Terry reward model: -log s(s(x, y_w) - s(x, y_l) - margin), s a scalar head at the last response token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from models import last_token_scores
 from settings.needs import Needs
 from settings.schema import require
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, supervised_sequence
+from trainers.batches import Batch, Item, checked, pair_of
 from trainers.paired import logistic_loss
 
 
@@ -39,13 +40,10 @@ class BradleyTerry(BasicTrainer):
     source = "Bradley and Terry 1952; 2203.02155; centring: 2312.09244"
     head = "reward"
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take chosen and rejected."""
         name = "bradley-terry"
-        return [
-            Item((supervised_sequence(e.chosen, "chosen", name), supervised_sequence(e.rejected, "rejected", name)))
-            for e in examples
-        ]
+        return checked(len(examples), lambda i: Item(pair_of(examples[i], name)))
 
     def forward(self, model: torch.nn.Module, sequences: Sequences) -> Tensor:
         """Return the score of every row [2B]."""

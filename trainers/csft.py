@@ -2,6 +2,7 @@
 is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, supervised_sequence
+from trainers.batches import Batch, Item, checked, supervised_sequence
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class CSFTConfig:
 
 def with_control(tokens: Tokens, prompt_length: int, control: list[int], max_length: int) -> Tokens:
     """Put the control ids between prompt and response, supervised with it, and cut to max_length."""
-    ids = [*tokens.ids[:prompt_length], *control, *tokens.ids[prompt_length:]]
-    mask = [*tokens.response[:prompt_length], *(True for _ in control), *tokens.response[prompt_length:]]
+    old_ids, old_mask = tokens.ids, tokens.response
+    ids = [*old_ids[:prompt_length], *control, *old_ids[prompt_length:]]
+    mask = [*old_mask[:prompt_length], *(True for _ in control), *old_mask[prompt_length:]]
     return Tokens(ids[:max_length], mask[:max_length])
 
 
@@ -47,24 +49,18 @@ class CSFT(BasicTrainer):
     formula = "mean over response tokens of −log π_θ(y_t|s_t), y_w behind {chosen_token}, y_l behind {rejected_token}"
     source = "2402.01306 (baseline)"
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take chosen and rejected as items of their own, with the ids of their control text."""
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         controls = {"chosen": encode(self.config.chosen_token), "rejected": encode(self.config.rejected_token)}
-        return [
-            Item(
-                (
-                    with_control(
-                        supervised_sequence(getattr(e, side), side, "csft"),
-                        len(e.prompt),
-                        ids,
-                        self.model_config.max_length,
-                    ),
-                )
-            )
-            for e in examples
-            for side, ids in controls.items()
-        ]
+        sides = list(controls)
+
+        def item(number: int) -> Item:
+            example, side = examples[number // len(sides)], sides[number % len(sides)]
+            tokens = supervised_sequence(getattr(example, side), side, "csft")
+            return Item((with_control(tokens, len(example.prompt), controls[side], self.model_config.max_length),))
+
+        return checked(len(examples) * len(sides), item)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count response tokens, control tokens among them."""

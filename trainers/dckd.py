@@ -5,6 +5,7 @@ top k plus one bucket for the rest, from the verified teacher cache.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from settings.needs import Needs
 from settings.schema import one_of, require
 from teacher.several import CachedTeachers, CachedTeachersConfig
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, supervised_sequence
+from trainers.batches import Batch, Item, checked, pair_of
 
 
 @dataclass(frozen=True)
@@ -71,28 +72,26 @@ class DCKD(BasicTrainer):
             said += f"; aligned by bytes: the mean is over aligned spans, of the {kind[config.span_loss]}"
         return said
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take both responses with the teachers' entries.
 
         A cache is made of one split: held-out rows that it lacks are evaluated by their NLL alone, and that is said.
         """
         teachers = CachedTeachers(self.config, "logprob", self.tokenizer, self.settings.model, self.settings.datasets)
         self._check_tail(teachers)
-        pairs = [
-            (supervised_sequence(e.chosen, "chosen", "dckd"), supervised_sequence(e.rejected, "rejected", "dckd"))
-            for e in examples
-        ]
-        wanted = [teachers.wanted(e) for e in examples]
-        if split == "test" and teachers.coverage([one for pair in wanted for one in pair]) < 1.0:
+        pairs = checked(len(examples), lambda i: Item(pair_of(examples[i], "dckd")))
+        if split == "test" and teachers.coverage(w for e in examples for w in teachers.wanted(e)) < 1.0:
             self.processes.print("the teacher cache does not hold the test split: loss/eval is the NLL term alone")
-            return [Item(pair) for pair in pairs]
-        items = [
-            Item(pair, tuple(teachers.entry(one) for one in both)) for pair, both in zip(pairs, wanted, strict=True)
-        ]
+            return pairs
         if self.config.alignment == "bytes":
-            found = [entry for item in items for entry in item.entries if entry is not None]
-            self.processes.print(teachers.report([one for both in wanted for one in both], found))
-        return items
+            wanted = [w for e in examples for w in teachers.wanted(e)]
+            self.processes.print(teachers.report(wanted, map(teachers.entry, wanted)))
+
+        def item(number: int) -> Item:
+            example = examples[number]
+            return Item(pair_of(example, "dckd"), tuple(map(teachers.stored, teachers.wanted(example))))
+
+        return checked(len(examples), item)
 
     def _check_tail(self, teachers: CachedTeachers) -> None:
         for reader in teachers.readers.values():

@@ -4,6 +4,7 @@ Responses are the data's or, for a share `on_policy` of the items, what the stud
 through the sampling. With on_policy=1 and beta=1 this is on-policy distillation by the exact per-token reverse KL.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from settings.schema import require
 from settings.typed import Place
 from teacher.precision import teacher_logits
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item
+from trainers.batches import Batch, Item, checked
 from trainers.rollouts import Micros, answers, row_seed, with_response
 
 
@@ -56,20 +57,22 @@ class GKD(BasicTrainer):
         """Return the teacher."""
         return {"teacher": (self.config.teacher, "lm")}
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take the response of each row; a row may have a prompt alone where the student writes every response."""
-        items = []
-        for i, example in enumerate(examples):
+
+        def item(number: int) -> Item:
+            example = examples[number]
             response = example.response or example.chosen
             if response is None and (self.config.on_policy < 1 or split == "test"):
                 raise ValueError(
                     f"loss=gkd with loss.on_policy={self.config.on_policy} needs a response in every {split} row, and "
                     "one has a prompt alone"
                 )
-            items.append(Item((response or Tokens(example.prompt, [False] * len(example.prompt)),), source=i))
+            return Item((response or Tokens(example.prompt, [False] * len(example.prompt)),), source=number)
+
         if split == "train":
-            self.prompts = [example.prompt for example in examples]
-        return items
+            self.examples = examples
+        return checked(len(examples), item)
 
     def rollout(self, micros: Micros, step: int) -> Micros:
         """Let the student answer the share of the items that this step draws; held-out responses stay the data's."""
@@ -82,7 +85,9 @@ class GKD(BasicTrainer):
         draws = [row_seed(self.run_config.seed, step, item.source, 1) / 2**62 for item in items]
         chosen = [i for i, draw in enumerate(draws) if draw < self.config.on_policy and items[i].source >= 0]
         asked = chosen or [0]  # ranks of a sharded model generate together, also where none of theirs is drawn
-        prompts = [self.prompts[items[i].source] if items[i].source >= 0 else items[i].sequences[0].ids for i in asked]
+        prompts = [
+            self.examples[items[i].source].prompt if items[i].source >= 0 else items[i].sequences[0].ids for i in asked
+        ]
         responses = answers(self, prompts, [seeds[i] for i in asked], self.config.max_new_tokens)
         renewed = list(items)
         for i, prompt, (ids, _) in zip(asked, prompts, responses, strict=True):

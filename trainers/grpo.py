@@ -15,11 +15,12 @@ from torch import Tensor
 
 from dataloader import Example
 from engine.metrics import Mean
+from examples import content_key
 from functional import entropies, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
-from trainers.batches import Batch, Item
+from trainers.batches import Batch, Item, Items
 from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import clipped_losses
 from trainers.rollouts import RewardedConfig, RolloutTrainer
@@ -100,7 +101,7 @@ class GRPO(RolloutTrainer):
         # Offline, the policy that responded is taken to be the start, wherever the reference has moved since.
         self.keeps_start = bool(self.run_config.sync_reference) and not self.config.is_online
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take prompts, or given responses with their rewards."""
         items = super().items(examples, split)
         if self.config.is_online or split == "test":
@@ -111,16 +112,18 @@ class GRPO(RolloutTrainer):
             "task=label write their "
             "rewards into the data, and leave out loss.verifier and loss.reward_model",
         )
-        prompts = [tuple(examples[item.source].prompt) for item in items]
+        prompts = [content_key(examples[item.source].prompt, ()) for item in items]
         require(
             len(set(prompts)) < len(prompts),
             "loss=grpo compares responses to the same prompt, and every prompt in the data has one only",
         )
         advantages = self.advantages([item.label or 0.0 for item in items], prompts)
-        return [
-            _with_notes(item, [[0.0, 0.0, a]] * sum(item.sequences[0].response))
-            for item, a in zip(items, advantages, strict=True)
-        ]
+
+        def item(number: int) -> Item:
+            found = items[number]
+            return _with_notes(found, [[0.0, 0.0, advantages[number]]] * found.sequences[0].num_supervised)
+
+        return Items(len(items), item)
 
     def advantages(self, rewards: list[float], groups: Sequence[Any]) -> list[float]:
         """Compare rewards within groups."""

@@ -3,6 +3,7 @@
 z_0 = max(0, mean over the global batch of log pi_theta/pi_0 of a response to another prompt), without gradient.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from dataloader import Example, Tokens
 from engine.metrics import Mean
+from examples import content_key
 from functional import row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item
+from trainers.batches import Batch, Item, Items
 from trainers.paired import check_humanline, humanline
 
 
@@ -69,27 +71,32 @@ def kept(count: int, share: float, seed: int, last: bool) -> set[int]:
     return set(order[count - number :] if last else order[:number])
 
 
-def mismatched(examples: list[tuple[list[int], Tokens]], max_length: int, seed: int) -> list[Tokens]:
-    """Join each prompt's ids with the response of the next example, in a shuffled round, that has another prompt.
+def partners(prompts: Sequence[Hashable], seed: int) -> list[int]:
+    """Return for each response the next one, in a shuffled round, that answers another prompt.
 
     Shuffled because in data made of pairs the next prompt's first response is always a chosen one. The round is a
-    function of the seed and the data: no layout and no resume changes it. Longer ones are cut to max_length.
+    function of the seed and the data: no layout and no resume changes it.
     """
-    count = len(examples)
+    count = len(prompts)
     order = np.random.default_rng([seed, 1]).permutation(count).tolist()
     places = {i: place for place, i in enumerate(order)}
-    joined = []
-    for i, (prompt, _) in enumerate(examples):
-        others = (examples[order[(places[i] + step) % count]] for step in range(1, count))
-        other = next((tokens for other_prompt, tokens in others if other_prompt != prompt), None)
+    found = []
+    for i, prompt in enumerate(prompts):
+        others = (order[(places[i] + step) % count] for step in range(1, count))
+        other = next((j for j in others if prompts[j] != prompt), None)
         if other is None:
             raise ValueError(
                 "loss=kto needs responses to at least two different prompts: z_0 is taken on mismatched ones"
             )
-        response = [token for token, on in zip(other.ids, other.response, strict=True) if on]
-        ids = (prompt + response)[:max_length]
-        joined.append(Tokens(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt))))
-    return joined
+        found.append(other)
+    return found
+
+
+def mismatched(prompt: list[int], other: Tokens, max_length: int) -> Tokens:
+    """Join a prompt's ids with the response of another one; a longer sequence is cut to max_length."""
+    response = [token for token, on in zip(*other, strict=True) if on]
+    ids = (prompt + response)[:max_length]
+    return Tokens(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt)))
 
 
 class KTO(BasicTrainer):
@@ -107,30 +114,34 @@ class KTO(BasicTrainer):
     )
     source = "2402.01306"
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take labeled responses; of a pair the chosen one is desirable, the rejected one is not."""
         config, seed = self.config, self.run_config.seed
         good = kept(len(examples), config.frac_unique_desirable, seed, False)
         bad = kept(len(examples), config.frac_unique_undesirable, seed, True)
-        rows: list[tuple[list[int], Tokens, float]] = []
+        rows: list[tuple[int, str, float]] = []
         for i, example in enumerate(examples):
             if example.chosen is not None and i in good:
-                rows.append((example.prompt, example.chosen, 1.0))
+                rows.append((i, "chosen", 1.0))
             if example.rejected is not None and i in bad:
-                rows.append((example.prompt, example.rejected, 0.0))
+                rows.append((i, "rejected", 0.0))
             if example.response is not None:
-                rows.append((example.prompt, example.response, self._label(example)))
+                rows.append((i, "response", self._label(example)))
+        tokens_of = lambda number: getattr(examples[rows[number][0]], rows[number][1])  # noqa: E731
         if not rows:
             raise ValueError(
                 "loss=kto has no response left: raise loss.frac_unique_desirable or loss.frac_unique_undesirable"
             )
         if config.zero_reference_point:
-            return [Item((tokens,), label=label) for _, tokens, label in rows]
-        others = mismatched([(prompt, tokens) for prompt, tokens, _ in rows], self.model_config.max_length, seed)
-        return [
-            Item((tokens,), label=label, scored=(other,))
-            for (_, tokens, label), other in zip(rows, others, strict=True)
-        ]
+            return Items(len(rows), lambda number: Item((tokens_of(number),), label=rows[number][2]))
+        others = partners([content_key(examples[i].prompt, ()) for i, _, _ in rows], seed)
+
+        def item(number: int) -> Item:
+            source, _, label = rows[number]
+            other = mismatched(examples[source].prompt, tokens_of(others[number]), self.model_config.max_length)
+            return Item((tokens_of(number),), label=label, scored=(other,))
+
+        return Items(len(rows), item)
 
     def _label(self, example: Example) -> float:
         label = example.conversation.meta.get("label")

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import Sequences, Tokens, collate, fit_prompt
+from dataloader import Sequences, Tokens, collate
+from encoding import fit_prompt
 from engine.metrics import Mean
 from functional import entropies, token_logps
 from models import ResponseLogits

@@ -3,6 +3,7 @@
 Letters: B pairs, N response tokens of a batch (flat, row after row). A method adds one function of `Pairs`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,7 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, supervised_sequence
+from trainers.batches import Batch, Item, checked, pair_of
 
 
 class Pairs(NamedTuple):
@@ -120,13 +121,10 @@ class PairedTrainer(BasicTrainer):
         beta = getattr(self.config, "beta", 1.0)
         return beta * pairs.chosen_ratio, beta * pairs.rejected_ratio
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take chosen and rejected."""
         name = type(self).__name__
-        return [
-            Item((supervised_sequence(e.chosen, "chosen", name), supervised_sequence(e.rejected, "rejected", name)))
-            for e in examples
-        ]
+        return checked(len(examples), lambda i: Item(pair_of(examples[i], name)))
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count pairs and, for the NLL term, chosen tokens."""

@@ -5,7 +5,7 @@ Scored once by the trainer's own numeric path, keyed by content; task=cache cach
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,26 +20,22 @@ from teacher.cache import (
     Meta,
     Reader,
     Writer,
-    content_key,
     data_digest,
     finish,
     stored_keys,
     wait_for,
 )
+from teacher.lookup import StoredLogps
 from teacher.scoring import batches_of, left_to_do, score_all, split_rows
 from trainers.basic import BasicTrainer
-from trainers.batches import Item
+from trainers.batches import Item, Items
 
 
-def _sequences(items: list[Item]) -> list[Tokens]:
-    return [tokens for item in items for tokens in (*item.sequences, *item.scored)]
+def _sequences(items: Iterable[Item]) -> Iterator[Tokens]:
+    return (tokens for item in items for tokens in (*item.sequences, *item.scored))
 
 
-def _key(tokens: Tokens) -> bytes:
-    return content_key(tokens.ids, tokens.response)
-
-
-def meta_of(trainer: BasicTrainer, items: list[Item]) -> Meta:
+def meta_of(trainer: BasicTrainer, items: Iterable[Item]) -> Meta:
     """Say what the numbers depend on: the model, its numeric path, the sequences and who cut them."""
     config, tokenizer = trainer.model_config, trainer.tokenizer
     return Meta(
@@ -50,12 +46,12 @@ def meta_of(trainer: BasicTrainer, items: list[Item]) -> Meta:
         reference_digest=None,
         tokenizer_digest=models.tokenizer_digest(tokenizer),
         template_digest=models.template_digest(tokenizer),
-        data_digest=data_digest(_key(tokens) for tokens in _sequences(items)),
+        data_digest=data_digest(tokens.key for tokens in _sequences(items)),
         precision=str(trainer.placement.reference_path()),
     )
 
 
-def cached(trainer: BasicTrainer, items: list[Item], load: Callable[[], torch.nn.Module]) -> Path:
+def cached(trainer: BasicTrainer, items: Sequence[Item], load: Callable[[], torch.nn.Module]) -> Path:
     """Return the folder with the reference's log-probabilities of these items, scored now if it is not there.
 
     load: gives the reference; not called where no model is needed.
@@ -74,7 +70,7 @@ def cached(trainer: BasicTrainer, items: list[Item], load: Callable[[], torch.nn
 
 
 @torch.no_grad()
-def score(trainer: BasicTrainer, reference: torch.nn.Module, items: list[Item], folder: Path, meta: Meta) -> None:
+def score(trainer: BasicTrainer, reference: torch.nn.Module, items: Sequence[Item], folder: Path, meta: Meta) -> None:
     """Score every sequence of the items with the reference into the folder; ranks share the work, a killed run goes on.
 
     The run works in a folder of its own and renames it when whole: two runs with the same data do not meet.
@@ -83,13 +79,13 @@ def score(trainer: BasicTrainer, reference: torch.nn.Module, items: list[Item], 
     part = folder.with_name(f"{folder.name}.{own}.part")
     reference = trainer.placement.place_reference(reference)
     rank, world_size = trainer.processes.rank, trainer.processes.world_size
-    batches = batches_of(_sequences(items), trainer.model_config.eval_batch_size)
+    batches = batches_of(list(_sequences(items)), trainer.model_config.eval_batch_size)
     todo = left_to_do(batches, stored_keys(part, meta), rank, world_size)
 
     def logps(rows: list[Tokens]) -> list[Arrays]:
         batch = trainer.batch_of([Item((tokens,)) for tokens in rows])
         found = trainer.token_logps_of(reference, batch.sequences).float()
-        return split_rows({"logps": found}, [sum(tokens.response) for tokens in rows])
+        return split_rows({"logps": found}, [tokens.num_supervised for tokens in rows])
 
     steps = max(trainer.gathered([len(todo)]))  # all ranks take every step: a sharded model needs them together
     writer = Writer(part, meta, rank)
@@ -98,24 +94,26 @@ def score(trainer: BasicTrainer, reference: torch.nn.Module, items: list[Item], 
     for _ in range(steps - len(todo)):
         logps(batches[-1][-1:])
     if rank == 0:
-        finish(part, meta, {_key(tokens) for tokens in _sequences(items)})
+        finish(part, meta, {tokens.key for tokens in _sequences(items)})
         if is_done(folder):  # another run was first
             remove_folder(part)
         else:
             replace_folder(part, folder)
 
 
-def attach(trainer: BasicTrainer, items: list[Item], folder: Path) -> list[Item]:
+def attach(trainer: BasicTrainer, items: Sequence[Item], folder: Path) -> Sequence[Item]:
     """Give every item its cached reference log-probabilities; ValueError on another model, tokenizer or a gap."""
     meta = meta_of(trainer, items)
     origin = ("quantity", "teacher_digest", "tokenizer_digest", "precision", "backend")
     reader = Reader(folder, {key: getattr(meta, key) for key in origin}, trainer.tokenizer.decode)
-    sequences = _sequences(items)
-    missing = [tokens for tokens in sequences if not reader.holds(_key(tokens))]
+    missing = [tokens for tokens in _sequences(items) if not reader.holds(tokens.key)]
     if missing:
         shown = reader.explain(missing[0].ids, missing[0].response)
-        raise ValueError(f"{folder} lacks {len(missing)} of {len(sequences)} sequences. The first: {shown}")
-    return [
-        item._replace(reference_logps=tuple(reader.get(t.ids, t.response)["logps"] for t in _sequences([item])))
-        for item in items
-    ]
+        number = sum(1 for _ in _sequences(items))
+        raise ValueError(f"{folder} lacks {len(missing)} of {number} sequences. The first: {shown}")
+
+    def item(number: int) -> Item:
+        found = items[number]
+        return found._replace(reference_logps=tuple(StoredLogps(reader, t) for t in _sequences([found])))
+
+    return Items(len(items), item)

@@ -7,6 +7,7 @@ tokens, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from settings.schema import one_of, require
 from settings.typed import Place
 from teacher.precision import teacher_logits
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, supervised_sequence
+from trainers.batches import Batch, Item, checked, supervised_sequence
 from trainers.rollouts import reward_of
 
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # of the generalized JSD
@@ -70,13 +71,16 @@ class RewardWeighted(BasicTrainer):
         """Return the teachers."""
         return {f"teacher_{i}": (folder, "lm") for i, folder in enumerate(self.config.teachers)}
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take each response with its reward."""
         name = "reward-weighted-distill"
-        return [
-            Item((supervised_sequence(e.response, "teacher_response", name),), label=reward_of(e), source=i)
-            for i, e in enumerate(examples)
-        ]
+
+        def item(number: int) -> Item:
+            example = examples[number]
+            tokens = supervised_sequence(example.response, "teacher_response", name)
+            return Item((tokens,), label=reward_of(example), source=number)
+
+        return checked(len(examples), item)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count responses."""

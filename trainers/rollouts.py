@@ -8,7 +8,7 @@ data.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from rewards.verifiers import resolve_verifier, scored
 from settings.schema import one_of, require
 from settings.typed import Code, Place
 from trainers.basic import BasicTrainer
-from trainers.batches import Item
+from trainers.batches import Item, Items
 
 Micros = list[list[Item]]
 
@@ -85,7 +85,7 @@ class Rollouts:
     def __init__(self, trainer: BasicTrainer, config: Any) -> None:
         run = trainer.run_config
         self.trainer, self.config = trainer, config
-        self.examples: dict[str, list[Example]] = {}
+        self.examples: dict[str, Sequence[Example]] = {}
         self.verifier = resolve_verifier(config.verifier, "loss.verifier") if config.verifier else None
         self.kept: list[Micros] = []
         require(
@@ -102,18 +102,19 @@ class Rollouts:
 
     # ---- items
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Make an item of each prompt (online) or of each response with its reward (offline)."""
         self.examples[split] = examples
         if self.config.is_online:
-            return [
-                Item((Tokens(e.prompt, [False] * len(e.prompt)),), label=0.0, source=i) for i, e in enumerate(examples)
-            ]
-        return [
-            Item((tokens,), label=label, source=i)
-            for i, example in enumerate(examples)
-            for tokens, label in self._given(example)
-        ]
+            return Items(len(examples), lambda i: prompt_item(examples[i].prompt, i))
+        places = [(i, k) for i, example in enumerate(examples) for k in range(len(self._given(example)))]
+
+        def item(number: int) -> Item:
+            source, k = places[number]
+            tokens, label = self._given(examples[source])[k]
+            return Item((tokens,), label=label, source=source)
+
+        return Items(len(places), item)
 
     def _given(self, example: Example) -> list[tuple[Tokens, float]]:
         """Return the responses of a row with their rewards: 1 and 0 for chosen and rejected, else the row's column."""
@@ -133,11 +134,15 @@ class Rollouts:
 
     def micro_items(self, step: int, make: Callable[[int], Micros]) -> Micros:
         """Return the micro-batches of a step: of a new rollout where a period begins, else of the one that is kept."""
-        place = (step - 1) % self.config.period
-        if place == 0:
-            first = (step - 1) // self.config.period * self.config.rollout_batches + 1
-            self.kept = [make(first + i) for i in range(self.config.rollout_batches)]
-        return self.kept[place % self.config.rollout_batches]
+        if new := self.new_batches(step):
+            self.kept = [make(number) for number in new]
+        return self.kept[(step - 1) % self.config.period % self.config.rollout_batches]
+
+    def new_batches(self, step: int) -> Sequence[int]:
+        """Return the numbers of the batches that a rollout of this step answers: all of a period where one begins."""
+        periods, place = divmod(step - 1, self.config.period)
+        first = periods * self.config.rollout_batches + 1
+        return range(first, first + self.config.rollout_batches) if place == 0 else ()
 
     def responded(self, micros: Micros, step: int) -> Micros:
         """Return items with responses and rewards; held-out prompts (step 0) are answered once."""
@@ -195,7 +200,7 @@ class RolloutTrainer(BasicTrainer):
         scorer = self.config.verifier or self.config.reward_model
         return f"{super().objective()}; responses: {whose}" + (f", rewards by {scorer}" if scorer else "")
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take prompts, or given responses with their rewards."""
         return self.rollouts.items(examples, split)
 
@@ -209,6 +214,10 @@ class RolloutTrainer(BasicTrainer):
         """Return the micro-batches of the rollout that this step learns from."""
         return self.rollouts.micro_items(step, super().micro_items)
 
+    def new_batches(self, step: int) -> Sequence[int]:
+        """Return the batches that are answered anew."""
+        return self.rollouts.new_batches(step)
+
     def may_stop(self, step: int) -> bool:
         """Stop between rollouts only."""
         return step % self.config.period == 0
@@ -221,6 +230,11 @@ class RolloutTrainer(BasicTrainer):
     def noted(self, items: list[Item]) -> list[Item]:
         """Return the items of a micro-batch with their notes."""
         raise NotImplementedError
+
+
+def prompt_item(prompt: list[int], source: int) -> Item:
+    """Return an item with a prompt that waits for its response."""
+    return Item((Tokens(prompt, [False] * len(prompt)),), label=0.0, source=source)
 
 
 def reward_of(example: Example) -> float:

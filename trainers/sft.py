@@ -1,5 +1,6 @@
 """Supervised fine-tuning: -log pi(y|x), mean over the response tokens of the global batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, supervised_sequence
+from trainers.batches import Batch, Item, checked, supervised_sequence
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,17 @@ class SFT(BasicTrainer):
     formula = "mean over response tokens of −log π_θ(y_t|s_t)"
     source = "supervised fine-tuning"
 
-    def items(self, examples: list[Example], split: str) -> list[Item]:
+    def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take the response, or the chosen one of a pair."""
-        items = []
-        for example in examples:
+
+        def item(number: int) -> Item:
+            example = examples[number]
             tokens = example.chosen if self.config.train_on == "chosen" else example.response
             if self.config.train_on == "auto":
                 tokens = example.response or example.chosen
-            items.append(Item((supervised_sequence(tokens, "a response", "sft"),)))
-        return items
+            return Item((supervised_sequence(tokens, "a response", "sft"),))
+
+        return checked(len(examples), item)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count response tokens."""
