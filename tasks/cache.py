@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import models
@@ -14,7 +15,8 @@ from settings.schema import Settings
 from teacher.cache import Arrays, Meta, Writer, begin, content_key, data_digest, finish, stored_keys
 from teacher.precision import teacher_path
 from teacher.quantities import Quantity, quantity_of
-from teacher.scoring import Scorer, batches_of, left_to_do, score_all
+from teacher.scoring import Scorer, batches_of, left_to_do, missing, score_all, write_all
+from teacher.served import Served, ServedScorer, check_models, check_servers, connected
 
 VERSION = 2
 
@@ -22,9 +24,10 @@ VERSION = 2
 def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
     config, quantity, process = settings.cache, quantity_of(settings.cache), Apart()
-    if config.backend == "vllm" and process.world_size > 1:
+    if config.backend != "hf" and process.world_size > 1:
         raise ValueError(
-            "cache.backend=vllm runs in one process: start it with `python launch.py`, without accelerate launch"
+            f"cache.backend={config.backend} runs in one process: start it with `python launch.py`, without accelerate "
+            "launch"
         )
     tokenizer = models.load_tokenizer(settings.model)
     if config.reference:
@@ -32,10 +35,14 @@ def run(settings: Settings) -> None:
     batches = batches_of(_sequences(settings, tokenizer), config.batch_size)
     keys = {content_key(t.ids, t.response) for batch in batches for t in batch}
     folder = settings.run.run_dir / "CACHE"
-    meta = _meta(settings, quantity, tokenizer, _path(settings, quantity, process), data_digest(keys))
+    served = connected(config) if config.backend == "server" else ()
+    meta = _meta(settings, quantity, tokenizer, _precision(settings, quantity, process), data_digest(keys), served)
     begin(folder, meta)
-    todo = left_to_do(batches, stored_keys(folder, meta), process.rank, process.world_size)
-    if todo:
+    written = stored_keys(folder, meta)
+    todo = left_to_do(batches, written, process.rank, process.world_size)
+    if todo and served:
+        _ask(settings, quantity, tokenizer, served, folder, meta, missing(todo, written))
+    elif todo:
         longest = max(len(t.ids) for batch in todo for t in batch)
         scorer, close = _scorer(settings, quantity, tokenizer, process, longest)
         writer = Writer(folder, meta, process.rank)
@@ -49,6 +56,34 @@ def run(settings: Settings) -> None:
             f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, "
             f"{size / max(1, done.num_tokens):.1f} bytes per token"
         )
+
+
+def _ask(
+    settings: Settings,
+    quantity: Quantity,
+    tokenizer: Any,
+    served: tuple[Served, ...],
+    folder: Path,
+    meta: Meta,
+    todo: list[list[Tokens]],
+) -> None:
+    """Let servers score what is missing; ValueError says what was done when one of them fails for good."""
+    config, longest = settings.cache, max(len(t.ids) for batch in todo for t in batch)
+    if settings.model.num_layers is not None:
+        raise ValueError(f"model.num_layers={settings.model.num_layers} cuts no model that a server holds: drop it")
+    before = len(stored_keys(folder, meta))
+    found = check_servers(served, config, tokenizer, longest)
+    check_models(folder, found, config.probe_tolerance, has_entries=before > 0)
+    writer = Writer(folder, meta)
+    try:
+        write_all(todo, ServedScorer(quantity, served, config, len(tokenizer)).stream(todo), writer, "cache", True)
+    except ValueError as error:
+        done, total = len(stored_keys(folder, meta)), before + sum(map(len, todo))
+        raise ValueError(
+            f"{error}. {done} of {total} sequences are in {folder}; the same command asks for the rest"
+        ) from error
+    finally:
+        writer.close()
 
 
 def _scorer(
@@ -67,6 +102,11 @@ def _scorer(
     load = partial(models.load_model, settings.model, dtype=dtype, trainable=False)
     teachers = [place(load(source=source)) for source in sources]
     return Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, placement.precision), lambda: None
+
+
+def _precision(settings: Settings, quantity: Quantity, process: Apart) -> str:
+    """Return the numeric path as meta.json has it; a server's is its own affair and shows in no answer."""
+    return "served" if settings.cache.backend == "server" else str(_path(settings, quantity, process))
 
 
 def _path(settings: Settings, quantity: Quantity, process: Apart) -> NumericPath:
@@ -103,18 +143,29 @@ def check_tokenizers(tokenizer: Any, reference: str, settings: Settings) -> None
         )
 
 
-def _meta(settings: Settings, quantity: Quantity, tokenizer: Any, path: NumericPath, data: str) -> Meta:
+def _digests(settings: Settings, served: tuple[Served, ...]) -> tuple[str, str | None]:
+    """Return the identities of the teacher and of the reference teacher, if there is one."""
+    if served:
+        return served[0].digest, served[1].digest if len(served) == 2 else None
+    reference = settings.cache.reference
+    return models.config_digest(settings.model), models.model_digest(reference) if reference else None
+
+
+def _meta(
+    settings: Settings, quantity: Quantity, tokenizer: Any, precision: str, data: str, served: tuple[Served, ...]
+) -> Meta:
     config, command = settings.cache, settings.run.run_dir / "command.txt"
+    teacher, reference = _digests(settings, served)
     return Meta(
         quantity=quantity.name,
         k=config.top_k if quantity.is_wide else 0,
         vocab_size=len(tokenizer),
-        teacher_digest=models.config_digest(settings.model),
-        reference_digest=models.model_digest(config.reference) if config.reference else None,
+        teacher_digest=teacher,
+        reference_digest=reference,
         tokenizer_digest=models.tokenizer_digest(tokenizer),
         template_digest=models.template_digest(tokenizer),
         data_digest=data,
-        precision=str(path),
+        precision=precision,
         beta=config.beta,
         backend=config.backend,
         command=command.read_text().strip() if command.is_file() else "",
