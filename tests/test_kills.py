@@ -180,7 +180,7 @@ def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantity", ["logprob", "advantage"])
 def test_a_cache_of_served_teachers_survives_twenty_kills(tmp_path: Path, quantity: str) -> None:
     """Answers of 8 requests at once come in any order; what is on disk comes in one."""
-    write_pairs(tmp_path / "pairs.jsonl", 1500)
+    write_pairs(tmp_path / "pairs.jsonl", 500)
     config = typed(composed("model=tiny")["model"], ModelConfig)
     tokenizer = models.load_tokenizer(config)
     seeds = {"teacher": 5, "start": 6}
