@@ -8,8 +8,9 @@ from typing import Any
 
 import models
 from dataloader import Tokens, load_examples, read_generations
-from engine.placement import Replicated
-from engine.processes import Apart
+from engine.placement import Placement, Replicated
+from engine.processes import Apart, Processes
+from engine.strategy import placement_of
 from models import NumericPath
 from settings.schema import Settings
 from teacher.cache import Arrays, Meta, Writer, begin, content_key, data_digest, finish, stored_keys
@@ -23,7 +24,8 @@ VERSION = 2
 
 def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
-    config, quantity, process = settings.cache, quantity_of(settings.cache), Apart()
+    config, quantity, placement = settings.cache, quantity_of(settings.cache), _placement(settings)
+    process = placement.processes
     if config.backend != "hf" and process.world_size > 1:
         raise ValueError(
             f"cache.backend={config.backend} runs in one process: start it with `python launch.py`, without accelerate "
@@ -36,19 +38,14 @@ def run(settings: Settings) -> None:
     keys = {content_key(t.ids, t.response) for batch in batches for t in batch}
     folder = settings.run.run_dir / "CACHE"
     served = connected(config) if config.backend == "server" else ()
-    meta = _meta(settings, quantity, tokenizer, _precision(settings, quantity, process), data_digest(keys), served)
+    meta = _meta(settings, quantity, tokenizer, _precision(settings, quantity, placement), data_digest(keys), served)
     begin(folder, meta)
     written = stored_keys(folder, meta)
     todo = left_to_do(batches, written, process.rank, process.world_size)
     if todo and served:
         _ask(settings, quantity, tokenizer, served, folder, meta, missing(todo, written))
-    elif todo:
-        longest = max(len(t.ids) for batch in todo for t in batch)
-        scorer, close = _scorer(settings, quantity, tokenizer, process, longest)
-        writer = Writer(folder, meta, process.rank)
-        score_all(todo, writer, scorer, "cache", process.is_main)
-        writer.close()
-        close()
+    elif not served:
+        _score(settings, quantity, tokenizer, placement, folder, meta, todo, batches[0])
     if process.is_main:
         done = finish(folder, meta, keys)
         size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
@@ -56,6 +53,44 @@ def run(settings: Settings) -> None:
             f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, "
             f"{size / max(1, done.num_tokens):.1f} bytes per token"
         )
+
+
+def _placement(settings: Settings) -> Placement:
+    """Return where teachers live: whole in processes that share files alone, or, with strategy=fsdp, a part in each."""
+    if settings.run.strategy == "fsdp" and settings.cache.backend == "hf":
+        return placement_of("fsdp", settings.model, Processes())
+    return Replicated(Apart(), settings.model)
+
+
+def _score(
+    settings: Settings,
+    quantity: Quantity,
+    tokenizer: Any,
+    placement: Placement,
+    folder: Path,
+    meta: Meta,
+    todo: list[list[Tokens]],
+    spare: list[Tokens],
+) -> None:
+    """Score this process's batches here.
+
+    Where teachers are sharded a forward pass needs every process: each goes as many rounds as the busiest one, with
+    the batch `spare` for nothing.
+    """
+    process = placement.processes
+    rounds = max(process.gathered([len(todo)])) if placement.in_step else len(todo)
+    if rounds:
+        longest = max(len(t.ids) for batch in [*todo, spare] for t in batch)
+        scorer, close = _scorer(settings, quantity, tokenizer, placement, longest)
+        if todo:
+            writer = Writer(folder, meta, process.rank)
+            score_all(todo, writer, scorer, "cache", process.is_main)
+            writer.close()
+        for _ in range(rounds - len(todo)):
+            scorer(spare)
+        close()
+    if placement.in_step:
+        process.close()
 
 
 def _ask(
@@ -87,7 +122,7 @@ def _ask(
 
 
 def _scorer(
-    settings: Settings, quantity: Quantity, tokenizer: Any, process: Apart, longest: int
+    settings: Settings, quantity: Quantity, tokenizer: Any, placement: Placement, longest: int
 ) -> tuple[Callable[[Sequence[Tokens]], list[Arrays]], Callable[[], None]]:
     """Return who scores batches, and what ends it."""
     config = settings.cache
@@ -96,26 +131,26 @@ def _scorer(
 
         served = VllmScorer(settings, len(tokenizer), longest)
         return served, lambda: shut_down(served.llm)
-    dtype, placement = _path(settings, quantity, process).weights, Replicated(process, settings.model)
+    dtype = _path(settings, quantity, placement).weights
     place = placement.place_reference if quantity.policy_path else placement.place_frozen
     sources = (None, config.reference)[: quantity.num_models]
-    load = partial(models.load_model, settings.model, dtype=dtype, trainable=False)
+    load = partial(models.load_model, settings.model, dtype=dtype, trainable=False, empty=placement.empty)
     teachers = [place(load(source=source)) for source in sources]
     return Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, placement.precision), lambda: None
 
 
-def _precision(settings: Settings, quantity: Quantity, process: Apart) -> str:
+def _precision(settings: Settings, quantity: Quantity, placement: Placement) -> str:
     """Return the numeric path as meta.json has it; a server's is its own affair and shows in no answer."""
-    return "served" if settings.cache.backend == "server" else str(_path(settings, quantity, process))
+    return "served" if settings.cache.backend == "server" else str(_path(settings, quantity, placement))
 
 
-def _path(settings: Settings, quantity: Quantity, process: Apart) -> NumericPath:
+def _path(settings: Settings, quantity: Quantity, placement: Placement) -> NumericPath:
     if settings.cache.backend == "vllm":
-        dtype = models.resolve_dtype(settings.model.reference_dtype, process.device)
+        dtype = models.resolve_dtype(settings.model.reference_dtype, placement.device)
         return NumericPath(dtype, dtype, dtype, "vllm")
     if quantity.policy_path:
-        return Replicated(process, settings.model).reference_path()
-    return teacher_path(settings.model, process.device)
+        return placement.reference_path()
+    return teacher_path(settings.model, placement.device)
 
 
 def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
