@@ -11,16 +11,20 @@ import json
 import os
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -34,6 +38,7 @@ from estimate.shape import shape_of
 from functional import token_logps
 from models import load_model, load_tokenizer, resolve_dtype, response_logits
 from settings.schema import ModelConfig, typed
+from teacher.cache import Reader
 from trainers.batches import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +46,7 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/
 METHODS = ("sft", "dpo", "dckd", "adpa")
 TOP_K = 50
 LOGITS_TOLERANCE = 0.25  # nat between two attention kernels in bfloat16 on random weights
+ADVANTAGE_TOLERANCE = 0.01  # nat on average between vLLM's float32 and ours, TF32 included
 
 
 class Scale(NamedTuple):
@@ -283,6 +289,92 @@ def task(name: str, backend: str, scale: Scale) -> Row:
         return Row(f"{name} by {backend}", f"{scale.answers} rows, start and end included", seconds)
 
 
+class VllmServer:
+    """vLLM's own server with all that scoring needs, in float32, given ids included; ended with the block."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.root, self.log = f"http://127.0.0.1:{port}", folder.parent / f"{name}.log"
+        flags = [f"--model={folder}", f"--served-model-name={name}", f"--port={port}", "--host=127.0.0.1"]
+        flags += ["--dtype=float32", "--enable-scale-out", "--max-logprobs=50", "--max-model-len=1100"]
+        flags += ["--enforce-eager", "--gpu-memory-utilization=0.4"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "1"},
+        )
+
+    def __enter__(self) -> "VllmServer":
+        """Wait until it is healthy."""
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.root}/health", timeout=5)
+                return self
+            except OSError:
+                time.sleep(0.5)
+        self.__exit__()
+        raise ValueError(f"vLLM's server did not come up: {self.log.read_text()[-300:]}")
+
+    def __exit__(self, *_: object) -> None:
+        """End it with all its processes."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def served_advantages(scale: Scale) -> Row:
+    """Ask two real vLLM servers for advantages, the reference by given ids in binary; compare with cache.backend=hf."""
+    needs_gpu()
+    if find_spec("vllm") is None:
+        raise Skipped("vLLM is not installed (./install.sh --vllm)")
+    with model_folder(scale) as (base, model):
+        other = base / "other"
+        width = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        build = {**(model_config(scale.model).build or {}), "vocab_size": width}
+        shutil.copytree(model, other)
+        load_model(
+            model_config(scale.model, build=build, build_seed=7), dtype=torch.bfloat16, trainable=False
+        ).save_pretrained(other)
+        words = ["task=cache", "model=base_model", f"model.name_or_path={model}", "model.max_length=1024"]
+        words += ["model.max_prompt_length=512", "datasets=[local]", f"datasets.local.train={base / 'rows.jsonl'}"]
+        words += [f"cache_dir={base}", "cache.top_k=20", "cache.responses=[response]", "model.reference_dtype=float32"]
+        run_here([*words, "exp_name=here", f"cache.reference={other}"])
+        with VllmServer(model, "teacher") as one, VllmServer(other, "start") as two:
+            urls = [f"cache.base_url={one.root}/v1", f"cache.reference_base_url={two.root}/v1"]
+            started = time.perf_counter()
+            run_here([*words, "exp_name=there", "cache.backend=server", "cache.concurrency=64", *urls])
+            seconds = time.perf_counter() - started
+        return Row("advantages by two servers", compared(base / "here/CACHE", base / "there/CACHE"), seconds)
+
+
+def run_here(words: list[str]) -> None:
+    """Run launch.py; ValueError with the end of what it said."""
+    done = subprocess.run([sys.executable, "launch.py", *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{shlex.join(words[:2])}: {done.stderr.strip()[-300:]}")
+
+
+def compared(here: Path, there: Path) -> str:
+    """Say how far two caches of advantages are apart, where they hold the same ids; ValueError beyond a tolerance."""
+    ours, theirs = Reader(here), Reader(there)
+    same, gaps = [], []
+    for ids, mask in ours.sequences(10**6):
+        one, other = ours.get(ids, mask), theirs.get(ids, mask)
+        equal = one["ids"] == other["ids"]
+        same.append(equal.mean())
+        gaps.append(np.abs(one["values"] - other["values"])[equal])
+    share, worst, mean = float(np.mean(same)), float(max(g.max() for g in gaps)), float(np.concatenate(gaps).mean())
+    if share < 0.95 or mean > ADVANTAGE_TOLERANCE:
+        raise ValueError(f"{share:.1%} of the ids are equal; advantages differ by {mean:.4f} nat, at most {worst:.4f}")
+    return f"float32, {share:.2%} of the ids equal, advantages {mean:.5f} nat apart on average, at most {worst:.4f}"
+
+
 def checks(scale: Scale) -> dict[str, Callable[[], Row]]:
     """Name every check."""
     found: dict[str, Callable[[], Row]] = {
@@ -294,6 +386,7 @@ def checks(scale: Scale) -> dict[str, Callable[[], Row]]:
     for backend in ("hf", "vllm"):
         for name in ("generate", "cache"):
             found[f"{name} by {backend}"] = lambda n=name, b=backend: task(n, b, scale)  # type: ignore[misc]
+    found["advantages by two servers"] = lambda: served_advantages(scale)
     return found
 
 

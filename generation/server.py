@@ -12,7 +12,9 @@ import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 Task = TypeVar("Task")
@@ -31,6 +33,14 @@ class _Later(Exception):
         self.pause = pause
 
 
+class Refused(ValueError):
+    """A status that another try would not change: `code`, and what the server `said`."""
+
+    def __init__(self, message: str, code: int, said: str) -> None:
+        super().__init__(message)
+        self.code, self.said = code, said
+
+
 class _Stay(urllib.request.HTTPRedirectHandler):
     """Follow no redirect: the key would travel with it."""
 
@@ -39,12 +49,15 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 
 class Server:
-    """A base URL with time limit, retries with back-off, and the key of the environment; `section` names its keys in
-    messages.
+    """A base URL with time limit, retries with back-off, and the key of the environment; `section` and `key` name its
+    keys in messages.
     """
 
-    def __init__(self, base_url: str, timeout: float, retries: int, section: str = "generation") -> None:
-        self.base_url, self.timeout, self.retries, self.section = base_url.rstrip("/"), timeout, retries, section
+    def __init__(
+        self, base_url: str, timeout: float, retries: int, section: str = "generation", key: str = "base_url"
+    ) -> None:
+        self.base_url, self.timeout, self.retries = base_url.rstrip("/"), timeout, retries
+        self.section, self.key = section, key
         self.stopped = threading.Event()
         self.opener = urllib.request.build_opener(_Stay)
 
@@ -62,7 +75,7 @@ class Server:
                 pause = min(error.pause, LONGEST_PAUSE) if error.pause is not None else wait
         raise ValueError(
             f"{self.base_url}{path}: {reason}, {self.retries + 1} times in a row. Is the server of "
-            f"{self.section}.base_url up? "
+            f"{self.section}.{self.key} up? "
             "What is finished is kept: the same command goes on from there"
         )
 
@@ -93,7 +106,8 @@ class Server:
             after = error.headers.get("Retry-After", "")
             raise _Later(f"HTTP {error.code}: {said[:300]}", float(after) if after.isdecimal() else None)
         hint = f" Set the environment variable {KEY}." if error.code in (401, 403) else ""
-        raise ValueError(f"{self.base_url}{path} refuses the request, HTTP {error.code}: {said}.{hint}")
+        message = f"{self.base_url}{path} refuses the request, HTTP {error.code}: {said}.{hint}"
+        raise Refused(message, error.code, said)
 
 
 def served_model(server: Server, name: str | None) -> str:
@@ -141,3 +155,34 @@ def in_parallel(
                     yield late  # type: ignore[misc]
             raise error
         yield result  # type: ignore[misc]
+
+
+def in_order(tasks: Iterable[Task], work: Callable[[Task], Result], concurrency: int, ahead: int) -> Iterator[Result]:
+    """Yield work(task) in the order of the tasks, `concurrency` at once; no more than `ahead` are begun and not taken.
+
+    The first task, in this order, that fails raises its error, when all before it have been yielded.
+    """
+    todo: queue.SimpleQueue[tuple[Task, Future[Result]] | None] = queue.SimpleQueue()
+    waiting: deque[Future[Result]] = deque()
+
+    def worker() -> None:
+        while (job := todo.get()) is not None:
+            task, promise = job
+            try:
+                promise.set_result(work(task))
+            except Exception as error:  # raised where the result is taken
+                promise.set_exception(error)
+
+    for _ in range(concurrency):
+        threading.Thread(target=worker, daemon=True).start()  # daemon: an interrupted run does not wait for an answer
+    try:
+        for task in tasks:
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+            waiting.append(Future())
+            todo.put((task, waiting[-1]))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for _ in range(concurrency):
+            todo.put(None)

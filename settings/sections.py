@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from settings.tasks import ESTIMATED
 from settings.typed import Code, Place, one_of, require
 
+SERVER_URL = re.compile(r"https?://[^@/]+(/[^@]*)?$")
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -63,7 +65,7 @@ class GenerationConfig:
 
     def _check_server(self) -> None:
         require(
-            self.backend != "openai" or bool(re.match(r"https?://[^@/]+(/[^@]*)?$", self.base_url or "")),
+            self.backend != "openai" or bool(SERVER_URL.match(self.base_url or "")),
             "generation.backend=openai needs generation.base_url=http://HOST:PORT/v1 (without a key or password in "
             f"it), got {self.base_url!r}",
         )
@@ -102,6 +104,15 @@ class CacheConfig:
     backend: str
     tensor_parallel: int
     kv_cache_gb: float | None
+    base_url: str | None
+    model_name: str | None
+    reference_base_url: str | None
+    reference_model_name: str | None
+    given_ids: str
+    probe_tolerance: float
+    concurrency: int
+    timeout: float
+    retries: int
     import_from: Place | None
     import_format: str
     export_format: str | None
@@ -118,7 +129,9 @@ class CacheConfig:
             "or huggingface",
         )
         one_of("cache.split", self.split, ("train", "test"))
-        one_of("cache.backend", self.backend, ("hf", "vllm"))
+        one_of("cache.backend", self.backend, ("hf", "vllm", "server"))
+        one_of("cache.given_ids", self.given_ids, ("binary", "whole_vocabulary"))
+        self._check_server()
         require(self.tensor_parallel >= 1, f"cache.tensor_parallel={self.tensor_parallel} must be at least 1")
         require(1 <= self.top_k <= 65535, f"cache.top_k={self.top_k} must be in 1 to 65535")
         one_of("cache.codec", self.codec, ("compact", "none"))
@@ -131,6 +144,34 @@ class CacheConfig:
         require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
         for name in self.responses:
             one_of("cache.responses", name, ("chosen", "rejected", "response"))
+
+    def _check_server(self) -> None:
+        urls = {"base_url": self.base_url, "reference_base_url": self.reference_base_url}
+        names = {"model_name": self.model_name, "reference_model_name": self.reference_model_name}
+        served = self.backend == "server"
+        for key, value in {**urls, **names}.items():
+            require(
+                served or value is None, f"cache.{key}={value} is for cache.backend=server, not {self.backend}: drop it"
+            )
+        for key, value in urls.items():
+            require(
+                not served or (value is None and key != "base_url") or bool(SERVER_URL.match(value or "")),
+                f"cache.backend=server needs cache.{key}=http://HOST:PORT/v1 (without a key or password in it), got "
+                f"{value!r}",
+            )
+        require(
+            not served or self.reference is None,
+            f"cache.reference={self.reference} is a folder, and cache.backend=server asks a server for the second "
+            "teacher, too: set cache.reference_base_url",
+        )
+        require(
+            self.reference_model_name is None or self.reference_base_url is not None,
+            f"cache.reference_model_name={self.reference_model_name} needs cache.reference_base_url",
+        )
+        require(self.probe_tolerance > 0, f"cache.probe_tolerance={self.probe_tolerance} must be above 0")
+        require(self.concurrency >= 1, f"cache.concurrency={self.concurrency} must be at least 1")
+        require(self.timeout > 0, f"cache.timeout={self.timeout} must be above 0")
+        require(self.retries >= 0, f"cache.retries={self.retries} must not be negative")
 
 
 def kept_mass(config: CacheConfig) -> float:

@@ -84,6 +84,10 @@ TASKS = {
             *(key for key in MODEL_IN_TRAINING if key != "model.master_dtype"),  # _unused says when it is free
             "cache.tensor_parallel",
             "cache.kv_cache_gb",
+            "cache.probe_tolerance",
+            "cache.concurrency",
+            "cache.timeout",
+            "cache.retries",
         ),
         is_estimated=True,
     ),
@@ -206,9 +210,10 @@ def _unused(raw: dict[str, Any]) -> set[str]:
         found.add("n_eval_examples" if section.get("split") == "train" else "n_examples")
     if task == "cache" and section.get("quantity") != "token_logp":  # a reference is stored as its policy is
         found.add("model.master_dtype")
-    for section in ("generation", "judge"):
-        if (raw.get(section) or {}).get("model_name"):  # whoever serves it, it is this model
-            found.add(f"{section}.base_url")
+    for section in ("generation", "judge", "cache"):
+        for prefix in ("", "reference_"):
+            if (raw.get(section) or {}).get(f"{prefix}model_name"):  # whoever serves it, it is this model
+                found.add(f"{section}.{prefix}base_url")
     found |= {key for key in ("first_step", "schedule_steps") if not raw.get(key)}  # the run is whole by itself
     model = raw.get("model") or {}
     loaded = any(model.get(key) for key in ("from_checkpoint", "load_from", "name_or_path"))

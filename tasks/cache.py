@@ -8,8 +8,9 @@ from typing import Any
 
 import models
 from dataloader import Tokens, load_examples, read_generations
-from engine.placement import Replicated
-from engine.processes import Apart
+from engine.placement import Placement, Replicated
+from engine.processes import Apart, Processes
+from engine.strategy import placement_of
 from models import NumericPath
 from settings.schema import Settings
 from settings.sections import kept_mass
@@ -18,7 +19,8 @@ from teacher.hub import check_push, push
 from teacher.interchange import Tokenizing, card, export_cache, import_cache, is_cache
 from teacher.precision import teacher_path
 from teacher.quantities import Quantity, quantity_of
-from teacher.scoring import Scorer, batches_of, left_to_do, score_all
+from teacher.scoring import Scorer, batches_of, left_to_do, missing, score_all, write_all
+from teacher.served import Served, ServedScorer, check_models, check_servers, connected
 from teacher.vocabulary import check_reads_ours
 
 VERSION = 3
@@ -26,10 +28,12 @@ VERSION = 3
 
 def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
-    config, quantity, process = settings.cache, quantity_of(settings.cache), Apart()
-    if config.backend == "vllm" and process.world_size > 1:
+    config, quantity, placement = settings.cache, quantity_of(settings.cache), _placement(settings)
+    process = placement.processes
+    if config.backend != "hf" and process.world_size > 1:
         raise ValueError(
-            "cache.backend=vllm runs in one process: start it with `python launch.py`, without accelerate launch"
+            f"cache.backend={config.backend} runs in one process: start it with `python launch.py`, without accelerate "
+            "launch"
         )
     if config.push_to_hub:
         check_push(config.push_to_hub)
@@ -44,16 +48,15 @@ def run(settings: Settings) -> None:
     batches = batches_of(_sequences(settings, tokenizer), config.batch_size)
     keys = {t.key for batch in batches for t in batch}
     folder = settings.run.run_dir / "CACHE"
-    meta = _meta(settings, quantity, tokenizer, _path(settings, quantity, process), data_digest(keys))
+    served = connected(config) if config.backend == "server" else ()
+    meta = _meta(settings, quantity, tokenizer, _precision(settings, quantity, placement), data_digest(keys), served)
     begin(folder, meta)
-    todo = left_to_do(batches, stored_keys(folder, meta), process.rank, process.world_size)
-    if todo:
-        longest = max(t.length for batch in todo for t in batch)
-        scorer, close = _scorer(settings, quantity, tokenizer, process, longest)
-        writer = Writer(folder, meta, process.rank)
-        score_all(todo, writer, scorer, "cache", process.is_main)
-        writer.close()
-        close()
+    written = stored_keys(folder, meta)
+    todo = left_to_do(batches, written, process.rank, process.world_size)
+    if todo and served:
+        _ask(settings, quantity, tokenizer, served, folder, meta, missing(todo, written))
+    elif not served:
+        _score(settings, quantity, tokenizer, placement, folder, meta, todo, batches[0])
     if process.is_main:
         done = finish(folder, meta, keys)
         size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
@@ -101,8 +104,74 @@ def _handed_on(settings: Settings, folder: Path) -> None:
         print(f"pushed: {push(folder, config.push_to_hub, card(meta, 'prefdistill cache', None, meta.num_sequences))}")
 
 
+def _placement(settings: Settings) -> Placement:
+    """Return where teachers live: whole in processes that share files alone, or, with strategy=fsdp, a part in each."""
+    if settings.run.strategy == "fsdp" and settings.cache.backend == "hf":
+        return placement_of("fsdp", settings.model, Processes())
+    return Replicated(Apart(), settings.model)
+
+
+def _score(
+    settings: Settings,
+    quantity: Quantity,
+    tokenizer: Any,
+    placement: Placement,
+    folder: Path,
+    meta: Meta,
+    todo: list[list[Tokens]],
+    spare: list[Tokens],
+) -> None:
+    """Score this process's batches here.
+
+    Where teachers are sharded a forward pass needs every process: each goes as many rounds as the busiest one, with
+    the batch `spare` for nothing.
+    """
+    process = placement.processes
+    rounds = max(process.gathered([len(todo)])) if placement.in_step else len(todo)
+    if rounds:
+        longest = max(len(t.ids) for batch in [*todo, spare] for t in batch)
+        scorer, close = _scorer(settings, quantity, tokenizer, placement, longest)
+        if todo:
+            writer = Writer(folder, meta, process.rank)
+            score_all(todo, writer, scorer, "cache", process.is_main)
+            writer.close()
+        for _ in range(rounds - len(todo)):
+            scorer(spare)
+        close()
+    if placement.in_step:
+        process.close()
+
+
+def _ask(
+    settings: Settings,
+    quantity: Quantity,
+    tokenizer: Any,
+    served: tuple[Served, ...],
+    folder: Path,
+    meta: Meta,
+    todo: list[list[Tokens]],
+) -> None:
+    """Let servers score what is missing; ValueError says what was done when one of them fails for good."""
+    config, longest = settings.cache, max(len(t.ids) for batch in todo for t in batch)
+    if settings.model.num_layers is not None:
+        raise ValueError(f"model.num_layers={settings.model.num_layers} cuts no model that a server holds: drop it")
+    before = len(stored_keys(folder, meta))
+    found = check_servers(served, config, tokenizer, longest)
+    check_models(folder, found, config.probe_tolerance, has_entries=before > 0)
+    writer = Writer(folder, meta)
+    try:
+        write_all(todo, ServedScorer(quantity, served, config, len(tokenizer)).stream(todo), writer, "cache", True)
+    except ValueError as error:
+        done, total = len(stored_keys(folder, meta)), before + sum(map(len, todo))
+        raise ValueError(
+            f"{error}. {done} of {total} sequences are in {folder}; the same command asks for the rest"
+        ) from error
+    finally:
+        writer.close()
+
+
 def _scorer(
-    settings: Settings, quantity: Quantity, tokenizer: Any, process: Apart, longest: int
+    settings: Settings, quantity: Quantity, tokenizer: Any, placement: Placement, longest: int
 ) -> tuple[Callable[[Sequence[Tokens]], list[Arrays]], Callable[[], None]]:
     """Return who scores batches, and what ends it."""
     config = settings.cache
@@ -111,21 +180,26 @@ def _scorer(
 
         served = VllmScorer(settings, len(tokenizer), longest)
         return served, lambda: shut_down(served.llm)
-    dtype, placement = _path(settings, quantity, process).weights, Replicated(process, settings.model)
+    dtype = _path(settings, quantity, placement).weights
     place = placement.place_reference if quantity.policy_path else placement.place_frozen
     sources = (None, config.reference)[: quantity.num_models]
-    load = partial(models.load_model, settings.model, dtype=dtype, trainable=False)
+    load = partial(models.load_model, settings.model, dtype=dtype, trainable=False, empty=placement.empty)
     teachers = [place(load(source=source)) for source in sources]
     return Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, placement.precision), lambda: None
 
 
-def _path(settings: Settings, quantity: Quantity, process: Apart) -> NumericPath:
+def _precision(settings: Settings, quantity: Quantity, placement: Placement) -> str:
+    """Return the numeric path as meta.json has it; a server's is its own affair and shows in no answer."""
+    return "served" if settings.cache.backend == "server" else str(_path(settings, quantity, placement))
+
+
+def _path(settings: Settings, quantity: Quantity, placement: Placement) -> NumericPath:
     if settings.cache.backend == "vllm":
-        dtype = models.resolve_dtype(settings.model.reference_dtype, process.device)
+        dtype = models.resolve_dtype(settings.model.reference_dtype, placement.device)
         return NumericPath(dtype, dtype, dtype, "vllm")
     if quantity.policy_path:
-        return Replicated(process, settings.model).reference_path()
-    return teacher_path(settings.model, process.device)
+        return placement.reference_path()
+    return teacher_path(settings.model, placement.device)
 
 
 def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
@@ -174,18 +248,29 @@ def check_tokenizers(tokenizer: Any, reference: str, settings: Settings) -> None
         )
 
 
-def _meta(settings: Settings, quantity: Quantity, tokenizer: Any, path: NumericPath, data: str) -> Meta:
+def _digests(settings: Settings, served: tuple[Served, ...]) -> tuple[str, str | None]:
+    """Return the identities of the teacher and of the reference teacher, if there is one."""
+    if served:
+        return served[0].digest, served[1].digest if len(served) == 2 else None
+    reference = settings.cache.reference
+    return models.config_digest(settings.model), models.model_digest(reference) if reference else None
+
+
+def _meta(
+    settings: Settings, quantity: Quantity, tokenizer: Any, precision: str, data: str, served: tuple[Served, ...]
+) -> Meta:
     config = settings.cache
+    teacher, reference = _digests(settings, served)
     return Meta(
         quantity=quantity.name,
         k=config.top_k if quantity.is_wide else 0,
         vocab_size=len(tokenizer),
-        teacher_digest=models.config_digest(settings.model),
-        reference_digest=models.model_digest(config.reference) if config.reference else None,
+        teacher_digest=teacher,
+        reference_digest=reference,
         tokenizer_digest=models.tokenizer_digest(tokenizer),
         template_digest=models.template_digest(tokenizer),
         data_digest=data,
-        precision=str(path),
+        precision=precision,
         beta=config.beta,
         backend=config.backend,
         codec=config.codec if quantity.is_wide else "none",

@@ -243,7 +243,7 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
         known = lengths or counting.unknown(settings)
         batch = counting.full_batch(settings, known, config.batch_size)
     quantity = quantity_of(config)
-    teachers = quantity.num_models
+    teachers = 0 if config.backend == "server" else quantity.num_models  # a server's memory and work are not ours
     width = width_of(settings.model.reference_dtype, settings)
     memory = arithmetic.scoring_memory(model, batch, width, teachers)
     flops = disk = None

@@ -63,8 +63,13 @@ class Entry(NamedTuple):
 # compared with a policy's at the same weights, and a log-sum-exp is as large as a logit: float32.
 _TOP_K = (Array("ids", None, True), Array("values", "float16", True), Array("tail", "float16", False))
 TABLE = (
-    Quantity("logprob", _TOP_K, backends=("hf", "vllm")),
-    Quantity("advantage", (*_TOP_K, Array("teacher_logps", "float16", True)), num_models=2),
+    Quantity("logprob", _TOP_K, backends=("hf", "vllm", "server")),
+    Quantity(
+        "advantage",
+        (*_TOP_K, Array("teacher_logps", "float16", True)),
+        num_models=2,
+        backends=("hf", "server"),
+    ),
     Quantity("token_logp", (Array("logps", "float32", False),), policy_path=True),
     Quantity("value", (Array("values", "float32", False),)),
 )
@@ -82,13 +87,16 @@ def quantity_of(config: CacheConfig) -> Quantity:
     """Return what the `cache` section asks for: by default advantages where it names a second teacher, else
     log-probabilities. ValueError for keys that contradict each other.
     """
-    default = "advantage" if config.reference else "logprob"
+    second = config.reference_base_url if config.backend == "server" else config.reference
+    key = "cache.reference_base_url" if config.backend == "server" else "cache.reference"
+    default = "advantage" if second else "logprob"
     quantity = quantity_named(default if config.quantity == "auto" else config.quantity)
     asked = f"cache.quantity={quantity.name}"
-    if quantity.num_models == 2 and config.reference is None:
-        raise ValueError(f"{asked} compares two teachers: set cache.reference=FOLDER to the second one")
-    if quantity.num_models == 1 and config.reference is not None:
-        raise ValueError(f"{asked} asks one model, and cache.reference={config.reference} names a second: drop one")
+    if quantity.num_models == 2 and second is None:
+        place = "URL" if config.backend == "server" else "FOLDER"
+        raise ValueError(f"{asked} compares two teachers: set {key}={place} to the second one")
+    if quantity.num_models == 1 and second is not None:
+        raise ValueError(f"{asked} asks one model, and {key}={second} names a second: drop one")
     if quantity.num_models == 1 and config.beta != 1:
         raise ValueError(f"cache.beta={config.beta} is a factor on advantages: {asked} has none, leave it at 1")
     if config.backend not in quantity.backends:

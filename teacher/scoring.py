@@ -4,8 +4,7 @@ A function a row of quantities.TABLE, of the same name. Letters: N response toke
 vocabulary.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -124,16 +123,33 @@ def left_to_do(batches: list[list[Tokens]], written: set[bytes], rank: int, worl
     return [batch for batch in share if not all(t.key in written for t in batch)]
 
 
+def missing(batches: list[list[Tokens]], written: set[bytes]) -> list[list[Tokens]]:
+    """Return the batches without the sequences that are written, for those who score each sequence alone."""
+    return [[t for t in batch if t.key not in written] for batch in batches]
+
+
 def score_all(
     todo: list[list[Tokens]], writer: Writer, scorer: Callable[[list[Tokens]], list[Arrays]], what: str, show: bool
 ) -> None:
     """Score batches and write each as soon as it is known."""
-    started, tokens = time.perf_counter(), 0
-    with tqdm(total=sum(map(len, todo)), desc=what, mininterval=1, disable=not show) as bar:
-        for batch in todo:
-            for row, arrays in zip(batch, scorer(batch), strict=True):
+    write_all(todo, map(scorer, todo), writer, what, show)
+
+
+def write_all(todo: list[list[Tokens]], scored: Iterable[list[Arrays]], writer: Writer, what: str, show: bool) -> None:
+    """Write batches as their arrays come, in the order of `todo`; the bar counts response tokens, and so time left."""
+    batches = 0
+    with tqdm(
+        total=sum(row.num_supervised for batch in todo for row in batch),
+        desc=what,
+        mininterval=1,
+        disable=not show,
+        unit=" tokens",
+        unit_scale=True,
+    ) as bar:
+        for batch, found in zip(todo, scored, strict=True):
+            for row, arrays in zip(batch, found, strict=True):
                 writer.add(row.ids, row.response, arrays)
-                tokens += row.num_supervised
             writer.flush()
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
+            batches += 1
+            bar.set_postfix_str(f"batch {batches} of {len(todo)}", refresh=False)
+            bar.update(sum(row.num_supervised for row in batch))

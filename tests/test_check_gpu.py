@@ -53,5 +53,6 @@ def test_the_script_runs_here():
     for name in ("sft step", "generate by hf", "cache by hf"):
         assert "skipped" not in rows[name]
     if not torch.cuda.is_available():
-        for name in ("compile, sft step", "flash attention, forward", "generate by vllm", "cache by vllm"):
+        on_gpu = ("compile, sft step", "flash attention, forward", "generate by vllm", "cache by vllm")
+        for name in (*on_gpu, "advantages by two servers"):
             assert "skipped: no GPU here" in rows[name]

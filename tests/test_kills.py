@@ -8,15 +8,19 @@ import hashlib
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
+import models
 from pipeline.warm import Process
-from tests.support.helpers import ROOT, begin, write_pairs
+from settings.schema import ModelConfig, typed
+from tests.support.helpers import ROOT, begin, composed, write_pairs
 from tests.support.ranks import Ranks
+from tests.support.scoring_server import ScoringServer
 from tests.test_resume import without_timing
 
 SEED = 20261121
@@ -161,6 +165,48 @@ def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path) -> None:
     assert files_of(tmp_path / "whole", "CACHE/shard-*/*") == files_of(tmp_path / "killed", "CACHE/shard-*/*")
     names = [sorted(path.name for path in (tmp_path / name / "CACHE").iterdir()) for name in ("whole", "killed")]
     assert names[0] == names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantity", ["logprob", "advantage"])
+def test_a_cache_of_served_teachers_survives_twenty_kills(tmp_path: Path, quantity: str) -> None:
+    """Answers of 8 requests at once come in any order; what is on disk comes in one."""
+    write_pairs(tmp_path / "pairs.jsonl", 500)
+    config = typed(composed("model=tiny")["model"], ModelConfig)
+    tokenizer = models.load_tokenizer(config)
+    seeds = {"teacher": 5, "start": 6}
+    served = [
+        ScoringServer(models.load_model(replace(config, build_seed=seed), trainable=False), tokenizer, name)
+        for name, seed in seeds.items()
+    ]
+
+    def command(name: str) -> list[str]:
+        data = [
+            "model=tiny",
+            "datasets=[local]",
+            f"datasets.local.train={tmp_path}/pairs.jsonl",
+            f"cache_dir={tmp_path}",
+        ]
+        urls = [f"cache.base_url={served[0].url}"]
+        if quantity == "advantage":
+            urls.append(f"cache.reference_base_url={served[1].url}")
+        size = ["cache.top_k=8", "cache.batch_size=2"]
+        return ["task=cache", *data, f"exp_name={name}", *size, "cache.backend=server", *urls]
+
+    assert begin(*command("whole"), log=tmp_path / "whole.log").wait(timeout=400) == 0
+    index, log = tmp_path / "killed" / "CACHE" / "shard-00000" / "index.bin", tmp_path / "killed.log"
+    size = lambda: index.stat().st_size if index.is_file() else 0  # noqa: E731
+    before = len(served[0].requests)
+    killed = survive(begin, lambda: command("killed"), log, 20, size, start_up=1.5, window=0.2)
+    for server in served:
+        server.shutdown()
+        server.server_close()
+    assert killed >= 12
+    assert files_of(tmp_path / "whole", "CACHE/shard-*/*") == files_of(tmp_path / "killed", "CACHE/shard-*/*")
+    names = [sorted(path.name for path in (tmp_path / name / "CACHE").iterdir()) for name in ("whole", "killed")]
+    assert names[0] == names[1] and "served.json" in names[0]
+    # a kill costs a probe and at most what was under way: 32 sequences, and 2 of a batch
+    assert len(served[0].requests) - before <= before + 20 * (1 + 32 + 2)
 
 
 @pytest.mark.slow
