@@ -44,7 +44,7 @@ def test_a_policy_stored_in_bfloat16_has_no_average(tmp_path):
 def test_the_old_policy_of_offline_grpo_stands_still_while_the_reference_moves():
     """rho is the ratio to the policy that wrote the responses, the start; the KL term's pi_0 is the moved reference."""
     trainer = trainer_of("grpo", "loss.verifier=null", "sync_reference=1", "loss.online=false")
-    items = trainer.items(examples(), "train")
+    items = list(trainer.items(examples(), "train"))
     for i, item in enumerate(items):  # as scored once, before the first step
         scores = trainer.token_logps_of(trainer.reference, trainer.batch_of([item]).sequences)
         items[i] = item._replace(reference_logps=(scores.detach().float().numpy(),))

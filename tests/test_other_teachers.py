@@ -49,8 +49,10 @@ def trainer_of(common: list[str], *overrides: str) -> DCKD:
 
 
 def items_of(trainer: DCKD):
+    """Make the items, and read their entries as a batch does."""
     settings = trainer.settings
-    return trainer.items(load_examples(settings.datasets, "train", trainer.tokenizer, settings.model), "train")
+    items = trainer.items(load_examples(settings.datasets, "train", trainer.tokenizer, settings.model), "train")
+    return [item._replace(entries=tuple(entry.read() for entry in item.entries)) for item in items]
 
 
 def sums_of(trainer: DCKD, items, **model) -> dict[str, float]:

@@ -67,7 +67,11 @@ def test_a_resume_on_other_labels_is_refused(tmp_path: Path, overrides, other, m
         with pytest.raises(KeyboardInterrupt):
             launch.run_task(command)
     data.write_text("".join(json.dumps(row) + "\n" for row in other))
-    with pytest.raises(ValueError, match="was written with data="):
+    with pytest.raises(ValueError, match="the content of a file that they name"):  # the file is another one
         launch.run_task(command)
+    (tmp_path / "run" / "digest.txt").unlink()
+    with pytest.raises(ValueError, match="was written with data="):  # and what is learned from it
+        launch.run_task(command)
+    (tmp_path / "run" / "digest.txt").unlink()
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     launch.run_task(command)

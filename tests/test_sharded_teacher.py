@@ -8,8 +8,8 @@ import pytest
 
 import launch
 from teacher.cache import Reader
-from tests.support.helpers import composed, free_port, write_pairs
-from tests.test_kills import afresh
+from tests.support.helpers import composed, write_pairs
+from tests.support.ranks import Ranks
 
 
 def entries(folder: Path) -> dict[tuple, dict[str, np.ndarray]]:
@@ -31,10 +31,7 @@ def test_two_teachers_spread_over_two_processes_give_the_entries_of_whole_ones(t
     whole = entries(tmp_path / "whole" / "CACHE")
 
     def spread() -> Path:
-        two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "launch.py"]
-        log = tmp_path / "log"
-        process = afresh(*two, *asking, "exp_name=spread", "strategy=fsdp", log=log)
-        assert process.wait(timeout=400) == 0, log.read_text()[-3000:]
+        Ranks(*asking, "exp_name=spread", "strategy=fsdp", folder=tmp_path).output(timeout=400)
         return tmp_path / "spread" / "CACHE"
 
     folder = spread()

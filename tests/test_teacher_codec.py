@@ -293,7 +293,7 @@ def test_forty_lines_without_ours_read_what_task_cache_wrote(tmp_path):
 def test_renormalizing_over_as_many_entries_as_hold_the_mass_is_refused(tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl", 3)
     common = [f"cache_dir={tmp_path}", "model=tiny", "datasets=[local]", f"datasets.local.train={data}"]
-    launch.run_task(composed(*common, "exp_name=cache", "task=cache", "cache.top_k=6"))
+    launch.run_task(composed(*common, "exp_name=cache", "task=cache", "cache.top_k=6", "cache.codec=compact"))
     dckd = ["loss=dckd", f"loss.teacher_cache={tmp_path}/cache/CACHE", "loss.tail=renormalize"]
     with pytest.raises(ValueError, match=r"loss.tail=renormalize.*cache.mass=1"):
         launch.run_task(composed(*common, *dckd))

@@ -180,12 +180,14 @@ class _Handler(BaseHTTPRequestHandler):
             if server.faults.dies_after is not None and number > server.faults.dies_after:
                 self.close_connection = True
                 return
-            self.send(*self.scored(body, number))
+            answer = self.scored(body, number)
+        finally:
+            with server.lock:  # before the answer: who has it may ask again at once
+                server.busy -= 1
+        try:
+            self.send(*answer)
         except (BrokenPipeError, ConnectionResetError):  # a client that was killed
             self.close_connection = True
-        finally:
-            with server.lock:
-                server.busy -= 1
 
     def scored(self, body: dict[str, Any], number: int) -> Answer:
         """Score, or fail in one of the ways that have nothing to do with the request."""
