@@ -115,7 +115,7 @@ class Step:
     def __init__(self, method: str, scale: Scale, **changes: Any) -> None:
         self.config = model_config(scale.model, **changes)
         self.size = Size(vocabulary(self.config), 0, 0, scale.rows, scale.prompt, scale.response)
-        self.trainer = trainer_of(method)
+        self.trainer = trainer_of(method, self.size.vocab)
         self.batch: Batch = batch_of(method, self.size, min(TOP_K, self.size.vocab // 2))
         self.model = load_model(self.config, trainable=True).to(device())
         compile_blocks(self.model, self.config)

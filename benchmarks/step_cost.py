@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from benchmarks.setup import (
     Size,
@@ -33,8 +35,10 @@ from benchmarks.setup import (
     size_of,
 )
 from models import response_logits
+from settings.methods import method_class
+from settings.paths import CONFIG
+from settings.typed import typed
 from teacher.quantities import Entry
-from trainers import adpa, dckd, dpo, sft
 from trainers.batches import Batch, Item, make_batch
 
 METHODS = ("sft", "dpo", "dckd", "adpa")
@@ -53,26 +57,14 @@ def entry(size: Size, k: int, advantage: bool, rng: np.random.Generator) -> Entr
     )
 
 
-def trainer_of(method: str) -> Any:
-    """Make a trainer with its config only: `sums` and `counts` read nothing else."""
-    ratio = {"nll_weight": 0.0, "humanline": False, "log_epsilon_P": -1.0, "log_epsilon_R": 1.5, "beta": 0.1}
-    options = {
-        "label_smoothing": 0.0,
-        "divergence": "reverse_kl",
-        "alpha": 0.5,
-        "wpo": "off",
-        "length_normalized": False,
-        "margin": 0.0,
-    }
-    made = {
-        "sft": lambda: (sft.SFT, sft.SFTConfig(train_on="auto")),
-        "dpo": lambda: (dpo.DPO, dpo.DPOConfig(**ratio, **options)),
-        "dckd": lambda: (dckd.DCKD, dckd.DCKDConfig("", 1.0, 0.2, 0.2, "bucket")),
-        "adpa": lambda: (adpa.ADPA, adpa.ADPAConfig("", "", 1.5, 1.0, "token_mean", 0.0)),
-    }
-    cls, config = made[method]()
+def trainer_of(method: str, vocab: int) -> Any:
+    """Make a trainer with its default config and a vocabulary: `sums` and `counts` read nothing else."""
+    with initialize_config_dir(str(CONFIG), version_base="1.3"):
+        section: Any = OmegaConf.to_container(compose("config", [f"loss={method}"]).loss)
+    cls = method_class(section["trainer"])
+    values = {k: "-" if v == "???" else v for k, v in section.items() if k not in ("name", "trainer")}
     trainer = cls.__new__(cls)
-    trainer.config = config
+    trainer.config, trainer.vocab_size = typed(values, cls.Config, "loss."), vocab
     return trainer
 
 
@@ -98,7 +90,7 @@ def step_of(
     method: str, size: Size, k: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> Callable[[], None]:
     """Return one optimizer step of the method."""
-    trainer, batch = trainer_of(method), batch_of(method, size, k)
+    trainer, batch = trainer_of(method, size.vocab), batch_of(method, size, k)
     counts = trainer.counts(batch)
 
     def step() -> None:

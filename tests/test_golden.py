@@ -1,13 +1,11 @@
 """Golden numbers of independent implementations hold for our functions, and the runner notices a wrong number."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.golden.__main__ import run_folder
 from tests.golden.coverage import LOSS_CASES
-from tests.support.helpers import ROOT
+from tests.support.helpers import ROOT, begin
 
 CASES = ROOT / "tests" / "golden" / "cases"
 
@@ -30,12 +28,12 @@ def test_every_loss_has_golden_numbers_that_passed():
 
 
 def test_a_wrong_number_fails_and_sets_the_exit_code(tmp_path: Path):
+    cases, log = tmp_path / "cases", tmp_path / "log.txt"
+    cases.mkdir()
     case = json.loads((CASES / "D_adpa_margin_seed161.json").read_text())
     variant = next(v for v in case["variants"] if v["name"] == "adpa_unclamped")
     variant["outputs"]["grad_student_logits"]["data"][60] += 1e-6
-    (tmp_path / "D_adpa_margin_seed161.json").write_text(json.dumps(case))
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.golden", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert run.returncode == 1
-    assert "grad_student_logits" in run.stdout and "1 failed" in run.stdout.splitlines()[-1]
+    (cases / "D_adpa_margin_seed161.json").write_text(json.dumps(case))
+    assert begin(str(cases), program="tests/golden/__main__.py", log=log, error=tmp_path / "error.txt").wait(120) == 1
+    printed = log.read_text()
+    assert "grad_student_logits" in printed and "1 failed" in printed.splitlines()[-1]

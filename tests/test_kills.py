@@ -8,6 +8,7 @@ import hashlib
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +33,10 @@ def alive(pid: int) -> bool:
 
 def kill_all(process: Process | Ranks) -> None:
     """Kill a command with all its descendants, whatever process groups they have."""
-    family = [
-        member
-        for root in getattr(process, "processes", [process])
-        if psutil.pid_exists(root.pid)
-        for member in (*psutil.Process(root.pid).children(recursive=True), psutil.Process(root.pid))
-    ]
+    family: list[psutil.Process] = []
+    for root in getattr(process, "processes", [process]):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            family += [*psutil.Process(root.pid).children(recursive=True), psutil.Process(root.pid)]
     for member in family:
         try:
             member.kill()

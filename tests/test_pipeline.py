@@ -5,8 +5,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from omegaconf import OmegaConf
 
 from pipeline.plan import Stage, build_plan, spelled
 from pipeline.runner import run_pipeline
-from tests.support.helpers import composed, launch, write_pairs
+from tests.support.helpers import begin, composed, launch, write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -267,9 +265,7 @@ def test_a_stage_runs_once_and_its_printed_command_is_its_command(
     assert shlex.join(stage.command) in capsys.readouterr().out
 
 
-def test_a_failing_stage_shows_its_log_and_stops_what_follows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_stage_shows_its_log_and_stops_what_follows(tmp_path: Path) -> None:
     broken = tmp_path / "pairs.jsonl"
     broken.write_text('{"prompt": "hi", "chosen": "yes", "rejected": "no"}\n{broken\n', encoding="utf-8")
     line = [
@@ -280,9 +276,9 @@ def test_a_failing_stage_shows_its_log_and_stops_what_follows(
         f"datasets.local.train={broken}",
     ]
     line += ["model.max_length=64", "model.max_prompt_length=32"]
-    assert run(tmp_path, *line) == 1
-    printed = capsys.readouterr().out
-    assert (
+    done = launch(*line, f"cache_dir={tmp_path}")
+    printed = done.stdout
+    assert done.returncode == 1 and (
         "teacher_sft: failed" in printed
         and "pairs.jsonl" in printed
         and "not started: teacher_dpo, student_sft" in printed
@@ -292,16 +288,13 @@ def test_a_failing_stage_shows_its_log_and_stops_what_follows(
 
 def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
     line = ["pipeline=quickstart", f"cache_dir={tmp_path}", *only("world", "student_sft"), "n_steps=100000"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), *line], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = begin(*line, log=tmp_path / "log.txt")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("stages/student_sft-*/log.txt")) and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(1.0)
     os.kill(process.pid, signal.SIGINT)
-    printed, _ = process.communicate(timeout=90)
-    assert process.returncode == 130 and "same command goes on" in printed
+    assert process.wait(timeout=90) == 130 and "same command goes on" in (tmp_path / "log.txt").read_text()
     folder = next(tmp_path.glob("stages/student_sft-*"))
     with (folder / "lock").open("wb") as lock:  # a stage's process holds it
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

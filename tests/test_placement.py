@@ -100,12 +100,17 @@ def two_processes(runs: list[dict], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The chain's caches, and every case on one process."""
-    found = chain_of(tmp_path_factory.mktemp("placement"))
-    for case in cases(found):
-        launch.run_task(composed(*common(found, case, "one")))
-    return found
+def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The chain's models and caches."""
+    return chain_of(tmp_path_factory.mktemp("placement"))
+
+
+@pytest.fixture(scope="module")
+def world(chain: dict[str, str]) -> dict[str, str]:
+    """The chain, and every case on one process."""
+    for case in cases(chain):
+        launch.run_task(composed(*common(chain, case, "one")))
+    return chain
 
 
 def difference(world: dict[str, str], case: Case, name: str) -> tuple[float, float]:
@@ -133,9 +138,9 @@ def check_ln_2(world: dict[str, str], name: str) -> None:
     assert rows[1]["rewards_train/margins"] != 0.0  # and then the policy moved
 
 
-def test_in_bfloat16_policy_and_reference_begin_with_the_same_bits(world):
-    launch.run_task(composed(*common(world, bfloat16(world), "one")))
-    check_ln_2(world, "one")
+def test_in_bfloat16_policy_and_reference_begin_with_the_same_bits(chain):
+    launch.run_task(composed(*common(chain, bfloat16(chain), "one")))
+    check_ln_2(chain, "one")
 
 
 @pytest.mark.distributed
