@@ -26,6 +26,7 @@ say() { echo "install.sh: $*"; }
 die() { echo "install.sh: error: $*" >&2; exit 1; }
 
 make_environment() { # .venv with uv in it
+    [[ -L .venv ]] && die ".venv is a link to $(readlink .venv): another checkout's packages would be changed; remove the link"
     local check='import sys; sys.exit(sys.version_info < (3, 11))'
     command -v "$PYTHON" >/dev/null || die "no $PYTHON here: install Python 3.11 or newer, or set PYTHON=/path/to/python3.11"
     "$PYTHON" -c "$check" || die "Python 3.11 or newer is needed, $PYTHON is $("$PYTHON" -V 2>&1): set PYTHON=/path/to/python3.11"

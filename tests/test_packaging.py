@@ -1,7 +1,9 @@
 """What a user finds in the repository: configuration groups with a comment on every key, locks, license, installer."""
 
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -197,6 +199,18 @@ def test_the_installers_usage_names_its_flags() -> None:
     assert done.returncode == 0
     for flag in ("--dev", "--smollm2", "--vllm", "--lm-eval", "--deepspeed", "--cuda"):
         assert f"\n  {flag} " in done.stdout
+
+
+def test_the_installer_changes_no_environment_of_another_checkout(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "install.sh", tmp_path / "install.sh")
+    (tmp_path / "other").mkdir()
+    (tmp_path / ".venv").symlink_to(tmp_path / "other")
+    command = ["bash", str(tmp_path / "install.sh")]
+    done = subprocess.run(
+        command, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and ".venv is a link to" in done.stderr
+    assert not any((tmp_path / "other").iterdir())
 
 
 def test_the_installer_refuses_an_old_python(tmp_path: Path) -> None:
