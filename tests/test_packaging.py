@@ -203,6 +203,7 @@ def test_the_installers_usage_names_its_flags() -> None:
 
 def test_the_installer_changes_no_environment_of_another_checkout(tmp_path: Path) -> None:
     shutil.copy(ROOT / "install.sh", tmp_path / "install.sh")
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     (tmp_path / "other").mkdir()
     (tmp_path / ".venv").symlink_to(tmp_path / "other")
     command = ["bash", str(tmp_path / "install.sh")]
