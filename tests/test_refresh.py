@@ -140,6 +140,7 @@ def test_the_schedule_of_a_round_is_a_slice_of_the_whole() -> None:
     assert learning_rate_scale(3, 20, 2, "cosine") < learning_rate_scale(2, 20, 2, "cosine")
 
 
+@pytest.mark.slow
 def test_a_round_goes_on_with_the_order_and_the_rate_of_the_whole_run(tmp_path: Path) -> None:
     """Plain SGD has no state, so two rounds are the one run to the last bit; with Adam only its moments are new."""
     write_pairs(tmp_path / "pairs.jsonl", 20)

@@ -44,7 +44,8 @@ def wait_for_rows(process: Process | subprocess.Popen, file: Path, rows: int, ti
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("warning", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_warned_run_leaves_with_the_code_that_requeues_and_resumes_to_the_same_bits(tmp_path, warning):
     data = write_pairs(tmp_path / "pairs.jsonl", 30)
     log = tmp_path / "log.txt"
