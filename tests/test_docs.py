@@ -85,6 +85,7 @@ def test_the_pipelines_of_the_readme_have_a_plan(command: list[str], tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_loss_dataset_and_model_that_the_readme_adds_work(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "outputs*", "tests", "__pycache__", "*.log"))

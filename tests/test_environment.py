@@ -102,6 +102,7 @@ def test_what_vllm_needs_is_set_when_torch_is_imported_and_a_users_setting_wins(
     assert done.stdout.split() == ["1", own or "spawn"], done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_hours():
     program = (
         "import torch; from engine.processes import Processes; processes = Processes();"

@@ -92,6 +92,7 @@ def test_a_changed_knob_changes_exactly_what_is_downstream() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_section_reaches_only_the_tasks_that_read_it() -> None:
     sampled = changed("generation.top_p=0.9")
     assert "generate" in sampled and "dckd" not in sampled and "teacher_sft" not in sampled
