@@ -39,6 +39,7 @@ from settings.needs import check_needs
 from settings.paths import CONFIG
 from settings.schema import Settings, nearest, require, settings_from, with_loss
 from settings.tasks import TASKS, check_task, counted
+from settings.typed import check_keys
 
 
 def check_loss(section: dict[str, Any]) -> None:
@@ -46,8 +47,8 @@ def check_loss(section: dict[str, Any]) -> None:
     missing = [key for key, value in section.items() if value == "???"]
     require(not missing, f"loss={section['name']} needs loss.{missing[0] if missing else ''}=PATH on the command line")
     known = list(config_fields(section.get("trainer", "")))
-    for key in section if known else ():
-        require(key in (*known, "name", "trainer"), f"unknown key 'loss.{key}'.{nearest(key, known)}")
+    if known:
+        check_keys([key for key in section if key not in ("name", "trainer")], known, "loss.")
 
 
 def check_sources(settings: Settings) -> None:

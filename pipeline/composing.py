@@ -4,8 +4,10 @@ Hydra takes 0.2 s to compose, and the stages of a pipeline share their choices o
 once, several of them together, and a stage's values are laid over what its choices give.
 """
 
+import copy
 import re
 from collections.abc import Iterable
+from functools import cache
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -102,7 +104,12 @@ def _group(choice: str) -> str:
 
 def composed_by_hydra(overrides: list[str]) -> Config:
     """Compose the root config as launch.py does."""
-    raw = OmegaConf.to_container(compose("config", overrides), resolve=True)
+    return copy.deepcopy(_composed_once(tuple(overrides)))
+
+
+@cache
+def _composed_once(overrides: tuple[str, ...]) -> Config:
+    raw = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
     assert isinstance(raw, dict)
     plain = {str(key): value for key, value in raw.items()}
     return {**plain, "datasets": plain.get("datasets") or {}}

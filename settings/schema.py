@@ -24,7 +24,7 @@ from settings.sections import (
     SelectConfig,
     WorldConfig,
 )
-from settings.typed import Place, nearest, one_of, require, typed
+from settings.typed import Place, check_keys, one_of, require, typed
 
 T = TypeVar("T")
 
@@ -163,8 +163,7 @@ class ModelConfig:
             f"model.gradient_accumulation_steps={self.gradient_accumulation_steps}",
         )
         known = ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
-        for key in self.peft:
-            require(key in known, f"unknown key 'model.peft.{key}'.{nearest(key, known)}")
+        check_keys(self.peft, known, "model.peft.")
         require(
             bool(self.name_or_path or self.load_from or self.from_checkpoint or self.build),
             "no model: set model.name_or_path (a folder or hub name), model.load_from, or choose another model=GROUP",
@@ -234,12 +233,9 @@ def settings_from(raw: dict[str, Any]) -> Settings:
     """Type every section of the resolved root config but the loss, whose method says its types (with_loss)."""
     run_keys = [f.name for f in fields(RunConfig)]
     known = run_keys + [f.name for f in fields(Settings) if f.name not in ("run", "raw")] + ["pipeline", "dry_run"]
-    for key in raw:
-        require(key in known, f"unknown key {key!r}.{nearest(str(key), known)}")
+    check_keys(raw, known)
     run = _typed({k: v for k, v in raw.items() if k in run_keys}, RunConfig)
-    known_wandb = ["enabled", "mode", "project", "entity", "group"]
-    for key in raw["wandb"]:
-        require(key in known_wandb, f"unknown key 'wandb.{key}'.{nearest(str(key), known_wandb)}")
+    check_keys(raw["wandb"], ["enabled", "mode", "project", "entity", "group"], "wandb.")
     return Settings(
         run=run,
         model=_typed(raw["model"], ModelConfig, "model."),

@@ -1,7 +1,7 @@
 """From a plain section of the configuration to a flat frozen dataclass, and the words for what is wrong with it."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Annotated, Any, TypeVar
@@ -37,15 +37,20 @@ def nearest(name: str, known: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
 
 
+def check_keys(given: Iterable[Any], known: list[str], where: str = "") -> None:
+    """Refuse the first key that is not known, with the nearest one that is."""
+    for key in given:
+        if key not in known:
+            raise ValueError(f"unknown key {where + str(key)!r}.{nearest(str(key), known)}")
+
+
 def typed(section: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     """Build the frozen dataclass `cls` from a plain mapping.
 
     Raises ValueError for an unknown key (the nearest one is named), a missing one, or a value of another type.
     """
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    unknown = [str(key) for key in section if key not in known]
-    if unknown:
-        raise ValueError(f"unknown key {where + unknown[0]!r}.{nearest(unknown[0], known)}")
+    check_keys(section, known, where)
     missing = [
         f.name
         for f in fields(cls)  # type: ignore[arg-type]
