@@ -1,7 +1,7 @@
 """From rows to token ids to batches.
 
 Letters: B rows, T tokens of a padded row, N response tokens of a whole batch (flat, row after row), K teacher entries.
-A sequence is tokenized once (encoding.py) and kept (token_store.py).
+A sequence is tokenized once (tokens/encoding.py) and kept (tokens/store.py).
 """
 
 import hashlib
@@ -19,15 +19,16 @@ import transformers
 from torch import Tensor
 
 from conversations import Message, RowSource, format_of, open_rows, to_conversation
-from encoding import check_ids, encode_example, take_ids
-from encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
-from examples import Example, Tokens
 from pipeline.digests import content_digest
 from settings.artifacts import is_done, read_jsonl, write_json
 from settings.paths import ROOT
 from settings.schema import DatasetConfig, ModelConfig
 from templates import tokenizer_digest
-from token_store import NotStorable, Record, Rows, digest_of, pack, store
+from tokens.encoding import check_ids, encode_example, take_ids
+from tokens.encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
+from tokens.examples import Example, Tokens
+from tokens.store import NotStorable, Record, Rows, digest_of, pack
+from tokens.writing import store
 
 
 class Sequences(NamedTuple):
@@ -261,8 +262,8 @@ def _table(drawn: Drawn, tokenizer: Any, model: ModelConfig, store_in: Path | No
 @cache
 def code_digest() -> str:
     """Hash the code that turns rows into tokens, and the versions of the libraries that it calls."""
-    names = ("conversations", "dataloader", "encoding", "examples", "templates", "token_store")
-    parts = [(ROOT / f"{name}.py").read_bytes() for name in names]
+    files = [*(ROOT / f"{name}.py" for name in ("conversations", "dataloader", "templates")), *ROOT.glob("tokens/*.py")]
+    parts = [file.read_bytes() for file in sorted(files)]
     parts += [tokenizers.__version__.encode(), transformers.__version__.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

@@ -37,9 +37,9 @@ from settings.help import GROUPS, choices, help_text
 from settings.methods import config_fields, method_class
 from settings.needs import check_needs
 from settings.paths import CONFIG
-from settings.schema import Settings, nearest, require, settings_from, with_loss
+from settings.schema import Settings, require, settings_from, with_loss
 from settings.tasks import TASKS, check_task, counted
-from settings.typed import check_keys
+from settings.typed import check_keys, nearest
 
 
 def check_loss(section: dict[str, Any]) -> None:

@@ -36,7 +36,8 @@ from transformers import GenerationConfig as GenerationDefaults
 from assets import smollm2
 from dataloader import Sequences
 from settings.paths import found
-from settings.schema import ModelConfig, nearest
+from settings.schema import ModelConfig
+from settings.typed import nearest
 from templates import special_ids, turn_end
 from templates import template_digest as template_digest  # beside the other digests, for those who import models
 from templates import tokenizer_digest as tokenizer_digest

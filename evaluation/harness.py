@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from settings.schema import EvaluationConfig, Settings, nearest
+from settings.schema import EvaluationConfig, Settings
+from settings.typed import nearest
 from templates import stopped
 
 INSTALL = "./install.sh --lm-eval"

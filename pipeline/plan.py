@@ -28,8 +28,9 @@ from pipeline.recipes import (
 from pipeline.refresh import refreshed
 from settings.artifacts import is_done
 from settings.paths import CONFIG, ROOT
-from settings.schema import nearest, typed
+from settings.schema import typed
 from settings.tasks import STAGES, TASKS, reads
+from settings.typed import nearest
 
 OWN_KEYS = ("pipeline", "hydra", "exp_name", "run_count", "cache_dir", "dry_run", "datasets", "estimate")
 PER_STAGE = {

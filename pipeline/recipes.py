@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.composing import merged
-from settings.schema import nearest, require, typed
+from settings.schema import require, typed
+from settings.typed import nearest
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.composing import merged
 from pipeline.recipes import PLACEHOLDER, Recipe, inputs_of
-from settings.schema import nearest
+from settings.typed import nearest
 
 MAX_ROUNDS = 1000  # more is a slip of the keyboard: every round is a folder with a model
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dataloader import Example
-from encoding import encode_example
 from report.inspection import (
     Facts,
     Finding,
@@ -22,6 +21,7 @@ from report.oddities import SpanIndex, content_digest, excerpt, near_findings, o
 from settings.schema import DatasetConfig, ModelConfig
 from settings.sections import InspectConfig
 from templates import turn_end
+from tokens.encoding import encode_example
 
 UNCUT = 2**30  # tokens: longer than any row
 OVERHEAD, PER_MESSAGE = 512, 64  # bytes that a template may add; a token is at least a byte, so a short text is whole

@@ -12,8 +12,8 @@ from tqdm import tqdm
 import models
 from conversations import Message
 from dataloader import Sequences, Tokens, collate
-from encoding import encode_turn, fit_prompt
 from settings.schema import Settings
+from tokens.encoding import encode_turn, fit_prompt
 
 
 def check_reward_model(folder: str, key: str) -> None:

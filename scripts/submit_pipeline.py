@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.plan import Stage, build_plan
 from pipeline.runner import describe, run_folder
-from settings.schema import nearest
+from settings.typed import nearest
 
 LOGS = "slurm"  # folder beside the stages
 SCRIPT = ROOT / "scripts" / "slurm_multi_node.sh"

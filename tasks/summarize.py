@@ -14,7 +14,8 @@ from report.gather import Evaluation, advantages_of, curves_of, read_evaluation,
 from report.page import write_report
 from report.tables import metric_sections
 from settings.artifacts import write_json, write_text
-from settings.schema import Settings, nearest
+from settings.schema import Settings
+from settings.typed import nearest
 
 
 def pooled(evaluations: list[Evaluation], temperature: str, model: str, decoded: str | None = None) -> dict[str, Any]:

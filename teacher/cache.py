@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from examples import content_key as content_key  # numpy alone; a cache's keys are those of the rows
 from settings.artifacts import is_done, mark_done, remove_parts, write_json
 from teacher.codec import decode, encode, errors
 from teacher.shard import (
@@ -35,6 +34,7 @@ from teacher.shard import (
     total_error,
     whole_records,
 )
+from tokens.examples import content_key as content_key  # numpy alone; a cache's keys are those of the rows
 
 FORMAT_VERSION = 3
 POLL_SECONDS = 0.5

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from settings.artifacts import is_done, whole_folder, write_text
-from settings.schema import nearest
+from settings.typed import nearest
 from teacher import axolotl, distillkit
 from teacher.cache import Arrays, Meta, Reader, Writer, content_key, data_digest, finish
 from teacher.quantities import quantity_named

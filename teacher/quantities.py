@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from settings.schema import nearest
 from settings.sections import CacheConfig
+from settings.typed import nearest
 
 
 class Array(NamedTuple):

@@ -13,7 +13,6 @@ import numpy as np
 
 import models
 from dataloader import Example, Tokens
-from encoding import encode_example
 from models import tokenizer_digest
 from settings.schema import DatasetConfig, ModelConfig, one_of, require
 from settings.typed import Place, Places
@@ -24,6 +23,7 @@ from teacher.mixture import ABSENT, mixed, within
 from teacher.quantities import Entry
 from teacher.spans import Aligned, aligned, check_coverage, compared_tokens, laid_onto, response_ids, translation
 from teacher.vocabulary import check_shared_ids
+from tokens.encoding import encode_example
 
 ONLY = ""  # the name of a teacher that stands alone
 SIDES = ("chosen", "rejected")

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("settings", "functional"),
     ("conversations", "assets", "pipeline"),
-    ("templates", "examples"),
-    ("encoding", "token_store"),
+    ("templates",),
+    ("tokens",),
     ("dataloader",),
     ("models",),
     ("engine", "generation"),

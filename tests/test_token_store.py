@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 
 import models
-import token_store
 from conversations import format_of, open_rows, read_rows, to_conversation
 from dataloader import epoch_order, load_examples
-from encoding import encode_example
-from examples import Example, content_key
 from settings.schema import DatasetConfig, ModelConfig, typed
 from tests.support.bigram import trainer_of
 from tests.support.helpers import composed, write_pairs
-from token_store import Record, open_store, store
+from tokens import store as token_store
+from tokens.encoding import encode_example
+from tokens.examples import Example, content_key
+from tokens.store import Record, open_store
+from tokens.writing import store
 from trainers.batches import items_digest, make_batch
 
 MESSAGES = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}]

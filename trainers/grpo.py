@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dataloader import Example
 from engine.metrics import Mean
-from examples import content_key
 from functional import entropies, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
+from tokens.examples import content_key
 from trainers.batches import Batch, Item, Items
 from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import clipped_losses

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dataloader import Example, Tokens
 from engine.metrics import Mean
-from examples import content_key
 from functional import row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
+from tokens.examples import content_key
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, Items
 from trainers.paired import check_humanline, humanline

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dataloader import Sequences, Tokens, collate
-from encoding import fit_prompt
 from engine.metrics import Mean
 from functional import entropies, token_logps
 from models import ResponseLogits
@@ -25,6 +24,7 @@ from settings.typed import Place
 from teacher.alignment import Span, side_of
 from teacher.precision import teacher_logits
 from teacher.spans import Aligned, Translation, aligned, check_coverage, response_ids, translation
+from tokens.encoding import fit_prompt
 from trainers.batches import Batch, Item
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
 from trainers.rollouts import Micros, RolloutConfig, RolloutTrainer

@@ -1,6 +1,6 @@
 """A tokenized row and its sequences: the one form in which data reaches a method, wherever it lies.
 
-What a method sees are Python lists. Where rows lie in a token store (token_store.py) they are made when they are asked
+What a method sees are Python lists. Where rows lie in a token store (tokens/store.py) they are made when they are asked
 for, and a sequence knows its key, its length and how much of it is supervised without being read.
 """
 

@@ -7,9 +7,9 @@ from collections import Counter
 from typing import Any
 
 from conversations import WAY_OUT, Conversation, Message, tokenizer_of
-from examples import Example, Tokens
 from settings.schema import ModelConfig
 from templates import adds_bos, render, turn_end
+from tokens.examples import Example, Tokens
 
 # ---- whose ids they are
 
