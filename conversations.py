@@ -1,23 +1,16 @@
-"""Rows from files, folders and the hub, turned into conversations (lists of role/content messages).
+"""Rows of any format, turned into conversations (lists of role/content messages).
 
-Nothing here knows tokens: `dataloader.py` does. A source is a local JSONL/JSON/Parquet file, a folder of such files or
-one written by `datasets.save_to_disk`, or `hub_name:split` (`hub_name#config:split` where it has several). A format is
-found from the columns unless the config names it (`datasets.NAME.format`).
+Nothing here knows tokens, or where rows come from (tokens/sources.py). A format is found from the columns unless the
+config names it (`datasets.NAME.format`).
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
-
-from settings.artifacts import parsed_row
-from settings.paths import found
 
 Message = dict[str, str]
 Row = dict[str, Any]
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
-ROWS_AT_ONCE = 1000  # of a table of `datasets` turned into Python objects
 
 
 class Conversation(NamedTuple):
@@ -28,146 +21,6 @@ class Conversation(NamedTuple):
     rejected: list[Message] | None
     response: list[Message] | None
     meta: dict[str, Any]
-
-
-class RowSource(NamedTuple):
-    """Rows that are read when they are asked for. place: the file or folder, None for a hub data set.
-
-    size: counts the rows. pick: yields the rows of ascending numbers.
-    """
-
-    place: Path | None
-    size: Callable[[], int]
-    pick: Callable[[Sequence[int]], Iterator[Row]]
-
-
-def read_rows(source: str, key: str = "datasets") -> list[Row]:
-    """Return the rows of a local file, a saved `datasets` folder, or `hub_name:split`. `key` is for messages."""
-    rows = open_rows(source, key)
-    return list(rows.pick(range(rows.size())))
-
-
-def open_rows(source: str, key: str = "datasets") -> RowSource:
-    """Find a local file, a folder, or `hub_name:split`, without reading all of it. `key` is for messages.
-
-    A folder is one of `datasets.save_to_disk`, or holds .parquet or .jsonl files, which are read in the order of their
-    names.
-    """
-    path = found(source) or Path(source).expanduser()
-    if path.suffix in (".jsonl", ".ndjson"):
-        return _from_lines(_existing(path, key), [path])
-    if path.suffix == ".json":
-        listed = cache(lambda: _json_list(_existing(path, key)))
-        return RowSource(_existing(path, key), lambda: len(listed()), lambda numbers: (listed()[i] for i in numbers))
-    if path.suffix == ".parquet":
-        return _from_arrow(_existing(path, key), lambda: _parquet([path]))
-    if path.is_dir():
-        for suffix in (".parquet", ".jsonl"):
-            files = sorted(file for file in path.glob(f"*{suffix}") if not file.name.startswith("."))
-            if files and not (path / "state.json").is_file():
-                return _from_lines(path, files) if suffix == ".jsonl" else _from_arrow(path, lambda: _parquet(files))  # noqa: B023
-        return _from_arrow(path, lambda: _saved(path, key, source))
-    if ":" not in source:
-        raise ValueError(f"{key}={source}: no such file or folder; a hub data set is written hub_name:split")
-    return _from_arrow(None, lambda: _hub(source, key))
-
-
-def _from_lines(place: Path, files: list[Path]) -> RowSource:
-    """Open JSONL files: a line is parsed where its row is asked for."""
-
-    def count() -> int:
-        total = 0
-        for file in files:
-            with file.open(encoding="utf-8") as lines:  # as text, as below: both must see the same lines
-                total += sum(bool(line.strip()) for line in lines)
-        return total
-
-    def pick(numbers: Sequence[int]) -> Iterator[Row]:
-        wanted, row = iter(numbers), -1
-        number = next(wanted, -1)
-        for file in files:
-            with file.open(encoding="utf-8") as lines:
-                for place, line in enumerate(lines, 1):
-                    if number < 0:
-                        return
-                    row += bool(line.strip())
-                    if row == number and line.strip():
-                        yield parsed_row(line, file, place)
-                        number = next(wanted, -1)
-
-    return RowSource(place, count, pick)
-
-
-def _json_list(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: a .json source must be a list of objects; for one object a line use .jsonl")
-    return rows
-
-
-def _from_arrow(place: Path | None, load: Callable[[], Any]) -> RowSource:
-    """Open a table of `datasets`, which maps its files into memory; loaded when it is first asked."""
-    load = cache(load)
-
-    def pick(numbers: Sequence[int]) -> Iterator[Row]:
-        for start in range(0, len(numbers), ROWS_AT_ONCE):
-            yield from load().select(numbers[start : start + ROWS_AT_ONCE]).to_list()
-
-    return RowSource(place, lambda: len(load()), pick)
-
-
-def _parquet(files: list[Path]) -> Any:
-    import datasets  # heavy, and needless for JSON files
-
-    return datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=None)
-
-
-def _saved(path: Path, key: str, source: str) -> Any:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise ValueError(
-            f"{key}={source}: the folder was not written by datasets.save_to_disk, and holds no .parquet or .jsonl "
-            f"files ({error})"
-        ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        raise ValueError(f"{key}={source} holds several splits ({', '.join(loaded)}): name the folder of one")
-    return loaded
-
-
-def _hub(source: str, key: str) -> Any:
-    import datasets
-
-    hub, split = source.rsplit(":", 1)
-    name, _, config = hub.partition("#")
-    try:
-        return datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:
-        raise ValueError(
-            f"{key}={source}: could not be had from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            f"Point {key} at a local copy, e.g. {key}=my.jsonl"
-        ) from error
-
-
-def check_source(source: str, key: str) -> None:
-    """Refuse a file that is not there, without reading it; folders and hub names are looked at when they are read."""
-    path = found(source) or Path(source).expanduser()
-    if path.suffix in (".jsonl", ".ndjson", ".json", ".parquet"):
-        _existing(path, key)
-
-
-def _existing(path: Path, key: str) -> Path:
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*" + path.suffix)) if path.parent.is_dir() else []
-        folder = "this folder" if path.parent == Path() else path.parent
-        hint = f"; {folder} has {', '.join(near[:5])}" if near else ""
-        raise ValueError(f"{key}={path}: no such file{hint}")
-    return path
 
 
 # ---- formats: what the columns are called. A new one is a parser here, its line in PARSERS, and `format:` in YAML

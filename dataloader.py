@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from conversations import Message, RowSource, format_of, open_rows, to_conversation
+from conversations import Message, format_of, to_conversation
 from pipeline.digests import content_digest
 from settings.artifacts import is_done, read_jsonl, write_json
 from settings.paths import ROOT
@@ -27,6 +27,7 @@ from templates import tokenizer_digest
 from tokens.encoding import check_ids, encode_example, take_ids
 from tokens.encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
 from tokens.examples import Example, Tokens
+from tokens.sources import RowSource, open_rows
 from tokens.store import NotStorable, Record, Rows, digest_of, pack
 from tokens.writing import store
 

@@ -19,8 +19,8 @@ from typing import Any
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from conversations import check_source
 from engine import environment
+from tokens.sources import check_source
 
 environment.prepare(os.environ)  # before anything imports torch
 

@@ -8,7 +8,8 @@ import numpy as np
 RECORD = [("key", "V16"), ("ends", "<u8", 3), ("entries", "<u4"), ("errors", "<f4", 5)]
 
 
-def unpack(blob, length, k, wide):  # of each token its entries, ascending in ids: ids, log-probs (, advantages)
+def unpack(blob, length, k, wide):
+    """Yield the entries of each token, ascending in ids: ids, log-probs (, advantages)."""
     take = lambda n, dtype: np.frombuffer(blob.read(int(n) * np.dtype(dtype).itemsize), dtype).astype(float)  # noqa: E731
     counts, kinds = take(length, "u1" if k <= 255 else "<u2").astype(int), 2 + wide
     widths, held = take(kinds * length, "u1").reshape(length, kinds).astype(int), take(length, "<f2")
@@ -23,17 +24,17 @@ def unpack(blob, length, k, wide):  # of each token its entries, ascending in id
         yield ((gaps + 1).cumsum() - 1, np.log(p / p.sum()) + held[t], *signed)
 
 
-def read(folder):  # of each sequence its ids, its mask, and its tokens' entries
+def read(folder):
+    """Yield the ids and the mask of each sequence, and the entries of its response tokens."""
     meta = json.loads((folder / "meta.json").read_text())
     small, wide = "<u2" if meta["vocab_size"] <= 65536 else "<i4", meta["quantity"] == "advantage"
     for shard in (folder / name for name in sorted(meta["shards"])):
-        about, start = json.loads((shard / "shard.json").read_text()), np.zeros(3, int)
-        names = ["ids", "teacher_logps", "values"] if wide else ["ids", "values"]
-        load = {f.stem: np.memmap(f, small if f.stem in ("seq_ids", "ids") else "u1", "r") for f in shard.glob("*.bin")}
+        k, start = json.loads((shard / "shard.json").read_text())["k"], np.zeros(3, int)
+        kinds = {"ids": small, "teacher_logps": "<f2", "values": "<f2"}
+        load = {f.stem: np.memmap(f, (kinds | {"seq_ids": small}).get(f.stem, "u1"), "r") for f in shard.glob("*.bin")}
         for end in np.fromfile(shard / "index.bin", RECORD)["ends"].astype(int):
             (n, m), (a, b), (c, d) = zip(start, end, strict=True)
-            arrays = [np.fromfile(shard / f"{x}.bin", small if x == "ids" else "<f2") for x in names if x in load]
-            raw = zip(*(array.reshape(-1, about["k"])[a:b] for array in arrays), strict=True)
-            packed = unpack(io.BytesIO(load["packed"][c:d]), b - a, about["k"], wide) if "packed" in load else raw
-            yield load["seq_ids"][n:m], load["seq_mask"][n:m].astype(bool), list(packed)
+            raw = zip(*(load[x].reshape(-1, k)[a:b] for x in kinds if x in load), strict=True)
+            entries = unpack(io.BytesIO(load["packed"][c:d]), b - a, k, wide) if "packed" in load else raw
+            yield load["seq_ids"][n:m], load["seq_mask"][n:m].astype(bool), list(entries)
             start = end

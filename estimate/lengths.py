@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from conversations import open_rows
 from estimate.arithmetic import Batch, Work
 from settings import paths
 from settings.needs import Needs
 from settings.schema import Settings
+from tokens.sources import open_rows
 
 if TYPE_CHECKING:  # torch is loaded where rows are tokenized, and not before
     from dataloader import Example, Tokens

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from settings.sections import (
-    AuditConfig,
-    CacheConfig,
     EstimateConfig,
     EvaluationConfig,
     GenerationConfig,
@@ -24,6 +22,7 @@ from settings.sections import (
     SelectConfig,
     WorldConfig,
 )
+from settings.teacher_sections import AuditConfig, CacheConfig
 from settings.typed import Place, check_keys, one_of, require, typed
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from engine.processes import Apart, Processes
 from engine.strategy import placement_of
 from models import NumericPath
 from settings.schema import Settings
-from settings.sections import kept_mass
+from settings.teacher_sections import kept_mass
 from teacher.cache import Arrays, Meta, Reader, Writer, begin, data_digest, finish, stored_keys
 from teacher.hub import check_push, push
 from teacher.interchange import Tokenizing, card, export_cache, import_cache, is_cache

@@ -10,13 +10,13 @@ import os
 import sys
 
 import models
-from conversations import read_rows
 from dataloader import drawn_rows, load_examples
 from report.inspected import Reader, as_json, inspect
 from report.inspection_page import inspection_page
 from report.inspection_text import colored, in_terminal
 from settings.artifacts import write_json, write_text
 from settings.schema import Settings
+from tokens.sources import read_rows
 
 
 def asked_rows(settings: Settings, split: str) -> list[str]:

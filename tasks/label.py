@@ -22,7 +22,6 @@ from conversations import (
     find_format,
     key_of,
     pair_row,
-    read_rows,
     to_conversation,
 )
 from rewards.judge import SCORE_PLACES, Judge, read_template
@@ -30,6 +29,7 @@ from rewards.reward_model import RewardModel
 from rewards.verifiers import code_of, prompt_text, resolve_verifier, scored
 from settings.artifacts import append_row, resumed_rows, write_json, write_jsonl
 from settings.schema import LabelConfig, Settings
+from tokens.sources import read_rows
 
 VERSION = 1
 CHUNK = 256  # rows that are scored before their scores are written

@@ -27,12 +27,12 @@ from conversations import (
     format_of,
     key_of,
     pair_row,
-    read_rows,
     to_conversation,
 )
 from rewards.verifiers import Verifier, resolve_verifier, scored
 from settings.artifacts import read_jsonl, write_json, write_jsonl
 from settings.schema import DatasetConfig, Settings
+from tokens.sources import read_rows
 
 VERSION = 1
 CORRECT = 1.0  # a verifier's score from which a response is correct

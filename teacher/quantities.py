@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from settings.sections import CacheConfig
+from settings.teacher_sections import CacheConfig
 from settings.typed import nearest
 
 

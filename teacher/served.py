@@ -15,7 +15,7 @@ import numpy as np
 from dataloader import Tokens, encode_prompt
 from generation.server import Refused, Server, in_order
 from settings.artifacts import write_json
-from settings.sections import CacheConfig
+from settings.teacher_sections import CacheConfig
 from teacher.cache import Arrays
 from teacher.protocol import (
     PATH,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from settings.sections import AuditConfig
+from settings.teacher_sections import AuditConfig
 
 # Nats by which log-probabilities of a numeric path were seen to be off float32's (docs/cache_format.md), rounded up.
 PATH_ERRORS = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.7}

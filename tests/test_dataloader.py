@@ -12,7 +12,7 @@ from transformers.utils import chat_template_utils
 
 import launch
 import models
-from conversations import PARSERS, check_source, find_format, parse_hh, read_rows, to_conversation
+from conversations import PARSERS, find_format, parse_hh, to_conversation
 from dataloader import (
     collate,
     encode_example,
@@ -26,6 +26,7 @@ from settings.paths import ROOT
 from settings.schema import DatasetConfig, ModelConfig, typed
 from templates import render, stopped, template_digest, tokenizer_digest, turn_end
 from tests.support.helpers import composed, write_pairs
+from tokens.sources import check_source, read_rows
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import models
-from conversations import format_of, open_rows, read_rows, to_conversation
+from conversations import format_of, to_conversation
 from dataloader import epoch_order, load_examples
 from settings.schema import DatasetConfig, ModelConfig, typed
 from tests.support.bigram import trainer_of
@@ -22,6 +22,7 @@ from tests.support.helpers import composed, write_pairs
 from tokens import store as token_store
 from tokens.encoding import encode_example
 from tokens.examples import Example, content_key
+from tokens.sources import open_rows, read_rows
 from tokens.store import Record, open_store
 from tokens.writing import store
 from trainers.batches import items_digest, make_batch
