@@ -14,11 +14,13 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import tokenizers
-import torch
 import transformers
 from torch import Tensor
 
 from conversations import Message, format_of, to_conversation
+from forward.rows import Sequences as Sequences  # beside load_examples, for those who import the data loader
+from forward.rows import collate as collate
+from forward.rows import unsupervised as unsupervised
 from pipeline.digests import content_digest
 from settings.artifacts import is_done, read_jsonl, write_json
 from settings.paths import ROOT
@@ -30,14 +32,6 @@ from tokens.examples import Example, Tokens
 from tokens.sources import RowSource, open_rows
 from tokens.store import NotStorable, Record, Rows, digest_of, pack
 from tokens.writing import store
-
-
-class Sequences(NamedTuple):
-    """Right-padded rows: ids [B, T] int64, attention [B, T] bool, response [B, T] bool (supervised tokens)."""
-
-    ids: Tensor
-    attention: Tensor
-    response: Tensor
 
 
 class TopK(NamedTuple):
@@ -317,25 +311,6 @@ def _mixed(drawn: list[Drawn], tables: list[Rows], split: str, model: ModelConfi
     return examples
 
 
-def collate(rows: Sequence[Tokens], pad_id: int) -> Sequences:
-    """Pad rows on the right: ids [B, T], attention [B, T], response [B, T]."""
-    longest = max(row.length for row in rows)
-    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    attention = torch.zeros(len(rows), longest, dtype=torch.bool)
-    response = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        own, mask = row.arrays()
-        ids[i, : len(own)] = torch.tensor(own)
-        attention[i, : len(own)] = True
-        response[i, : len(own)] = torch.tensor(mask)
-    return Sequences(ids, attention, response)
-
-
-def unsupervised(tokens: Tokens) -> Tokens:
-    """Return the sequence with nothing supervised: it fills a batch and counts nowhere."""
-    return Tokens(tokens.ids, [False] * len(tokens.ids))
-
-
 # ---- order
 
 
@@ -343,14 +318,3 @@ def unsupervised(tokens: Tokens) -> Tokens:
 def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
     """Return the order of an epoch, a function of (seed, epoch) alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples).tolist()
-
-
-def local_micro_batches(
-    batch: Sequence[int], micro_size: int, micro_steps: int, rank: int, world: int
-) -> list[Sequence[int]]:
-    """Deal a global batch to `micro_steps` micro-batches of this rank.
-
-    Every rank gets the same number of micro-batches, so that all take the same branches; some may be empty.
-    """
-    own = batch[rank::world]
-    return [own[i * micro_size : (i + 1) * micro_size] for i in range(micro_steps)]

@@ -1,63 +1,24 @@
 """Pure tensor maths of the losses: token log-probabilities, top-k divergences, expected advantages.
 
 Letters: N response tokens of a whole batch (flat), V vocabulary, K teacher entries, B rows. Logits come in the model's
-dtype; maths is done in float32 (float64 stays float64), chunk by chunk, and each chunk is computed again in the
-backward pass: no float32 [N, V] tensor is ever held.
+dtype, as a tensor or as hidden states and the head's weight; maths is done in float32 (float64 stays float64), chunk by
+chunk (forward/chunks.py): no float32 [N, V] tensor is ever held.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**25  # entries of one chunk of [n, V]: 128 MiB in float32, whatever the vocabulary
+from forward.chunks import Logits, chunked, whole
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class _Chunks(torch.autograd.Function):
-    """Apply a function to chunks of rows; the backward pass runs each chunk again and writes its gradient in place.
-
-    So beside logits and their one gradient nothing of size [N, V] is ever held (split and cat would hold it twice).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], chunk: int, logits: Tensor, *others: Tensor) -> Tensor:
-        """Return the joined results [N, ...]."""
-        ctx.function, ctx.chunk = function, chunk
-        ctx.save_for_backward(logits, *others)
-        pieces = zip(logits.split(chunk), *(other.split(chunk) for other in others), strict=True)
-        return torch.cat([function(*piece) for piece in pieces])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of logits [N, V]; the other inputs are data."""
-        logits, *others = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        tensors = (logits, gradients[0], result, *others)
-        for part, gradient, into, *rest in zip(*(tensor.split(ctx.chunk) for tensor in tensors), strict=True):
-            leaf = part.detach().requires_grad_()
-            with torch.enable_grad():
-                out = ctx.function(leaf, *rest)
-            into.copy_(torch.autograd.grad(out, leaf, gradient)[0])
-        return (None, None, result, *(None for _ in others))
-
-
-def _chunked(
-    function: Callable[..., Tensor], logits: Tensor, others: tuple[Tensor, ...], chunk: int | None, held: int = 1
-) -> Tensor:
-    """Apply function(logits [n, V], *others [n, ...]) -> [n, ...] to chunks of rows and join the results.
-
-    `held` says how many tensors as large as the chunk the function needs at once: the chunk shrinks by it.
-    """
-    return _Chunks.apply(function, chunk or max(1, CHUNK_ELEMENTS // (held * logits.shape[-1])), logits, *others)
-
-
-def token_logps(logits: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+def token_logps(logits: Logits, targets: Tensor, chunk: int | None = None) -> Tensor:
     """Return log pi(target) of each token [N], as gather minus logsumexp of logits [N, V]."""
     return gather_logps(logits, targets.unsqueeze(-1), chunk).squeeze(-1)
 
@@ -66,18 +27,18 @@ def _gather(logits: Tensor, ids: Tensor) -> Tensor:
     return _wide(logits.gather(-1, ids)) - _wide(logits).logsumexp(-1, keepdim=True)
 
 
-def gather_logps(logits: Tensor, ids: Tensor, chunk: int | None = None) -> Tensor:
+def gather_logps(logits: Logits, ids: Tensor, chunk: int | None = None) -> Tensor:
     """Return the full-softmax log-probabilities at ids [N, K]."""
-    return _chunked(_gather, logits, (ids,), chunk)
+    return chunked(_gather, logits, (ids,), chunk)
 
 
 def _normalizer(logits: Tensor) -> Tensor:
     return _wide(logits).logsumexp(-1)
 
 
-def log_normalizers(logits: Tensor, chunk: int | None = None) -> Tensor:
+def log_normalizers(logits: Logits, chunk: int | None = None) -> Tensor:
     """Return log sum_v exp(logit_v) of each token [N]."""
-    return _chunked(_normalizer, logits, (), chunk)
+    return chunked(_normalizer, logits, (), chunk)
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -85,9 +46,9 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(logps.exp() * logps).sum(-1)
 
 
-def entropies(logits: Tensor, chunk: int | None = None) -> Tensor:
+def entropies(logits: Logits, chunk: int | None = None) -> Tensor:
     """Return the entropy in nats of each token's distribution [N]."""
-    return _chunked(_entropy, logits, (), chunk)
+    return chunked(_entropy, logits, (), chunk)
 
 
 def _log_collision(logits: Tensor) -> Tensor:
@@ -95,9 +56,9 @@ def _log_collision(logits: Tensor) -> Tensor:
     return (2 * wide).logsumexp(-1) - 2 * wide.logsumexp(-1)
 
 
-def log_collision(logits: Tensor, chunk: int | None = None) -> Tensor:
+def log_collision(logits: Logits, chunk: int | None = None) -> Tensor:
     """Return log sum_v pi(v)^2 of each token [N]: the log-probability that two draws are equal."""
-    return _chunked(_log_collision, logits, (), chunk)
+    return chunked(_log_collision, logits, (), chunk)
 
 
 def log_ratios(logits: Tensor, reference_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,9 +72,9 @@ def _full_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     return (reference.exp() * z).sum(-1)
 
 
-def full_kl(logits: Tensor, reference_logits: Tensor, chunk: int | None = None) -> Tensor:
+def full_kl(logits: Logits, reference_logits: Logits, chunk: int | None = None) -> Tensor:
     """Return KL(pi_0 || pi_theta) of each token [N] over the whole vocabulary, from logits [N, V] of both."""
-    return _chunked(_full_kl, logits, (reference_logits,), chunk, held=4)
+    return chunked(_full_kl, logits, (reference_logits,), chunk, held=4)
 
 
 def _jsd(logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float) -> Tensor:
@@ -128,7 +89,7 @@ def _jsd(logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float
 
 
 def generalized_jsd(
-    logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float = 1.0, chunk: int | None = None
+    logits: Logits, teacher_logits: Logits, beta: float, temperature: float = 1.0, chunk: int | None = None
 ) -> Tensor:
     """Return the generalized Jensen-Shannon divergence of each token [N], from logits [N, V] of student and teacher.
 
@@ -136,25 +97,25 @@ def generalized_jsd(
     that the scaled divergence tends to: beta 0 is KL(teacher || student), 1 is KL(student || teacher). No factor
     temperature^2. Source: GKD, arXiv 2306.13649, section 3.
     """
-    return _chunked(lambda part, other: _jsd(part, other, beta, temperature), logits, (teacher_logits,), chunk, held=8)
+    return chunked(lambda part, other: _jsd(part, other, beta, temperature), logits, (teacher_logits,), chunk, held=8)
 
 
-def mixed_logps(teachers: Sequence[Tensor]) -> Tensor:
+def mixed_logps(teachers: Sequence[Logits]) -> Logits:
     """Return the log of the teachers' average probabilities [N, V], from the logits [N, V] of each."""
     if len(teachers) == 1:
         return teachers[0]
-    total = _wide(teachers[0]).log_softmax(-1)
+    total = _wide(whole(teachers[0])).log_softmax(-1)
     for logits in teachers[1:]:
-        total = torch.logaddexp(total, _wide(logits).log_softmax(-1))
+        total = torch.logaddexp(total, _wide(whole(logits)).log_softmax(-1))
     return total - math.log(len(teachers))
 
 
-def topk_logps(logits: Tensor, k: int, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def topk_logps(logits: Logits, k: int, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k most probable ids [N, K], their log-probabilities [N, K] and the remaining mass [N]; no gradient."""
     if k > logits.shape[-1]:
         raise ValueError(f"top_k={k} is more than the vocabulary of {logits.shape[-1]}")
     with torch.no_grad():
-        ids = _chunked(lambda part: part.topk(k, dim=-1).indices, logits, (), chunk)
+        ids = chunked(lambda part: part.topk(k, dim=-1).indices, logits, (), chunk)
         logps = gather_logps(logits, ids, chunk)
         tail = (1.0 - logps.exp().sum(-1)).clamp_min(0.0)
     return ids, logps, tail
@@ -170,7 +131,7 @@ def _log_rest(logps: Tensor) -> Tensor:
 
 
 def topk_kl(
-    logits: Tensor, ids: Tensor, teacher_logps: Tensor, tail: str = "bucket", chunk: int | None = None
+    logits: Logits, ids: Tensor, teacher_logps: Tensor, tail: str = "bucket", chunk: int | None = None
 ) -> Tensor:
     """Return KL(teacher || student) of each token [N] on the teacher's entries ids, teacher_logps [N, K].
 
@@ -190,10 +151,10 @@ def topk_kl(
         student = _gather(part, part_ids)
         return _entries_kl(student, teacher.to(student.dtype), tail)
 
-    return _chunked(kl, logits, (ids, teacher_logps), chunk)
+    return chunked(kl, logits, (ids, teacher_logps), chunk)
 
 
-def support_mass(logits: Tensor, ids: Tensor, teacher_logps: Tensor) -> Tensor:
+def support_mass(logits: Logits, ids: Tensor, teacher_logps: Tensor) -> Tensor:
     """Return the mass of logits [N, V] at the teacher's entries [N, K]; those with teacher_logps -inf are padding."""
     return gather_logps(logits, ids).exp().masked_fill(teacher_logps == -torch.inf, 0.0).sum(-1)
 
@@ -227,7 +188,7 @@ def event_kl(logps: Tensor, teacher_logps: Tensor) -> Tensor:
     return _entries_kl(logps.unsqueeze(-1), teacher_logps.to(logps.dtype).unsqueeze(-1), "bucket")
 
 
-def sorted_distance(logits: Tensor, teacher_logps: Tensor, chunk: int | None = None) -> Tensor:
+def sorted_distance(logits: Logits, teacher_logps: Tensor, chunk: int | None = None) -> Tensor:
     """Return the universal logit distance of each token [N]: the L1 distance of sorted probabilities.
 
     teacher_logps [N, K] in any order, -inf where there is none. The K largest probabilities of both sides are compared
@@ -246,10 +207,10 @@ def sorted_distance(logits: Tensor, teacher_logps: Tensor, chunk: int | None = N
         rest = (found.sum(-1) - student.sum(-1)).abs()  # (1 - sum) of both, subtracted
         return torch.where((teacher == -math.inf).all(-1), 0.0, (student - found).abs().sum(-1) + rest)
 
-    return _chunked(distance, logits, (teacher_logps,), chunk, held=3)
+    return chunked(distance, logits, (teacher_logps,), chunk, held=3)
 
 
-def expected_advantage(logits: Tensor, ids: Tensor, advantages: Tensor, chunk: int | None = None) -> Tensor:
+def expected_advantage(logits: Logits, ids: Tensor, advantages: Tensor, chunk: int | None = None) -> Tensor:
     """Return sum_a pi_theta(a) A(a) of each token [N]: the full softmax gathered at ids, A = advantages [N, K].
 
     Source: ADPA, arXiv 2502.17927, eq. 11.
@@ -259,18 +220,18 @@ def expected_advantage(logits: Tensor, ids: Tensor, advantages: Tensor, chunk: i
         probabilities = _gather(part, part_ids).exp()
         return (probabilities * values.to(probabilities.dtype)).sum(-1)
 
-    return _chunked(expected, logits, (ids, advantages), chunk)
+    return chunked(expected, logits, (ids, advantages), chunk)
 
 
 def chunked_risk(
-    risk: Callable[[Tensor, Tensor], Tensor], logits: Tensor, reference_logits: Tensor, chunk: int | None = None
+    risk: Callable[[Tensor, Tensor], Tensor], logits: Logits, reference_logits: Logits, chunk: int | None = None
 ) -> Tensor:
     """Apply risk(z [n, V], log pi_0 [n, V]) -> [n] to chunks; z = log pi_0 - log pi_theta."""
 
     def of_chunk(part: Tensor, reference: Tensor) -> Tensor:
         return risk(*log_ratios(part, reference))
 
-    return _chunked(of_chunk, logits, (reference_logits,), chunk, held=12)
+    return chunked(of_chunk, logits, (reference_logits,), chunk, held=12)
 
 
 def row_sums(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

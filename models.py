@@ -1,4 +1,4 @@
-"""Models and tokenizers: load, build, freeze, adapt, save; and the one function that shifts tokens.
+"""Models and tokenizers: load, build, freeze, adapt, save (forward/ asks them).
 
 Letters: B rows, T tokens, N response tokens of a batch (flat, row after row), V vocabulary.
 """
@@ -34,7 +34,10 @@ from transformers import (
 from transformers import GenerationConfig as GenerationDefaults
 
 from assets import smollm2
-from dataloader import Sequences
+from forward.responses import ResponseLogits as ResponseLogits  # beside load_model, for those who import models
+from forward.responses import response_logits as response_logits
+from forward.responses import scoring as scoring
+from forward.rows import Sequences
 from settings.paths import found
 from settings.schema import ModelConfig
 from settings.typed import nearest
@@ -51,39 +54,6 @@ DEFAULT_TEMPLATE = (
 )
 
 
-class ResponseLogits(NamedTuple):
-    """Logits [N, V] that predict the response tokens targets [N]; rows [N] says whose token each is."""
-
-    logits: Tensor
-    targets: Tensor
-    rows: Tensor
-
-
-def response_logits(model: torch.nn.Module, sequences: Sequences, vocab_size: int) -> ResponseLogits:
-    """Run the model and keep the logits that predict response tokens, cut to the tokenizer's vocabulary.
-
-    THE one place of the next-token shift: position t predicts token t+1. Logits outside the columns that some row
-    needs are never computed. Padding is on the right, so positions need no correction.
-    """
-    ids, attention, response = sequences
-    keep, rows, kept = predicting(response)
-    logits = model(input_ids=ids, attention_mask=attention.long(), use_cache=False, logits_to_keep=keep).logits
-    if logits.dim() == 3:  # a teacher's last layer may give [N, V] at once
-        logits = logits[rows, kept]
-    return ResponseLogits(logits[:, :vocab_size], ids[rows, keep[kept] + 1], rows)
-
-
-def predicting(response: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the columns that are computed [C], and the rows [N] and places among those columns [N] of the positions
-    that predict the response tokens [B, T]."""
-    predicts = response.roll(-1, dims=1)
-    predicts[:, -1] = False  # the last position predicts a token that is not there
-    columns = predicts.any(dim=0).nonzero().flatten().tolist() or [response.shape[1] - 1]
-    keep = torch.arange(columns[0], columns[-1] + 1, device=response.device)
-    rows, kept = predicts[:, keep].nonzero(as_tuple=True)
-    return keep, rows, kept
-
-
 def last_token_scores(model: torch.nn.Module, sequences: Sequences) -> Tensor:
     """Return a reward model's score of each row [rows], taken at its last attended token: the end of the response.
 
@@ -92,7 +62,7 @@ def last_token_scores(model: torch.nn.Module, sequences: Sequences) -> Tensor:
     """
     inner: Any = getattr(model, "module", model)  # DDP wraps the model
     config = inner.config.get_text_config()
-    ids, attention, _ = sequences
+    ids, attention = sequences.ids, sequences.attention
     ends = set(ids.gather(1, attention.sum(dim=1, keepdim=True) - 1).flatten().tolist())
     padding, own = next(i for i in range(config.vocab_size) if i not in ends), config.pad_token_id
     config.pad_token_id = padding
@@ -102,21 +72,6 @@ def last_token_scores(model: torch.nn.Module, sequences: Sequences) -> Tensor:
         config.pad_token_id = own
     scores = out.logits[:, 0]
     return scores if scores.dtype == torch.float64 else scores.float()
-
-
-@contextmanager
-def scoring(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and every part of it back into its own mode afterward.
-
-    For what is scored and not learned from: with dropout two scorings of the same tokens would differ.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 # ---- sources

@@ -181,15 +181,16 @@ def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int
     micro = max(1, config.batch_size // (devices * config.gradient_accumulation_steps))
     if not lengths.measured:
         return full_batch(settings, lengths, micro * slots)
-    from dataloader import epoch_order, local_micro_batches
+    from dataloader import epoch_order
+    from forward.dealing import deal
 
     order = epoch_order(len(lengths.items), settings.run.seed, 0)
     found = []
     for start in range(0, len(order), config.batch_size):
         step = order[start : start + config.batch_size]
-        for rank in range(devices):
-            parts = local_micro_batches(step, micro, config.gradient_accumulation_steps, rank, devices)
-            found += [padded([lengths.items[i] for i in part]) for part in parts if part]
+        costs = [sum(length for length, _, _ in lengths.items[i]) for i in step]
+        for parts in deal(costs, micro, devices, config.tokens_per_micro_batch):
+            found += [padded([lengths.items[step[place]] for place in part]) for part in parts if part]
     return largest(found)
 
 

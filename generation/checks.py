@@ -34,7 +34,7 @@ def logp_gap(
     gaps: list[torch.Tensor] = []
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size], pad_id)
-        out = models.response_logits(model, type(batch)(*(part.to(model.device) for part in batch)), vocab_size)
+        out = models.response_logits(model, batch.to(model.device), vocab_size)
         theirs = torch.tensor([x for row in logps[start : start + batch_size] for x in row])
         gaps.append((token_logps(out.logits, out.targets).cpu() - theirs).abs().double())
     every = torch.cat(gaps)

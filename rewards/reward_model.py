@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import models
 from conversations import Message
-from dataloader import Sequences, Tokens, collate
+from dataloader import Tokens, collate
 from settings.schema import Settings
 from tokens.encoding import encode_turn, fit_prompt
 
@@ -61,8 +61,6 @@ class RewardModel:
         found: dict[int, float] = {}
         for start in tqdm(range(0, len(order), batch_size), desc=label, mininterval=1):
             chunk = order[start : start + batch_size]
-            batch = Sequences(
-                *(part.to(self.device) for part in collate([every[i] for i in chunk], self.tokenizer.pad_token_id))
-            )
+            batch = collate([every[i] for i in chunk], self.tokenizer.pad_token_id).to(self.device)
             found.update(zip(chunk, models.last_token_scores(self.model, batch).tolist(), strict=True))
         return [found[i] for i in range(len(rows))]

@@ -132,6 +132,8 @@ class ModelConfig:
     batch_size: int
     gradient_accumulation_steps: int
     eval_batch_size: int
+    tokens_per_micro_batch: int | None
+    packing: str
     attn_implementation: str | None
     use_peft: bool
     peft: dict[str, Any]
@@ -146,6 +148,12 @@ class ModelConfig:
         one_of("model.reference_dtype", self.reference_dtype, ("auto", "float32", "float16", "bfloat16"))
         for key in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length"):
             require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
+        one_of("model.packing", self.packing, ("auto", "none", "rows", "prompts"))
+        budget = self.tokens_per_micro_batch
+        require(
+            budget is None or budget >= 1,
+            f"model.tokens_per_micro_batch={budget} must be at least 1 (or null: gradient_accumulation_steps says it)",
+        )
         require(
             is_day(self.template_date),
             f"model.template_date={self.template_date!r} must be a day written YEAR-MONTH-DAY, e.g. 2024-07-26",

@@ -12,8 +12,9 @@ import models
 from dataloader import Sequences, Tokens, collate, load_examples, read_generations
 from engine.placement import Replicated
 from engine.processes import Apart
+from forward.chunks import whole
+from forward.responses import response_logits
 from functional import gather_logps
-from models import response_logits
 from report.audit_page import write_audit
 from settings.schema import Settings
 from teacher.audit import (
@@ -123,7 +124,7 @@ def _loaded(settings: Settings, process: Apart, source: str | None, dtype: torch
 
 
 def _batch(row: Tokens, tokenizer: Any, process: Apart) -> Sequences:
-    return Sequences(*(part.to(process.device) for part in collate([row], tokenizer.pad_token_id)))
+    return collate([row], tokenizer.pad_token_id).to(process.device)
 
 
 def _truths(
@@ -146,9 +147,9 @@ def _truths(
     for row, stored in zip(rows, entries, strict=True):
         batch = _batch(row, tokenizer, process)
         with torch.inference_mode():
-            asked = teacher_logits(teacher, batch, vocab_size).logits
-            other = None if reference is None else teacher_logits(reference, batch, vocab_size).logits
-            own = other if student is None else response_logits(student, batch, vocab_size).logits
+            asked = whole(teacher_logits(teacher, batch, vocab_size).logits)
+            other = None if reference is None else whole(teacher_logits(reference, batch, vocab_size).logits)
+            own = other if student is None else whole(response_logits(student, batch, vocab_size).logits)
             found.append(_truth(asked, other, own, stored, reader.meta.beta, root_error(reader)))
     return found
 

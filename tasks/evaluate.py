@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import models
-from dataloader import Example, Sequences, collate, load_examples
+from dataloader import Example, collate, load_examples
 from engine.processes import Processes
 from evaluation.harness import benchmark_metrics, check_benchmarks
 from evaluation.intervals import score_interval
@@ -147,7 +147,7 @@ def pair_logps(model: Any, tokenizer: Any, pairs: list[Example], batch_size: int
     for start in tqdm(range(0, len(pairs), batch_size), desc=f"pairs {label}", mininterval=1):
         chunk = pairs[start : start + batch_size]
         tokens = [row.chosen for row in chunk if row.chosen] + [row.rejected for row in chunk if row.rejected]
-        sequences = Sequences(*(part.to(device) for part in collate(tokens, tokenizer.pad_token_id)))
+        sequences = collate(tokens, tokenizer.pad_token_id).to(device)
         logits, targets, rows = models.response_logits(model, sequences, len(tokenizer))
         sums = row_sums(token_logps(logits, targets), rows, len(tokens))
         parts.append(sums.double().cpu().numpy().reshape(2, len(chunk)).T)

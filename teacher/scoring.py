@@ -88,7 +88,7 @@ class Scorer:
     def __call__(self, rows: Sequence[Tokens]) -> list[Arrays]:
         """Return the quantity's arrays of each row."""
         device = next(self.teachers[0].parameters()).device
-        batch = Sequences(*(part.to(device) for part in collate(list(rows), self.pad_id)))
+        batch = collate(list(rows), self.pad_id).to(device)
         asked = tuple(lambda model=model: self._logits(model, batch) for model in self.teachers)
         found = SCORES[self.quantity.name](Asked(asked, self.k, self.beta))
         return split_rows(found, [row.num_supervised for row in rows])

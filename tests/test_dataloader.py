@@ -19,7 +19,6 @@ from dataloader import (
     encode_prompt,
     epoch_order,
     load_examples,
-    local_micro_batches,
 )
 from generation.interface import forbidden_ids
 from settings.paths import ROOT
@@ -348,8 +347,6 @@ def test_a_weight_that_takes_no_row_is_refused(tmp_path: Path, tokenizer, config
 def test_order_is_a_function_of_seed_and_epoch_and_every_example_comes_once():
     assert epoch_order(50, 1, 0) == epoch_order(50, 1, 0) != epoch_order(50, 1, 1)
     assert sorted(epoch_order(50, 1, 0)) == list(range(50))
-    dealt = [i for rank in range(2) for micro in local_micro_batches(list(range(7)), 2, 2, rank, 2) for i in micro]
-    assert sorted(dealt) == list(range(7))
 
 
 def test_collate_pads_right_with_masks(tokenizer, config):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dataloader import Example, Generation, Tokens, read_generations
 from engine.metrics import Mean
+from forward.chunks import nothing
 from functional import entropies, expected_advantage, inside, row_sums, support_mass, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
@@ -108,7 +109,7 @@ class ADPA(BasicTrainer):
         """Count chosen tokens (NLL) and generated tokens or sequences (advantage); no advantage without a teacher."""
         if batch.teacher is None:
             return {"nll": batch.num_tokens(0), "advantage": 0}
-        generated = batch.num_tokens(1) if self.config.reduction == "token_mean" else int(batch.supervised(1).sum())
+        generated = batch.num_tokens(1) if self.config.reduction == "token_mean" else batch.num_supervised(1)
         return {"nll": batch.num_tokens(0), "advantage": generated}
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
@@ -119,7 +120,7 @@ class ADPA(BasicTrainer):
         sums = {"nll": self.config.sft_weight * nll}
         metrics = {"nll/chosen": Mean(nll.detach(), split)}
         if batch.teacher is None:
-            return {**sums, "advantage": logits.sum() * 0}, metrics
+            return {**sums, "advantage": nothing(logits)}, metrics
         ids, advantages = batch.teacher.ids, batch.teacher.values
         if logits.shape[-1] < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
             ids, advantages = inside(ids, advantages, logits.shape[-1], nothing=0.0)

@@ -16,18 +16,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader import Example, Sequences, epoch_order, local_micro_batches
+from dataloader import Example, epoch_order
 from engine import checkpoint, export, preemption
 from engine.metrics import Mean, MetricsFile, Window, means, named
 from engine.optimizer import learning_rate_scale, scheduled_steps, seed_step
 from engine.placement import Placement
 from engine.prefetch import Prefetch
 from engine.tracking import tracker
+from forward.chunks import Logits
+from forward.dealing import deal
+from forward.responses import response_logits, scoring
+from forward.rows import Sequences
 from functional import token_logps
-from models import response_logits, scoring
 from settings.needs import Needs
-from settings.schema import Settings
-from trainers.batches import Batch, Item, items_digest, make_batch
+from settings.schema import ModelConfig, Settings
+from trainers.batches import Batch, Item, cost_of, items_digest, make_batch
 from trainers.value_head import VALUE_HEAD
 
 
@@ -54,6 +57,7 @@ class BasicTrainer:
                 f"model.gradient_accumulation_steps={accum}; a multiple of {world_size * accum} works"
             )
         self.micro_size = settings.model.batch_size // (world_size * accum)
+        self.packing = packing_of(settings.model)
         self.reference: torch.nn.Module | None = None
         self.frozen_models: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.aligns_bytes = False  # frozen language models may have a tokenizer of their own, kept in:
@@ -139,7 +143,7 @@ class BasicTrainer:
             return self.token_logps_of(model, sequences)
 
     @torch.no_grad()
-    def reference_logits(self, batch: Batch) -> Tensor:
+    def reference_logits(self, batch: Batch) -> Logits:
         """Return the reference's logits [N, V] at the response tokens."""
         with self.reference_model() as model, self.autocast(model):
             return response_logits(model, batch.sequences, self.vocab_size).logits
@@ -157,8 +161,12 @@ class BasicTrainer:
         return self.placement.precision(model)
 
     def batch_of(self, items: list[Item]) -> Batch:
-        """Pad items onto this rank's device."""
-        return make_batch(items, self.tokenizer.pad_token_id).to(self.placement.device)
+        """Lay items onto this rank's device."""
+        return self.made(items).to(self.placement.device)
+
+    def made(self, items: list[Item]) -> Batch:
+        """Lay items, not yet on the device."""
+        return make_batch(items, self.tokenizer.pad_token_id, self.packing)
 
     # ---- the loop
 
@@ -220,7 +228,10 @@ class BasicTrainer:
         size, world_size = self.model_config.batch_size, self.processes.world_size
         order = epoch_order(len(self.train_items), self.run_config.seed, epoch)
         chosen = order[index * size : (index + 1) * size]
-        return self.rollout(list(self.deal(self.train_items, chosen, self.micro_size, world_size)), step)
+        micros = self.deal(
+            self.train_items, chosen, self.micro_size, world_size, self.model_config.tokens_per_micro_batch
+        )
+        return self.rollout(list(micros), step)
 
     def new_batches(self, step: int) -> Sequence[int]:
         """Return the numbers of the global batches of an epoch's order that a step is the first to use."""
@@ -234,7 +245,7 @@ class BasicTrainer:
 
     def batches(self, step: int) -> list[Batch]:
         """Return this rank's batches of a step, not yet on its device."""
-        return [make_batch(items, self.tokenizer.pad_token_id) for items in self.micro_items(step)]
+        return [self.made(items) for items in self.micro_items(step)]
 
     def moves_its_data(self) -> bool:
         """Tell whether what is learned from depends on the policy as it stands, so that no step can be made ahead."""
@@ -242,12 +253,13 @@ class BasicTrainer:
         return own.rollout is not BasicTrainer.rollout or own.micro_items is not BasicTrainer.micro_items
 
     def deal(
-        self, items: Sequence[Item], indices: Sequence[int], micro_size: int, world_size: int
+        self, items: Sequence[Item], indices: Sequence[int], micro_size: int, world_size: int, budget: int | None = None
     ) -> Iterator[list[Item]]:
         """Yield this rank's micro-batches of the items at `indices`, the same number on every rank."""
-        micro_steps = math.ceil(math.ceil(len(indices) / world_size) / micro_size)
-        for micro in local_micro_batches(indices, micro_size, micro_steps, self.processes.rank, world_size):
-            yield [items[i] for i in micro] or [items[indices[0]].filler()]
+        costs = [cost_of(items[i], self.packing) for i in indices]
+        shortest = costs.index(min(costs))
+        for micro in deal(costs, micro_size, world_size, budget)[self.processes.rank]:
+            yield [items[indices[place]] for place in micro] or [items[indices[shortest]].filler()]
 
     def global_counts(self, batches: list[Batch]) -> dict[str, float]:
         """Count the units of each term over all micro-batches and ranks."""
@@ -312,9 +324,7 @@ class BasicTrainer:
     def _test_batches(self) -> Iterable[Batch]:
         """Give the batches of the test items, one by one where a method does not want to see all of them at once."""
         size, world_size = self.model_config.eval_batch_size, self.processes.world_size
-        starts = range(0, len(self.test_items), size * world_size)
-        parts = (range(len(self.test_items))[start : start + size * world_size] for start in starts)
-        micros = (micro for part in parts for micro in self.deal(self.test_items, part, size, world_size))
+        micros = self.deal(self.test_items, range(len(self.test_items)), size, world_size)
         if not self.moves_its_data() and type(self).prepared is BasicTrainer.prepared:
             return (self.batch_of(items) for items in micros)
         return self.prepared([self.batch_of(items) for items in self.rollout(list(micros), 0)], False)
@@ -406,3 +416,10 @@ class BasicTrainer:
             model = self.placement.unwrapped(self.policy)
             export.save_model(model, self.tokenizer, self.run_config.run_dir / name, state_dict=state)
         self.processes.wait()
+
+
+def packing_of(config: ModelConfig) -> str:
+    """Return how batches are laid: model.packing, or what `auto` is for this model."""
+    if config.packing != "auto":
+        return config.packing
+    return "none" if config.compile else "prompts"

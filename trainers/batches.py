@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import Example, Sequences, Tokens, TopK, collate, unsupervised
+from dataloader import Example, Tokens, TopK
+from forward.rows import Sequences, collate, moved, unsupervised
 from teacher.lookup import Stored, StoredLogps
 from teacher.quantities import Entry
 
@@ -90,6 +91,13 @@ def joined(first: Sequence[Item], second: Sequence[Item]) -> Items:
     return Items(len(first) + len(second), lambda i: first[i] if i < len(first) else second[i - len(first)])
 
 
+class Counted(NamedTuple):
+    """What a slot has that counts: supervised tokens, and items that have any."""
+
+    tokens: int
+    items: int
+
+
 class Batch(NamedTuple):
     """S*B padded rows, slot after slot, and what belongs to them.
 
@@ -100,6 +108,7 @@ class Batch(NamedTuple):
 
     sequences: Sequences
     num_items: int
+    counted: tuple[Counted, ...]  # of each slot
     teacher: TopK | None = None
     reference_logps: Tensor | None = None
     labels: Tensor | None = None
@@ -115,37 +124,48 @@ class Batch(NamedTuple):
 
     def num_tokens(self, slot: int) -> int:
         """Count the supervised tokens of a slot."""
-        rows = slice(slot * self.num_items, (slot + 1) * self.num_items)
-        return int(self.sequences.response[rows].sum())
+        return self.counted[slot].tokens
+
+    def num_supervised(self, slot: int) -> int:
+        """Count the items whose `slot` has a supervised token."""
+        return self.counted[slot].items
 
     def to(self, device: torch.device) -> "Batch":
         """Move every tensor."""
-        return Batch._make(_moved(part, device) for part in self)
+        return Batch._make(moved(part, device) for part in self)
 
 
-def _moved(part: Any, device: torch.device) -> Any:
-    if isinstance(part, tuple):
-        return type(part)._make(_moved(tensor, device) for tensor in part)  # type: ignore[attr-defined]
-    return part.to(device) if isinstance(part, Tensor) else part
+def cost_of(item: Item, packing: str) -> int:
+    """Return how many tokens an item costs: of all that is scored, a prompt that its slots share counted once."""
+    lengths = [tokens.length for tokens in (*item.sequences, *item.scored)]
+    if packing != "prompts" or len(item.sequences) < 2:
+        return sum(lengths)
+    prompt = min(tokens.length - tokens.num_supervised for tokens in item.sequences)
+    return sum(lengths) - prompt * (len(item.sequences) - 1)
 
 
-def make_batch(items: Sequence[Item], pad_id: int) -> Batch:
-    """Pad the items and lay them slot after slot."""
+def make_batch(items: Sequence[Item], pad_id: int, packing: str = "none") -> Batch:
+    """Pad the items and lay them slot after slot; `packing`: lay them without padding, too (forward/packing.py)."""
     first = items[0]
     slots = range(len(first.sequences))
     entries = [item.entries[slot] for slot in slots for item in items if item.entries]
     scored = [tokens for item in items for tokens in item.scored]
     labels = None if first.label is None else torch.tensor([float(item.label or 0.0) for item in items])
     return Batch(
-        collate([item.sequences[slot] for slot in slots for item in items], pad_id),
+        collate([item.sequences[slot] for slot in slots for item in items], pad_id, packing),
         len(items),
+        tuple(_counted([item.sequences[slot].num_supervised for item in items]) for slot in slots),
         _top_k([e if isinstance(e, Entry) else e.read() for e in entries if e is not None]),
         _joined([item.reference_logps[slot] for slot in slots for item in items if item.reference_logps is not None]),
         labels,
-        collate(scored, pad_id) if scored else None,
+        collate(scored, pad_id, packing) if scored else None,
         _joined([a for item in items if item.reference_logps is not None for a in item.reference_logps[len(slots) :]]),
         notes=_joined([item.notes for item in items if item.notes is not None]),
     )
+
+
+def _counted(supervised: list[int]) -> Counted:
+    return Counted(sum(supervised), sum(1 for number in supervised if number))
 
 
 def _joined(arrays: list[Any]) -> Tensor | None:

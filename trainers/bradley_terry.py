@@ -51,7 +51,7 @@ class BradleyTerry(BasicTrainer):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count pairs."""
-        return {"preference": int(batch.supervised(0).sum())}
+        return {"preference": batch.num_supervised(0)}
 
     def sums(self, out: Tensor, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the preference sum, scores and accuracies."""

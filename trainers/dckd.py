@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dataloader import Example, TopK
 from engine.metrics import Mean
+from forward.chunks import Logits, nothing
 from functional import event_kl, inside, row_sums, sorted_distance, support_mass, token_logps, topk_kl
 from models import ResponseLogits
 from settings.needs import Needs
@@ -119,7 +120,7 @@ class DCKD(BasicTrainer):
         split = batch.num_tokens(0)
         nll = -token_logps(out.logits[:split], out.targets[:split]).sum()
         if batch.teacher is None:  # a filler, or held-out rows without a cache; the graph stays whole
-            return {"nll": self.config.sft_weight * nll, "kl_chosen": nll * 0, "kl_rejected": out.logits.sum() * 0}, {}
+            return {"nll": self.config.sft_weight * nll, "kl_chosen": nll * 0, "kl_rejected": nothing(out.logits)}, {}
         width, counts = out.logits.shape[-1], self.counts(batch)
         teacher = batch.teacher
         if width < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
@@ -143,7 +144,7 @@ class DCKD(BasicTrainer):
             "mass_in_support": Mean(mass, len(teacher.values)),
         }
 
-    def divergence(self, logits: Tensor, targets: Tensor, teacher: TopK) -> Tensor:
+    def divergence(self, logits: Logits, targets: Tensor, teacher: TopK) -> Tensor:
         """Return the sum of the divergences at the tokens of logits [n, V], and of those of spans of several tokens."""
         if self.config.span_loss == "uld":
             return sorted_distance(logits, teacher.values).sum()

@@ -156,9 +156,7 @@ class GRPO(RolloutTrainer):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count responses, or response tokens."""
-        return {
-            "grpo": batch.num_tokens(0) if self.config.reduction == "token_mean" else int(batch.supervised(0).sum())
-        }
+        return {"grpo": batch.num_tokens(0) if self.config.reduction == "token_mean" else batch.num_supervised(0)}
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the loss sum, and what tells how training goes."""

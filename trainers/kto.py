@@ -154,7 +154,7 @@ class KTO(BasicTrainer):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count sequences."""
-        return {"kto": int(batch.supervised(0).sum())}
+        return {"kto": batch.num_supervised(0)}
 
     @torch.no_grad()
     def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloader import Sequences, Tokens, collate
+from dataloader import Tokens, collate
 from engine.metrics import Mean
 from functional import entropies, token_logps
 from models import ResponseLogits
@@ -126,7 +126,7 @@ class OPD(RolloutTrainer):
         between, batch = translation(self.tokenizer, tokenizer), self.batch_of(items)
         asked, found = zip(*(self._asked(item, tokenizer, between) for item in items), strict=True)
         check_coverage(found, self.config.min_coverage)
-        sequences = Sequences(*(part.to(batch.sequences.ids.device) for part in collate(asked, tokenizer.pad_token_id)))
+        sequences = collate(asked, tokenizer.pad_token_id).to(batch.sequences.ids.device)
         out = teacher_logits(teacher, sequences, len(tokenizer))
         flat = token_logps(out.logits, out.targets), self.token_logps_of(self.policy, batch.sequences)
         lengths = [sum(tokens.response) for tokens in asked], batch.sequences.response.sum(dim=1).tolist()

@@ -128,7 +128,7 @@ class PairedTrainer(BasicTrainer):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count pairs and, for the NLL term, chosen tokens."""
-        counts = {"preference": int(batch.supervised(0).sum())}
+        counts = {"preference": batch.num_supervised(0)}
         return {**counts, "nll": batch.num_tokens(0)} if self.config.nll_weight else counts
 
     def pairs(self, logps: Tensor, rows: Tensor, batch: Batch) -> Pairs:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dataloader import Example
 from engine.metrics import Mean
+from forward.chunks import Logits
 from functional import generalized_jsd, mixed_logps, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
@@ -84,7 +85,7 @@ class RewardWeighted(BasicTrainer):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count responses."""
-        number = int(batch.supervised(0).sum())
+        number = batch.num_supervised(0)
         return {"nll": number, "divergence": number}
 
     def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
@@ -128,7 +129,7 @@ class RewardWeighted(BasicTrainer):
         }
 
     @torch.no_grad()
-    def _teacher_logits(self, batch: Batch) -> Tensor:
+    def _teacher_logits(self, batch: Batch) -> Logits:
         """Return the log of the teachers' average probabilities [N, V], up to a constant a row."""
         teachers = self.frozen_models.values()
         return mixed_logps([teacher_logits(model, batch.sequences, self.vocab_size).logits for model in teachers])

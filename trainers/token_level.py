@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.metrics import Mean
+from forward.chunks import Logits
 from functional import chunked_risk, full_kl, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
@@ -68,7 +69,7 @@ class TDPO(PairedTrainer):
     )
     source = "2404.11999"
 
-    def divergences(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
+    def divergences(self, logits: Logits, reference_logits: Logits) -> Tensor:
         """Return the divergence at each response token [N]."""
         return full_kl(logits, reference_logits)
 
@@ -160,7 +161,7 @@ class RaDPO(TDPO):
     )
     source = "2505.20359"
 
-    def divergences(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
+    def divergences(self, logits: Logits, reference_logits: Logits) -> Tensor:
         """Return the risk at each response token [N]."""
         level = self.config.confidence_level
         if self.config.risk == "paper":

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataloader import Sequences
-from models import ResponseLogits, predicting, response_logits
+from forward.responses import ResponseLogits, at_responses, response_logits, unwrapped
+from forward.rows import Sequences
 
 VALUE_HEAD = "value_head."  # names of its parameters begin so
 
@@ -45,6 +45,4 @@ def response_logits_and_values(
 ) -> tuple[ResponseLogits, Tensor]:
     """Return response_logits, and the value head's estimate before each response token [N] (see add_value_head)."""
     out = response_logits(model, sequences, vocab_size)
-    _, rows, kept = predicting(sequences.response)
-    inner: Any = getattr(model, "module", model)  # DDP wraps the model
-    return out, inner.value_head.values[rows, kept]
+    return out, at_responses(unwrapped(model).value_head.values, sequences)
