@@ -18,24 +18,45 @@ class Mean(NamedTuple):
 
 
 class Window:
-    """Sums and counts by name since the last row was written."""
+    """Sums and counts by name since the last row was written; they stay on their device until they are asked for."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
+        self.waiting: dict[str, list[Tensor]] = {}  # name -> total and count, float64 tensors of one element
 
     def add(self, metrics: dict[str, Mean]) -> None:
-        """Add to the totals and counts."""
+        """Add to the totals and counts; nothing is read from a device."""
         for name, mean in metrics.items():
-            pair = self.sums.setdefault(name, [0.0, 0.0])
-            pair[0] += float(mean.total)
-            pair[1] += float(mean.count)
+            sums = self.sums.setdefault(name, [0.0, 0.0])
+            for place, value in enumerate(mean):
+                if isinstance(value, Tensor):
+                    self._wait(name, place, value)
+                else:
+                    sums[place] += value
+
+    def _wait(self, name: str, place: int, value: Tensor) -> None:
+        one = value.detach().double()
+        if name not in self.waiting:
+            self.waiting[name] = [torch.zeros_like(one), torch.zeros_like(one)]
+        self.waiting[name][place] += one
+
+    def read(self) -> dict[str, list[float]]:
+        """Return the sums of this process: one read from the device."""
+        if self.waiting:
+            found = torch.stack([value for pair in self.waiting.values() for value in pair]).tolist()
+            for i, name in enumerate(self.waiting):
+                for place in (0, 1):
+                    self.sums[name][place] += found[2 * i + place]
+            self.waiting = {}
+        return self.sums
 
     def reduced(self, reduce: Any) -> dict[str, list[float]]:
         """Return the sums over all ranks; `reduce` sums a tensor over ranks."""
-        names = sorted(set(gather_object(list(self.sums))))  # a rank that had only fillers knows fewer names
+        sums = self.read()
+        names = sorted(set(gather_object(list(sums))))  # a rank that had only fillers knows fewer names
         if not names:
             return {}
-        table = torch.tensor([self.sums.get(name, [0.0, 0.0]) for name in names], dtype=torch.float64)
+        table = torch.tensor([sums.get(name, [0.0, 0.0]) for name in names], dtype=torch.float64)
         return {name: row for name, row in zip(names, reduce(table).tolist(), strict=True)}
 
 

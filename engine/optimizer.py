@@ -14,7 +14,8 @@ def optimizer_of(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimize
         simple = torch.optim.SGD if run.optimizer == "SGD" else torch.optim.RMSprop
         return simple(params, lr=run.lr, weight_decay=run.weight_decay)
     cls = torch.optim.AdamW if run.optimizer == "AdamW" else torch.optim.Adam
-    return cls(params, lr=run.lr, betas=(run.betas[0], run.betas[1]), eps=1e-8, weight_decay=run.weight_decay)
+    betas = run.betas[0], run.betas[1]
+    return cls(params, lr=run.lr, betas=betas, eps=1e-8, weight_decay=run.weight_decay, fused=True)
 
 
 def learning_rate_scale(step: int, total: int, warmup: int, schedule: str) -> float:

@@ -6,7 +6,6 @@ generate. BasicTrainer asks it and has no `if` about it. A policy and its refere
 weights they give equal log-probabilities to the bit.
 """
 
-import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -123,15 +122,20 @@ class Placement(ABC):
         """Add a micro-batch's gradients; `loss` is divided by global counts, so gradients are summed over ranks."""
         (loss * self.processes.world_size).backward()  # a reduction averages over ranks
 
-    def step(self, rate: float, max_grad_norm: float) -> float:
+    @property
+    def reads_late(self) -> bool:
+        """Tell whether a device runs ahead of this process, which would wait where it reads a number."""
+        return self.device.type != "cpu"
+
+    def step(self, rate: float, max_grad_norm: float) -> Tensor | float:
         """Clip, update with this learning rate, forget the gradients; return the global norm before clipping.
 
-        A norm that is not finite makes no update.
+        A norm that is not finite makes no update; where numbers are read late, that is found when it is read.
         """
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm)))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if math.isfinite(norm):
+        if self.reads_late or bool(norm.isfinite()):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

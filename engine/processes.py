@@ -35,6 +35,9 @@ class Processes:
         self.device: torch.device = self.state.device
         self.is_main = self.rank == 0
         self.is_local_main = self.state.is_local_main_process
+        self.hosts: Any = None  # the group that sums numbers of the host; through NCCL they would wait for the device
+        if self.world_size > 1 and self.device.type != "cpu":
+            self.hosts = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.world_size:
             raise ValueError(
@@ -46,9 +49,9 @@ class Processes:
         """Return the sum of a CPU tensor over all ranks; all call it."""
         if self.world_size == 1:
             return table
-        moved = table.to(self.device, copy=True)
-        torch.distributed.all_reduce(moved)
-        return moved.cpu()
+        total = table.clone()
+        torch.distributed.all_reduce(total, group=self.hosts)
+        return total
 
     def gathered(self, values: Sequence[Any]) -> list[Any]:
         """Join the lists of all ranks, in the order of ranks; all call it."""

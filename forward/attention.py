@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from forward.packing import Layout
@@ -36,13 +35,18 @@ def by_segments(
         options: dict[str, Any] = {"is_causal": own.shape[2] > 1}
         if place >= 0:
             keys, values = (torch.cat([part[place], now], 2) for part, now in ((parts[1], keys), (parts[2], values)))
-            options = {"attn_mask": causal_lower_right(own.shape[2], keys.shape[2])} if own.shape[2] > 1 else {}
+            options = {"attn_mask": _after(own.shape[2], keys.shape[2], own.device)} if own.shape[2] > 1 else {}
         found.append(
             F.scaled_dot_product_attention(
                 own, keys, values, dropout_p=dropout, scale=scale, enable_gqa=grouped, **options
             )
         )
     return torch.cat(found, dim=2)
+
+
+def _after(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return which of the keys each of the last `queries` tokens sees [queries, keys]."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:

@@ -6,8 +6,8 @@ tokens of the batch (flat, row after row), S segments.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -43,10 +43,10 @@ class Layout:
         place = self.before[number]
         return self.lengths[number] + (self.lengths[place] if place >= 0 else 0)
 
-    def to(self, device: torch.device | str) -> "Layout":
-        """Move the tensors."""
-        names = ("keys", "query_starts", "key_starts")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Layout":
+        """Apply a function to the tensors."""
+        tensors = self.keys, self.query_starts, self.key_starts
+        return Layout(self.lengths, self.before, *map(function, tensors))
 
 
 class Packed(NamedTuple):

@@ -162,6 +162,8 @@ def _tried(model: Any) -> Abilities:
     tokens = [Tokens([1, 2, 3, *reply], [False] * 3 + [True] * len(reply)) for reply in ([4, 5, 6, 7], [6, 5, 4])]
     batch = collate(tokens, 0, "prompts").to(device)
     padded = batch._replace(packed=None)
+    if not hasattr(model, "config"):  # a module that is none of the library's
+        return Abilities(False, False)
     with scoring(model):
         slow = Abilities(False, False)
         plain = _asked(model, padded, slow)

@@ -3,14 +3,14 @@
 Letters: B rows, T tokens of a padded row, N response tokens of the batch (flat, row after row).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from forward.packing import Packed, pack
+from forward.packing import Layout, Packed, pack
 from tokens.examples import Tokens
 
 
@@ -41,18 +41,20 @@ class Sequences(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Sequences":
         """Move every tensor."""
-        return Sequences._make(moved(part, device) for part in self)
+        return mapped(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def predictions(self) -> Predicted:
         """Return what is predicted; found anew (a read on the host) for rows that `collate` did not make."""
         return self.predicted or predicted(self.ids, self.response)
 
 
-def moved(part: Any, device: torch.device | str) -> Any:
-    """Move the tensors of a named tuple, of anything with `to`, or leave what is none."""
+def mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of a named tuple, however deep; what is none stays as it is."""
     if isinstance(part, tuple) and hasattr(part, "_make"):
-        return part._make(moved(entry, device) for entry in part)
-    return part.to(device) if hasattr(part, "to") else part
+        return part._make(mapped(entry, function) for entry in part)
+    if isinstance(part, Layout):
+        return part.mapped(function)
+    return function(part) if isinstance(part, Tensor) else part
 
 
 def predicted(ids: Tensor, response: Tensor) -> Predicted:

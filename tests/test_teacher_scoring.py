@@ -16,8 +16,8 @@ import models
 from dataloader import Tokens, collate
 from engine.placement import Replicated
 from engine.processes import Apart
+from forward import chunks
 from models import response_logits
-from teacher import precision
 from teacher.cache import Reader, Writer, content_key
 from teacher.precision import teacher_logits, teacher_path
 from tests.support.helpers import composed, rows_of, write_pairs
@@ -58,7 +58,7 @@ def test_a_float32_teacher_gives_the_plain_path_bit_by_bit(kind):
 
 @pytest.mark.parametrize("kind", ["capped", "bias"])
 def test_a_narrow_teachers_last_layer_is_that_of_float32_on_its_hidden_states(kind, monkeypatch):
-    monkeypatch.setattr(precision, "CHUNK_ELEMENTS", 32 * 50)  # the vocabulary in three pieces
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 32 * 50)  # the vocabulary in three pieces
     model, batch = tiny(kind).to(torch.bfloat16), collate(ragged(), PAD)
     asked = teacher_logits(model, batch, 99)
     assert asked.logits.dtype == torch.float32 and asked.logits.shape == (12, 99)

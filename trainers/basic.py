@@ -65,6 +65,7 @@ class BasicTrainer:
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
         self.ahead: Prefetch[list[Batch]] | None = None  # makes the batches of the next step
         self.keeps_start = False  # items carry the start's log-probabilities even beside a live reference, which moves
+        self.norms: dict[int, Tensor | float] = {}  # step -> gradient norm, not looked at yet
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
     # ---- what a method defines
@@ -214,6 +215,7 @@ class BasicTrainer:
                 self._save(step)
             if stop:
                 preemption.leave(step)
+        self._check_norms()
         bar.close()
         if self.ahead is not None:
             self.ahead.close()
@@ -245,7 +247,8 @@ class BasicTrainer:
 
     def batches(self, step: int) -> list[Batch]:
         """Return this rank's batches of a step, not yet on its device."""
-        return [self.made(items) for items in self.micro_items(step)]
+        made = [self.made(items) for items in self.micro_items(step)]
+        return [batch.pinned() for batch in made] if self.placement.device.type == "cuda" else made
 
     def moves_its_data(self) -> bool:
         """Tell whether what is learned from depends on the policy as it stands, so that no step can be made ahead."""
@@ -300,15 +303,26 @@ class BasicTrainer:
         scale = learning_rate_scale(run.first_step + step - 1, self.schedule_steps, self.warmup_steps, run.scheduler)
         rate = run.lr * scale
         norm = self.placement.step(rate, self.model_config.max_grad_norm)
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"step {step}: the gradient norm is {norm}; the update was not made. Lower lr or check the data"
-            )
+        self.norms[step] = norm
+        if not self.placement.reads_late:
+            self._check_norms()
         if run.sync_reference and step % run.sync_reference == 0:
             assert self.reference is not None, "checked before the model was loaded"
             self.placement.move_reference(self.reference, run.sync_reference_rate)
         self.window.add({"grad_norm": Mean(norm, 1.0)})
-        return sum(int(batch.sequences.response.sum()) for batch in batches)
+        return sum(counted.tokens for batch in batches for counted in batch.counted)
+
+    def _check_norms(self) -> None:
+        """Refuse to go on, or to write anything, after a gradient that was not a number."""
+        if not self.norms:
+            return
+        read = torch.stack([torch.as_tensor(norm) for norm in self.norms.values()]).tolist()
+        bad = next(((step, norm) for step, norm in zip(self.norms, read, strict=True) if not math.isfinite(norm)), None)
+        self.norms = {}
+        if bad is not None:
+            raise ValueError(
+                f"step {bad[0]}: the gradient norm is {bad[1]}; nothing was written since. Lower lr or check the data"
+            )
 
     # ---- evaluation and logging
 
@@ -330,6 +344,7 @@ class BasicTrainer:
         return self.prepared([self.batch_of(items) for items in self.rollout(list(micros), 0)], False)
 
     def _evaluate_and_log(self, step: int) -> dict[str, float]:
+        self._check_norms()
         if not self.test_items:
             return {}
         row = self.evaluate()
@@ -337,6 +352,7 @@ class BasicTrainer:
         return row
 
     def _log_train(self, step: int, tokens: int, seconds: float) -> None:
+        self._check_norms()
         row = named(means(self.window.reduced(self._reduce)), "train")
         total = float(self._reduce(torch.tensor([float(tokens)], dtype=torch.float64))[0])
         lr = self.placement.optimizer.param_groups[0]["lr"]
@@ -362,6 +378,7 @@ class BasicTrainer:
         return self.data_digest()
 
     def _save(self, step: int) -> None:
+        self._check_norms()
         sums = self.window.reduced(self._reduce)
         if not self.processes.is_main:
             self.window = Window()  # rank 0 carries the window of all from here on

@@ -1,0 +1,67 @@
+"""A step asks its device for no number: on a GPU each such read waits until the device has caught up."""
+
+from collections import Counter
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import launch
+import models
+from dataloader import load_examples
+from engine.metrics import Window
+from engine.placement import Replicated
+from engine.processes import Processes
+from settings.methods import method_class
+from tests.support.helpers import composed, write_pairs
+
+READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "aten.equal")
+
+
+class Reads(TorchDispatchMode):
+    """Count the operations that read a tensor on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in READS):
+            self.found[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_read_is_seen():
+    with Reads() as reads:
+        float(torch.ones(3).sum())
+    assert sum(reads.found.values()) == 1
+
+
+def ready(tmp_path, monkeypatch, *overrides: str):
+    """Return a trainer after its first step, on a device that is read late."""
+    monkeypatch.setattr(Replicated, "reads_late", True)
+    data = write_pairs(tmp_path / "pairs.jsonl", 12)
+    settings = launch.settings_of(
+        composed("model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", *overrides)
+    )
+    processes = Processes()
+    tokenizer = models.load_tokenizer(settings.model)
+    trainer = method_class(settings.raw["loss"]["trainer"])(settings, tokenizer, Replicated(processes, settings.model))
+    items = trainer.items(load_examples(settings.datasets, "train", tokenizer, settings.model), "train")
+    settings.run.run_dir.mkdir()
+    reference = models.load_model(settings.model, trainable=False) if trainer.needs.reference else None
+    trainer.fit(models.load_model(settings.model, trainable=True), reference, items, [])
+    trainer.window = Window()
+    return trainer
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo", "cpo", "ra-dpo"])
+def test_a_step_reads_nothing_and_a_row_of_metrics_reads_once(loss, tmp_path, monkeypatch):
+    trainer = ready(tmp_path, monkeypatch, f"loss={loss}", "n_steps=2", "model.gradient_accumulation_steps=2")
+    batches = trainer.batches(1)
+    trainer.ahead = type("Ahead", (), {"get": lambda self, step: batches})()  # made in its thread, as in a run
+    with Reads() as step:
+        trainer._step(1)
+    assert step.found == {}
+    with Reads() as row:
+        trainer._log_train(1, 10, 1.0)
+    assert sum(row.found.values()) <= 1, row.found
