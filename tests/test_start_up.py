@@ -82,7 +82,7 @@ def test_a_run_makes_the_rows_of_its_batches_alone(place: Path, cache: Path, exa
     launch.run_task(composed(*run))
     made = CountingRows.made
     assert made, "the run did not read from a counted table"
-    assert made.total() <= 2 * BATCH * 2 + 2  # an item of entries asks for its row twice
+    assert made.total() <= 2 * BATCH + 2
 
 
 def test_what_columns_say_is_what_items_say(place: Path, cache: Path, examples):
