@@ -26,6 +26,7 @@ from settings.artifacts import is_done, read_jsonl, write_json
 from settings.paths import ROOT
 from settings.schema import DatasetConfig, ModelConfig
 from templates import tokenizer_digest
+from tokens.columns import Sides
 from tokens.encoding import check_ids, encode_example, take_ids
 from tokens.encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
 from tokens.examples import Example, Tokens
@@ -142,6 +143,27 @@ class Examples(Sequence[Example]):
         part, place = self.parts[index], self.places[index]
         table = self.tables[part]
         return table.example(place, f"{self.sources[part]}, row {table.table.numbers[place] + 1}")
+
+    def sides(self) -> Sides:
+        """Return lengths and keys of every row's sides; no row is made."""
+        lengths, keys = np.empty((len(self), 3), np.int32), np.empty((len(self), 3, 16), np.uint8)
+        for part, rows in enumerate(self.tables):
+            own = np.flatnonzero(self.parts == part)
+            lengths[own] = rows.table.lengths[self.places[own], 1:]
+            keys[own] = rows.table.keys[self.places[own]]
+        return Sides(lengths, keys)
+
+    def stretch(self, count: int) -> Iterator[tuple[str, np.ndarray, list[np.ndarray | None], list[int]]]:
+        """Give place, prompt ids, the ids of each side (None: there is none) and how many are supervised, of the first
+        `count` rows: as views, without an example.
+        """
+        for part, place in zip(self.parts[:count].tolist(), self.places[:count].tolist(), strict=True):
+            rows = self.tables[part]
+            starts, lengths = rows.starts[place].tolist(), rows.table.lengths[place].tolist()
+            ids = [rows.table.ids[a : a + n] if n >= 0 else None for a, n in zip(starts, lengths, strict=True)]
+            where = f"{self.sources[part]}, row {rows.table.numbers[place] + 1}"
+            assert ids[0] is not None, "a dropped row is not among the examples"
+            yield where, ids[0], ids[1:], rows.table.supervised[place].tolist()
 
 
 def load_examples(

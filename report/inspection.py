@@ -68,8 +68,8 @@ class Finding(NamedTuple):
 
 
 def digest(ids: Sequence[int] | np.ndarray) -> int:
-    """Hash token ids to 64 bits, whether they come as a list or as a view of an array; the fastest way for both."""
-    return hash(tuple(ids.tolist() if isinstance(ids, np.ndarray) else ids))
+    """Hash token ids to 64 bits, whether they come as a list or as a view of an array."""
+    return hash(np.asarray(ids, np.int32).tobytes())
 
 
 def count_true(mask: Sequence[bool] | np.ndarray) -> int:
@@ -94,6 +94,21 @@ def facts_of(example: Any, end: int | None, max_length: int) -> Facts:
             missing += count < max_length
     prompt = digest(example.prompt)
     return Facts(example.where, prompt, tuple(responses), tuple(slots), tuple(lengths), tuple(supervised), cut, missing)
+
+
+def facts_of_stored(rows: Any, end: int | None, max_length: int) -> list[Facts]:
+    """Return the same of the first rows of a token store (`Examples.stretch`); no example is made for it."""
+    result, names = [], ("chosen", "rejected", "response")
+    for where, prompt, sides, counts in rows.stretch(FIRST_ROWS):
+        there = [k for k, ids in enumerate(sides) if ids is not None]
+        lengths = tuple(len(sides[k]) for k in there)
+        stops = [n for k, n in zip(there, lengths, strict=True) if n and (end is None or int(sides[k][-1]) != end)]
+        cut = sum(n >= max_length for n in stops)
+        responses = tuple(digest(sides[k][len(prompt) :]) for k in there)
+        slots, supervised = tuple(names[k] for k in there), tuple(counts[k] for k in there)
+        row = Facts(where, digest(prompt), responses, slots, lengths, supervised, cut, len(stops) - cut)
+        result.append(row)
+    return result
 
 
 # ---- findings
@@ -288,7 +303,12 @@ def worst(findings: Iterable[Finding]) -> list[Finding]:
 
 def warnings(train: Iterable[Any], test: Iterable[Any], end: int | None, max_length: int) -> list[str]:
     """Return the lines that a training run prints at its start: from ids alone, of each split's first 50,000 rows."""
-    first, held_out = ([facts_of(e, end, max_length) for e in islice(part, FIRST_ROWS)] for part in (train, test))
+    first, held_out = (
+        facts_of_stored(part, end, max_length)
+        if hasattr(part, "stretch")
+        else [facts_of(e, end, max_length) for e in islice(part, FIRST_ROWS)]
+        for part in (train, test)
+    )
     lines = [
         f"warning: {f.sentence}: {f.advice}; first: {f.examples[0][0]}"
         for f in worst(id_findings(first, held_out, max_length))

@@ -1,10 +1,10 @@
 """task=train: load data and models, hand them to the method's trainer, save FINAL."""
 
 import gc
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 import models
@@ -22,9 +22,10 @@ from settings.schema import Settings
 from teacher.precision import teacher_dtype
 from teacher.vocabulary import check_reads_ours
 from templates import turn_end
+from tokens.columns import SIDES, sides_of
 from trainers import reference
 from trainers.basic import BasicTrainer
-from trainers.batches import Item, joined
+from trainers.batches import Item, joined, num_tokens
 from trainers.value_head import add_value_head
 
 
@@ -38,7 +39,8 @@ def run(settings: Settings) -> None:
     trainer: BasicTrainer = method_class(settings.raw["loss"]["trainer"])(settings, tokenizer, placement)
     train, test = _examples(settings, tokenizer)
     if trainer.needs.data == "pairs":
-        _check_pairs(chain(train, test), settings.raw["loss"]["name"])
+        for part in (train, test):
+            _check_pairs(part, settings.raw["loss"]["name"])
     objective = f"loss={settings.raw['loss']['name']}: {trainer.objective()}"
     processes.print(f"{objective}\nstrategy={placement.name}, {processes.world_size} process(es)")
     if processes.is_main:
@@ -83,15 +85,15 @@ def _examples(settings: Settings, tokenizer: object) -> tuple[Sequence[Example],
     return train, test
 
 
-def _check_pairs(examples: Iterable[Example], loss: str) -> None:
+def _check_pairs(examples: Sequence[Example], loss: str) -> None:
     """Refuse a row that holds no pair, by its place."""
-    for example in examples:
-        missing = [name for name in ("chosen", "rejected") if getattr(example, name) is None]
-        if missing:
-            raise ValueError(
-                f"{example.where}: loss={loss} learns from pairs, and this row has no {' and no '.join(missing)}. "
-                "Check datasets= and its format, or remove the row"
-            )
+    lacks = sides_of(examples).lengths[:, :2] < 0
+    for row in np.flatnonzero(lacks.any(axis=1)).tolist():
+        missing = [name for name, lacking in zip(SIDES, lacks[row], strict=False) if lacking]
+        raise ValueError(
+            f"{examples[row].where}: loss={loss} learns from pairs, and this row has no {' and no '.join(missing)}. "
+            "Check datasets= and its format, or remove the row"
+        )
 
 
 def _show(example: Example, tokenizer: object, processes: Processes) -> None:
@@ -106,7 +108,7 @@ def _show(example: Example, tokenizer: object, processes: Processes) -> None:
 def _record(settings: Settings, trainer: BasicTrainer, used: meter.Meter, examples: int) -> None:
     """Write what this process and its neighbors used into resources.json; all ranks call it."""
     everyone, items = trainer.processes.gathered([used.used()]), trainer.train_items
-    tokens = examples * sum(s.length for item in items for s in item.sequences) / len(items)
+    tokens = examples * num_tokens(items) / len(items)
     if trainer.processes.is_main:
         device, name = "gpu" if used.gpu else "cpu", trainer.placement.name
         found = meter.write(settings.run.run_dir, everyone, used.seconds, tokens, device, name)

@@ -327,13 +327,17 @@ class Reader:
         """Say whether a sequence is cached."""
         return any(shard.index.find([key])[0] >= 0 for shard in self.shards)
 
+    def held(self, keys: np.ndarray) -> np.ndarray:
+        """Return which of the keys [n, 16] uint8 are cached [n]."""
+        data, found = [np.ascontiguousarray(keys).tobytes()], np.zeros(len(keys), bool)
+        for shard in self.shards:
+            found |= shard.index.find(data) >= 0
+        return found
+
     def coverage(self, keys: Iterable[bytes]) -> float:
         """Return the share of the keys that are cached."""
-        wanted = list(keys)
-        found = np.zeros(len(wanted), bool)
-        for shard in self.shards:
-            found |= shard.index.find(wanted) >= 0
-        return float(found.sum()) / max(1, len(wanted))
+        found = self.held(np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES))
+        return float(found.sum()) / max(1, len(found))
 
     def verify(self) -> None:
         """Check every byte of the cache now; else each part is checked when it is first read."""

@@ -167,6 +167,20 @@ class CachedTeachers:
         held = [all(self.readers[name].holds(key) for name in teachers) for teachers, key in keyed]
         return sum(held) / max(1, len(held))
 
+    @property
+    def same_for_all(self) -> bool:
+        """Tell whether every sequence is asked of every teacher as it is, so that keys alone say what is held."""
+        return self.between is None and self.config.teacher_column is None
+
+    def lacking(self, keys: np.ndarray) -> np.ndarray:
+        """Return which sequences [n, S] of the keys [n, S, 16] a teacher lacks, where they are the same for all."""
+        held = [reader.held(keys.reshape(-1, keys.shape[-1])) for reader in self.readers.values()]
+        return ~np.logical_and.reduce(held).reshape(keys.shape[:-1])
+
+    def identity(self) -> bytes:
+        """Return what `Together.identity` says of every sequence, where the teachers are the same for all."""
+        return b"".join(map(identity_of, self.readers.values()))
+
     # ---- entries
 
     def stored(self, wanted: Wanted) -> "Together":

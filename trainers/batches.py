@@ -17,6 +17,7 @@ from dataloader import Example, Tokens, TopK
 from forward.rows import Sequences, collate, mapped, unsupervised
 from teacher.lookup import Stored, StoredLogps
 from teacher.quantities import Entry
+from tokens.columns import Columns, side_numbers, sides_of, taken
 
 
 class Item(NamedTuple):
@@ -52,10 +53,10 @@ class Item(NamedTuple):
 
 
 class Items(Sequence[Item]):
-    """Items that are made when they are asked for, by their number."""
+    """Items that are made when they are asked for, by their number; `columns` is what is known of them before."""
 
-    def __init__(self, count: int, make: Callable[[int], Item]) -> None:
-        self.size, self.make = count, make
+    def __init__(self, count: int, make: Callable[[int], Item], columns: Columns | None = None) -> None:
+        self.size, self.make, self.columns = count, make, columns
 
     def __len__(self) -> int:
         return self.size
@@ -78,17 +79,45 @@ class Items(Sequence[Item]):
         return map(self.make, range(self.size))
 
 
-def checked(count: int, make: Callable[[int], Item]) -> Items:
-    """Make every item once, so that a row that lacks something is refused before the first step, and keep none."""
-    items = Items(count, make)
-    for _ in items:
-        pass
+def checked(count: int, make: Callable[[int], Item], columns: Columns | None = None) -> Items:
+    """Refuse a row that lacks something before the first step; no item is kept.
+
+    With columns only items that lack a sequence are made, for what `make` says of them; without, every item is, once.
+    """
+    items = Items(count, make, columns)
+    for i in range(count) if columns is None else np.flatnonzero((columns.lengths < 0).any(axis=1)).tolist():
+        make(i)
     return items
+
+
+def pair_items(examples: Sequence[Example], method: str) -> Items:
+    """Take chosen and rejected of every row, or refuse the row that lacks one."""
+    columns = taken(sides_of(examples), side_numbers(len(examples), "chosen", "rejected"))
+    return checked(len(examples), lambda i: Item(pair_of(examples[i], method)), columns)
+
+
+def columns_of(items: Sequence[Item]) -> Columns | None:
+    """Return what is known of the items without making one; None if nothing is."""
+    return items.columns if isinstance(items, Items) else None
+
+
+def num_tokens(items: Sequence[Item]) -> int:
+    """Count the tokens of all sequences that are learned from."""
+    columns = columns_of(items)
+    if columns is not None:
+        return int(columns.lengths.sum(dtype=np.int64))
+    return sum(tokens.length for item in items for tokens in item.sequences)
 
 
 def joined(first: Sequence[Item], second: Sequence[Item]) -> Items:
     """Return the items of both, one after the other."""
-    return Items(len(first) + len(second), lambda i: first[i] if i < len(first) else second[i - len(first)])
+    size, parts, columns = len(first), [columns_of(items) for items in (first, second) if len(items)], None
+    known = [part for part in parts if part is not None]
+    if known and len(known) == len(parts) and len({(part.keys.shape[1], part.entries) for part in known}) == 1:
+        columns = known[0]._replace(
+            keys=np.concatenate([part.keys for part in known]), lengths=np.concatenate([part.lengths for part in known])
+        )
+    return Items(size + len(second), lambda i: first[i] if i < size else second[i - size], columns)
 
 
 class Counted(NamedTuple):
@@ -210,7 +239,14 @@ def items_digest(items: Sequence[Item]) -> str:
 
     Nothing of a cache is read for it: what made the cache (its meta.json) stands for its entries.
     """
-    digest = hashlib.sha256()
+    digest, columns = hashlib.sha256(), columns_of(items)
+    if columns is not None:  # the same bytes as below, of all items at once
+        rest = repr(None).encode() + b"".join(b"entries" + entry for entry in columns.entries)
+        keys = columns.keys.reshape(len(columns.keys), -1)
+        for start in range(0, len(keys), 65536):
+            part = keys[start : start + 65536]
+            digest.update(np.hstack([part, np.tile(np.frombuffer(rest, np.uint8), (len(part), 1))]).tobytes())
+        return digest.hexdigest()[:16]
     for item in items:
         for tokens in chain(item.sequences, item.scored):
             digest.update(tokens.key)

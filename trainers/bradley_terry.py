@@ -12,7 +12,7 @@ from models import last_token_scores
 from settings.needs import Needs
 from settings.schema import require
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, checked, pair_of
+from trainers.batches import Batch, Item, pair_items
 from trainers.paired import logistic_loss
 
 
@@ -43,7 +43,7 @@ class BradleyTerry(BasicTrainer):
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take chosen and rejected."""
         name = "bradley-terry"
-        return checked(len(examples), lambda i: Item(pair_of(examples[i], name)))
+        return pair_items(examples, name)
 
     def forward(self, model: torch.nn.Module, sequences: Sequences) -> Tensor:
         """Return the score of every row [2B]."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from dataloader import Example, TopK
@@ -19,7 +20,7 @@ from settings.needs import Needs
 from settings.schema import one_of, require
 from teacher.several import CachedTeachers, CachedTeachersConfig
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, checked, pair_of
+from trainers.batches import Batch, Item, Items, checked, pair_items, pair_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class DCKD(BasicTrainer):
         """
         teachers = CachedTeachers(self.config, "logprob", self.tokenizer, self.settings.model, self.settings.datasets)
         self._check_tail(teachers)
-        pairs = checked(len(examples), lambda i: Item(pair_of(examples[i], "dckd")))
-        if split == "test" and teachers.coverage(w for e in examples for w in teachers.wanted(e)) < 1.0:
+        pairs = pair_items(examples, "dckd")
+        lacking = teachers.lacking(pairs.columns.keys) if pairs.columns is not None and teachers.same_for_all else None
+        if split == "test" and self._coverage(teachers, examples, lacking) < 1.0:
             self.processes.print("the teacher cache does not hold the test split: loss/eval is the NLL term alone")
             return pairs
         if self.config.alignment == "bytes":
@@ -92,7 +94,17 @@ class DCKD(BasicTrainer):
             example = examples[number]
             return Item(pair_of(example, "dckd"), tuple(map(teachers.stored, teachers.wanted(example))))
 
-        return checked(len(examples), item)
+        if lacking is None:
+            return checked(len(examples), item)
+        assert pairs.columns is not None
+        for number in np.flatnonzero(lacking.any(axis=1)).tolist():
+            item(number)  # says what the caches have in its place
+        return Items(len(examples), item, pairs.columns._replace(entries=(teachers.identity(),) * 2))
+
+    def _coverage(self, teachers: CachedTeachers, examples: Sequence[Example], lacking: np.ndarray | None) -> float:
+        if lacking is not None:
+            return 1.0 - float(lacking.mean())
+        return teachers.coverage(w for e in examples for w in teachers.wanted(e))
 
     def _check_tail(self, teachers: CachedTeachers) -> None:
         for reader in teachers.readers.values():

@@ -16,6 +16,7 @@ from functional import row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
+from tokens.columns import sides_of
 from tokens.examples import content_key
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, Items
@@ -120,13 +121,13 @@ class KTO(BasicTrainer):
         good = kept(len(examples), config.frac_unique_desirable, seed, False)
         bad = kept(len(examples), config.frac_unique_undesirable, seed, True)
         rows: list[tuple[int, str, float]] = []
-        for i, example in enumerate(examples):
-            if example.chosen is not None and i in good:
+        for i, (chosen, rejected, response) in enumerate((sides_of(examples).lengths >= 0).tolist()):
+            if chosen and i in good:
                 rows.append((i, "chosen", 1.0))
-            if example.rejected is not None and i in bad:
+            if rejected and i in bad:
                 rows.append((i, "rejected", 0.0))
-            if example.response is not None:
-                rows.append((i, "response", self._label(example)))
+            if response:
+                rows.append((i, "response", self._label(examples[i])))
         tokens_of = lambda number: getattr(examples[rows[number][0]], rows[number][1])  # noqa: E731
         if not rows:
             raise ValueError(
@@ -134,7 +135,8 @@ class KTO(BasicTrainer):
             )
         if config.zero_reference_point:
             return Items(len(rows), lambda number: Item((tokens_of(number),), label=rows[number][2]))
-        others = partners([content_key(examples[i].prompt, ()) for i, _, _ in rows], seed)
+        prompts = {i: content_key(examples[i].prompt, ()) for i in dict.fromkeys(i for i, _, _ in rows)}
+        others = partners([prompts[i] for i, _, _ in rows], seed)
 
         def item(number: int) -> Item:
             source, _, label = rows[number]

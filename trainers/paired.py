@@ -18,7 +18,7 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, checked, pair_of
+from trainers.batches import Batch, Item, pair_items
 
 
 class Pairs(NamedTuple):
@@ -124,7 +124,7 @@ class PairedTrainer(BasicTrainer):
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take chosen and rejected."""
         name = type(self).__name__
-        return checked(len(examples), lambda i: Item(pair_of(examples[i], name)))
+        return pair_items(examples, name)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count pairs and, for the NLL term, chosen tokens."""

@@ -7,8 +7,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import models
@@ -27,15 +29,24 @@ from teacher.cache import (
 )
 from teacher.lookup import StoredLogps
 from teacher.scoring import batches_of, left_to_do, score_all, split_rows
+from teacher.shard import KEY_BYTES
 from trainers.basic import BasicTrainer
-from trainers.batches import Item, Items
+from trainers.batches import Item, Items, columns_of
 
 
 def _sequences(items: Iterable[Item]) -> Iterator[Tokens]:
     return (tokens for item in items for tokens in (*item.sequences, *item.scored))
 
 
-def meta_of(trainer: BasicTrainer, items: Iterable[Item]) -> Meta:
+def _keys(items: Sequence[Item]) -> np.ndarray:
+    """Return the content keys [n, 16] uint8 of all sequences, in their order."""
+    columns = columns_of(items)
+    if columns is not None:
+        return columns.keys.reshape(-1, KEY_BYTES)
+    return np.frombuffer(b"".join(tokens.key for tokens in _sequences(items)), np.uint8).reshape(-1, KEY_BYTES)
+
+
+def meta_of(trainer: BasicTrainer, items: Sequence[Item]) -> Meta:
     """Say what the numbers depend on: the model, its numeric path, the sequences and who cut them."""
     config, tokenizer = trainer.model_config, trainer.tokenizer
     return Meta(
@@ -46,7 +57,7 @@ def meta_of(trainer: BasicTrainer, items: Iterable[Item]) -> Meta:
         reference_digest=None,
         tokenizer_digest=models.tokenizer_digest(tokenizer),
         template_digest=models.template_digest(tokenizer),
-        data_digest=data_digest(tokens.key for tokens in _sequences(items)),
+        data_digest=data_digest(map(bytes, _keys(items))),
         precision=str(trainer.placement.reference_path()),
     )
 
@@ -106,14 +117,14 @@ def attach(trainer: BasicTrainer, items: Sequence[Item], folder: Path) -> Sequen
     meta = meta_of(trainer, items)
     origin = ("quantity", "teacher_digest", "tokenizer_digest", "precision", "backend")
     reader = Reader(folder, {key: getattr(meta, key) for key in origin}, trainer.tokenizer.decode)
-    missing = [tokens for tokens in _sequences(items) if not reader.holds(tokens.key)]
-    if missing:
-        shown = reader.explain(missing[0].ids, missing[0].response)
-        number = sum(1 for _ in _sequences(items))
-        raise ValueError(f"{folder} lacks {len(missing)} of {number} sequences. The first: {shown}")
+    missing = np.flatnonzero(~reader.held(_keys(items)))
+    if len(missing):
+        first = next(islice(_sequences(items), int(missing[0]), None))
+        shown = reader.explain(first.ids, first.response)
+        raise ValueError(f"{folder} lacks {len(missing)} of {len(_keys(items))} sequences. The first: {shown}")
 
     def item(number: int) -> Item:
         found = items[number]
         return found._replace(reference_logps=tuple(StoredLogps(reader, t) for t in _sequences([found])))
 
-    return Items(len(items), item)
+    return Items(len(items), item, columns_of(items))

@@ -11,6 +11,7 @@ from functional import token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of
+from tokens.columns import SIDES, side_numbers, sides_of, taken
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, checked, supervised_sequence
 
@@ -44,7 +45,11 @@ class SFT(BasicTrainer):
                 tokens = example.response or example.chosen
             return Item((supervised_sequence(tokens, "a response", "sft"),))
 
-        return checked(len(examples), item)
+        sides = sides_of(examples)
+        wanted = side_numbers(len(examples), "chosen" if self.config.train_on == "chosen" else "response")
+        if self.config.train_on == "auto":
+            wanted[sides.lengths[:, SIDES.index("response")] < 0] = SIDES.index("chosen")
+        return checked(len(examples), item, taken(sides, wanted))
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count response tokens."""
