@@ -259,10 +259,10 @@ class BasicTrainer:
         self, items: Sequence[Item], indices: Sequence[int], micro_size: int, world_size: int, budget: int | None = None
     ) -> Iterator[list[Item]]:
         """Yield this rank's micro-batches of the items at `indices`, the same number on every rank."""
-        costs = [cost_of(items[i], self.packing) for i in indices]
-        shortest = costs.index(min(costs))
+        chosen = [items[i] for i in indices]
+        costs = [cost_of(item, self.packing) for item in chosen]
         for micro in deal(costs, micro_size, world_size, budget)[self.processes.rank]:
-            yield [items[indices[place]] for place in micro] or [items[indices[shortest]].filler()]
+            yield [chosen[place] for place in micro] or [chosen[costs.index(min(costs))].filler()]
 
     def global_counts(self, batches: list[Batch]) -> dict[str, float]:
         """Count the units of each term over all micro-batches and ranks."""
