@@ -29,7 +29,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.setup import Size, device, forget_peak, machine, peak_bytes, wait
+from benchmarks.measure import forget_peak, peak_bytes, wait
+from benchmarks.setup import Size, device, machine
 from benchmarks.step_cost import batch_of, trainer_of
 from dataloader import Sequences
 from engine.compiling import compile_blocks
