@@ -30,8 +30,8 @@ import yaml
 from torch import Tensor
 
 from benchmarks.measure import forget_peak, peak_bytes, wait
+from benchmarks.random_steps import batch_of, trainer_of
 from benchmarks.setup import Size, device, machine
-from benchmarks.step_cost import batch_of, trainer_of
 from dataloader import Sequences
 from engine.compiling import compile_blocks
 from estimate.arithmetic import Work, training_flops

@@ -91,8 +91,8 @@ def steps_of(
             workers.append(works.start_trl(setup, rival))
         rows = str(setup.folder / f"{name}.rows.jsonl")
         start = ours.ask("start", rows=rows, epochs=setup.repeats + 1)
-        for worker in workers[1:]:
-            worker.ask("start", rows=rows)
+        for worker in workers[1:]:  # a rival reads the rows that ours wrote
+            worker.ask("start", **({"rows": rows} if worker.name.startswith("trl_") else {}))
         return start, take_turns(setup, workers, {})
     finally:
         for worker in workers:
@@ -179,8 +179,8 @@ def cached(setup: Setup, name: str) -> Figures:
             numbers = [str(works.TOP_K), str(works.SEQUENCES_AT_ONCE), "2" if two else "1"]
             workers.append(works.start_rival(setup, "margins", "margins_worker", numbers))
         rows = str(setup.folder / f"{name}.rows.jsonl")
-        for worker in workers:
-            worker.ask("start", rows=rows)
+        for worker in workers:  # ours writes the rows, the rival reads them
+            worker.ask("start", **({} if worker.name == "forward" else {"rows": rows}))
         answers = take_turns(setup, workers, {name: "cache", "forward": "forward"})
         size = ours.ask("bytes", folder=answers[name][-1]["folder"])
     finally:
@@ -302,7 +302,7 @@ def write_baseline(setup: Setup, figures: Figures, path: Path) -> None:
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else kept
     if not unlike(setup.conditions, old["conditions"]):
         kept["figures"] = old["figures"]
-    kept["figures"] |= committed(figures)
+    kept["figures"] |= committed(figures, works.SHAPES[setup.shape].slack)
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {path}")
 
