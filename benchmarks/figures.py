@@ -92,10 +92,10 @@ def complaints(figures: Mapping[str, Figure], baseline: Mapping[str, Mapping[str
         if name not in baseline:
             continue
         old, tolerance = float(baseline[name]["value"]), float(baseline[name]["tolerance"])
-        change = one.value / old - 1 if old else math.inf
-        loss = change if baseline[name]["worse"] == "higher" else -change
+        higher = baseline[name]["worse"] == "higher"
+        loss = one.value / old - 1 if higher else old / max(one.value, 1e-12) - 1  # a half is as bad as the double
         if loss > tolerance:
-            told = f"{one.value:.3g}, committed {old:.3g}: {change:+.0%}, tolerated {tolerance:.0%}"
+            told = f"{one.value:.3g}, committed {old:.3g}: {loss:.0%} worse, tolerated {tolerance:.0%}"
             found.append((loss, f"{word_of(name)}: {name} is {told}"))
     return [line for _, line in sorted(found, reverse=True)]
 

@@ -32,13 +32,13 @@ def setup_in(folder: Path) -> Setup:
 def test_the_check_names_what_got_slower_and_larger_and_pads_more_the_worst_first() -> None:
     now = FIGURES | {
         "sft.time_ratio": Figure(0.9, 0.9, 0.9, "", "higher"),
-        "sft.memory_ratio": Figure(1.4, 1.4, 1.4, "", "higher"),
+        "sft.memory_ratio": Figure(1.75, 1.75, 1.75, "", "higher"),
         "useful_sft_mix.useful_share": Figure(0.48, 0.48, 0.48, "", "lower"),
     }
     assert complaints(now, committed(FIGURES)) == [
-        "larger: sft.memory_ratio is 1.4, committed 0.7: +100%, tolerated 10%",
-        "more padding: useful_sft_mix.useful_share is 0.48, committed 0.96: -50%, tolerated 3%",
-        "slower: sft.time_ratio is 0.9, committed 0.7: +29%, tolerated 20%",
+        "larger: sft.memory_ratio is 1.75, committed 0.7: 150% worse, tolerated 10%",
+        "more padding: useful_sft_mix.useful_share is 0.48, committed 0.96: 100% worse, tolerated 3%",
+        "slower: sft.time_ratio is 0.9, committed 0.7: 29% worse, tolerated 20%",
     ]
 
 
@@ -60,7 +60,7 @@ def test_checked_prints_the_complaints_and_returns_status_1(tmp_path: Path, caps
     worse = FIGURES | {"sft.time_ratio": Figure(2.1, 2.1, 2.1, "", "higher")}
     assert run.checked(setup, worse, path) == 1
     said = capsys.readouterr().out
-    assert "slower: sft.time_ratio is 2.1, committed 0.7: +200%" in said
+    assert "slower: sft.time_ratio is 2.1, committed 0.7: 200% worse" in said
     assert run.checked(setup, {"adpa.time_ratio": FIGURES["sft.time_ratio"]}, path) == 1, "nothing was compared"
 
 
