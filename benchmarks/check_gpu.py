@@ -29,8 +29,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.setup import Size, device, forget_peak, machine, peak_bytes, wait
-from benchmarks.step_cost import batch_of, trainer_of
+from benchmarks.measure import forget_peak, peak_bytes, wait
+from benchmarks.random_steps import batch_of, trainer_of
+from benchmarks.setup import Size, device, machine
 from dataloader import Sequences
 from engine.compiling import compile_blocks
 from estimate.arithmetic import Work, training_flops

@@ -5,12 +5,12 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.measure import wait
 from dataloader import Tokens
 
 
@@ -72,12 +72,6 @@ def sequences(size: Size, count: int, seed: int) -> list[Tokens]:
     return [Tokens(row, [False] * size.prompt + [True] * size.response) for row in ids]
 
 
-def wait() -> None:
-    """Let the GPU finish what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def compare(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Return the median seconds of each work, after one untimed run, taking turns so that a busy machine hits all
     alike.
@@ -93,29 +87,6 @@ def compare(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
             if turn:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(found) for name, found in seconds.items()}
-
-
-def forget_peak() -> None:
-    """Start the peak anew from what is held now."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def held_bytes() -> int:
-    """Return the memory held now: of the GPU if there is one, else resident."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Return the peak memory since forget_peak. Not getrusage: a child there begins with its parent's peak."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(f"{key}:"))
-    return int(line.split()[1]) * 1024
 
 
 def machine() -> str:

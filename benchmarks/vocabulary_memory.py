@@ -14,7 +14,8 @@ import time
 
 import torch
 
-from benchmarks.setup import device, forget_peak, held_bytes, machine, peak_bytes
+from benchmarks.measure import forget_peak, held_bytes, peak_bytes
+from benchmarks.setup import device, machine
 from functional import row_sums, token_logps
 from trainers.token_level import TDPO, RaDPO, RaDPOConfig, TDPOConfig, tdpo_loss
 
