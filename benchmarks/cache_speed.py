@@ -2,8 +2,10 @@
 
     python -m benchmarks.cache_speed
 
-`forward` computes every logit and keeps nothing; `score` is what task=cache does with a batch (logits of response
-positions only, top k, to the host); `score + write` puts it on disk, too; the last line has two teachers.
+`forward` computes every logit of a few batches and keeps nothing; `score` is what task=cache does with them (logits of
+response positions only, top k, to the host); `score + write` puts them on disk, too, in a thread. `in line` is how it
+was until 2026-11-28: two passes over the logits, and each file made safe (fsync) after every batch. The last lines have
+two teachers: two forward passes are their floor.
 """
 
 import tempfile
@@ -13,12 +15,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.setup import arguments, build, compare, device, machine, sequences, size_of
 from dataloader import Sequences, Tokens, collate
+from functional import gather_logps, topk_logps
 from teacher.cache import Meta, Writer
+from teacher.precision import teacher_logits
 from teacher.quantities import quantity_named
-from teacher.scoring import Scorer
+from teacher.scoring import Scorer, on_host, split_rows
+from teacher.writing import Scored, score_all
+
+BATCHES = 4  # a turn of each work: a thread that writes one batch while the next is scored needs some
+Batches = list[list[Tokens]]
 
 
 class Vocabulary(SimpleNamespace):
@@ -28,17 +37,43 @@ class Vocabulary(SimpleNamespace):
         return int(self.size)
 
 
-def writing(
-    score: Callable[[list[Tokens]], list[Any]], writer: Writer, batches: list[list[Tokens]]
-) -> Callable[[], None]:
-    """Return a work that scores and writes the next batch; every call needs new sequences, a cache holds each once."""
-    remaining = iter(batches)
+def plainly(logits: tuple[Tensor, ...], k: int) -> dict[str, Tensor]:
+    """Return the arrays of logprob, or of advantage for two teachers, by two passes over the logits of each."""
+    ids, logps, tail = topk_logps(logits[0], k)
+    if len(logits) == 1:
+        return {"ids": ids, "values": logps, "tail": tail}
+    return {"ids": ids, "values": logps - gather_logps(logits[1], ids), "tail": tail, "teacher_logps": logps}
+
+
+class Plain:
+    """What Scorer was: the same numbers, and it waits for them."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    @torch.inference_mode()
+    def __call__(self, rows: list[Tokens]) -> list[Any]:
+        """Return the arrays of each row."""
+        batch = Sequences(*(t.to(device()) for t in collate(rows, self.scorer.pad_id)))
+        logits = tuple(teacher_logits(m, batch, self.scorer.vocab_size).logits for m in self.scorer.teachers)
+        return split_rows(on_host(plainly(logits, self.scorer.k)), [row.num_supervised for row in rows])
+
+
+def writing(score: Callable[[list[Tokens]], Scored], writer: Writer, works: list[Batches]) -> Callable[[], None]:
+    """Return a work that scores and writes the next batches; each call needs new ones, a cache holds each once."""
+    remaining = iter(works)
+    return lambda: score_all(next(remaining), writer, score, "", False)
+
+
+def in_line(score: Callable[[list[Tokens]], list[Any]], writer: Writer, works: list[Batches]) -> Callable[[], None]:
+    """Return the work of `writing` without a thread, safe on disk after every batch."""
+    remaining = iter(works)
 
     def work() -> None:
-        rows = next(remaining)
-        for row, arrays in zip(rows, score(rows), strict=True):
-            writer.add(row.ids, row.response, arrays)
-        writer.flush()
+        for rows in next(remaining):
+            for row, arrays in zip(rows, score(rows), strict=True):
+                writer.add(row.ids, row.response, arrays)
+            writer.flush()
 
     return work
 
@@ -51,34 +86,44 @@ def main() -> None:
     tokenizer = Vocabulary(size=size.vocab, pad_token_id=0)
     one = Scorer(quantity_named("logprob"), [teacher], tokenizer, options.top_k)
     two = Scorer(quantity_named("advantage"), [teacher, reference], tokenizer, options.top_k)
-    batch = sequences(size, size.rows, 0)
-    padded = Sequences(*(t.to(device()) for t in collate(batch, 0)))
+    batches = [sequences(size, size.rows, seed) for seed in range(BATCHES)]
+    padded = [Sequences(*(t.to(device()) for t in collate(batch, 0))) for batch in batches]
 
     @torch.inference_mode()
     def forward() -> None:
-        teacher(input_ids=padded.ids, attention_mask=padded.attention.long(), use_cache=False)
+        for batch in padded:
+            teacher(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)
 
-    fresh = [sequences(size, size.rows, seed) for seed in range(1, 2 * (options.repeats + 1) + 1)]
+    def score() -> None:
+        for found in [one.begun(batch) for batch in batches]:
+            found()
+
+    fresh = [sequences(size, size.rows, seed) for seed in range(BATCHES, (options.repeats + 2) * BATCHES)]
+    works_of = [fresh[start : start + BATCHES] for start in range(0, len(fresh), BATCHES)]
     with tempfile.TemporaryDirectory() as folder:
-        writers = [
-            Writer(Path(folder) / quantity, Meta(quantity, options.top_k, size.vocab, "t", None, "t", "t", "d", ""))
-            for quantity in ("logprob", "advantage")
-        ]
-        half = len(fresh) // 2
+
+        def writer(quantity: str, codec: str, number: int) -> Writer:
+            meta = Meta(quantity, options.top_k, size.vocab, "t", None, "t", "t", "d", "", codec=codec, mass=0.999)
+            return Writer(Path(folder) / str(number), meta)
+
+        logprob, advantage = "logprob", "advantage"
         works: dict[str, Callable[[], object]] = {
             "forward": forward,
-            "score": lambda: one(batch),
-            "score + write": writing(one, writers[0], fresh[:half]),
-            "two teachers, score + write": writing(two, writers[1], fresh[half:]),
+            "score": score,
+            "score + write": writing(one.begun, writer(logprob, "none", 0), works_of),
+            "score + write, compact": writing(one.begun, writer(logprob, "compact", 1), works_of),
+            "in line": in_line(Plain(one), writer(logprob, "none", 2), works_of),
+            "two teachers, score + write": writing(two.begun, writer(advantage, "none", 3), works_of),
+            "two teachers, in line": in_line(Plain(two), writer(advantage, "none", 4), works_of),
         }
         seconds = compare(works, options.repeats)
-        for writer in writers:
-            writer.close()
-    tokens = size.rows * size.response
-    print(f"{machine()}; {size}; K = {options.top_k}")
-    print("| work | response tokens/s | time, forward = 1 |\n|---|---|---|")
+    tokens = BATCHES * size.rows * size.response
+    print(f"{machine()}; {size}; K = {options.top_k}; {BATCHES} batches a turn")
+    print("| work | response tokens/s | time, forward = 1 | share of the bare forward passes |\n|---|---|---|---|")
     for name, spent in seconds.items():
-        print(f"| {name} | {tokens / spent:,.0f} | {spent / seconds['forward']:.2f} |")
+        ratio = spent / seconds["forward"]
+        passes = 2 if name.startswith("two") else 1
+        print(f"| {name} | {tokens / spent:,.0f} | {ratio:.2f} | {passes / ratio:.2f} |")
 
 
 if __name__ == "__main__":

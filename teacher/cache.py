@@ -184,6 +184,8 @@ class Writer:
 
     def flush(self) -> None:
         """Put what was added on disk, arrays before index."""
+        if not self._pending:
+            return
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
