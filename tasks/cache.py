@@ -31,7 +31,7 @@ def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
     config, quantity, placement = settings.cache, quantity_of(settings.cache), _placement(settings)
     process = placement.processes
-    if config.backend != "hf" and process.world_size > 1:
+    if config.backend == "server" and process.world_size > 1:
         raise ValueError(
             f"cache.backend={config.backend} runs in one process: start it with `python launch.py`, without accelerate "
             "launch"

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 
 from tqdm import tqdm
@@ -49,7 +50,10 @@ class Background:
         self.thread.join()
         if self.error is None:
             self.writer.flush()
-        elif error is None:
+            return
+        with suppress(OSError):  # what is whole is kept where the disk takes it
+            self.writer.flush()
+        if error is None:
             raise self.error
 
     def _work(self) -> None:
