@@ -64,3 +64,8 @@ class Parts:
         """Remove the files of the other processes; rank 0 calls this once their rows stand in `path`."""
         for file in self.others():
             file.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove all files, where none is left at the end."""
+        self.remove_others()
+        self.path.unlink(missing_ok=True)
