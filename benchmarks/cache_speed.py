@@ -9,6 +9,7 @@ two teachers: two forward passes are their floor.
 """
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,9 +117,10 @@ def main() -> None:
             "two teachers, score + write": writing(two.begun, writer(advantage, "none", 3), works_of),
             "two teachers, in line": in_line(Plain(two), writer(advantage, "none", 4), works_of),
         }
-        seconds = compare(works, options.repeats)
+        seconds = compare(works, options.repeats, time.process_time if options.processor else time.perf_counter)
     tokens = BATCHES * size.rows * size.response
-    print(f"{machine()}; {size}; K = {options.top_k}; {BATCHES} batches a turn")
+    clock = "processor seconds of all threads" if options.processor else "seconds"
+    print(f"{machine()}; {size}; K = {options.top_k}; {BATCHES} batches a turn; {clock}")
     print("| work | response tokens/s | time, forward = 1 | share of the bare forward passes |\n|---|---|---|---|")
     for name, spent in seconds.items():
         ratio = spent / seconds["forward"]
