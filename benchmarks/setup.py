@@ -3,7 +3,6 @@
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -5,7 +5,7 @@ Written for vLLM 0.32 (requirements/vllm.lock, vllm_gpu.lock). Letters: L scored
 
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,6 +34,23 @@ def missing(config: ModelConfig) -> str | None:
     return None
 
 
+def own_devices(environ: Mapping[str, str], count: int, tensor_parallel: int) -> dict[str, str]:
+    """Return the variable that leaves an engine the GPUs of its process alone, where several run on a machine.
+
+    count: the GPUs that are visible. An engine numbers its GPUs from 0, whatever the process's own device is.
+    """
+    local, together = int(environ.get("LOCAL_RANK", "0")), int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    if together == 1:
+        return {}
+    visible = (environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
+    if together * tensor_parallel > len(visible):
+        raise ValueError(
+            f"{together} processes with an engine of tensor_parallel={tensor_parallel} each need "
+            f"{together * tensor_parallel} GPUs, and {len(visible)} are here: start fewer processes"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[local * tensor_parallel : (local + 1) * tensor_parallel])}
+
+
 def engine(
     config: ModelConfig,
     dtype_key: str,
@@ -48,6 +65,8 @@ def engine(
     if why or source is None:
         raise ValueError(f"{why}; use the hf backend")
     gpu = torch.cuda.is_available()
+    if gpu:
+        os.environ |= own_devices(os.environ, torch.cuda.device_count(), tensor_parallel)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu and tensor_parallel == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else three processes import vLLM one by one

@@ -192,12 +192,27 @@ def _stage(
     needs = tuple(stage.folder for (other, s), stage in built.items() if other in needed and (s == seed or recipe.once))
     launcher = [sys.executable]
     accelerate = recipe.accelerate_config or pipeline.accelerate_config
-    if accelerate and recipe.task == "train":
+    if accelerate and shares_devices(raw):
         launcher += ["-m", "accelerate.commands.launch", "--config_file", accelerate]
     paths = [f"exp_name=stages/{folder.name}", f"cache_dir={spelled(str(stages_dir.parent))}"]
     label = name if recipe.once or len(pipeline.seeds) == 1 else f"{name} seed {seed}"
     command = [*launcher, str(ROOT / "launch.py"), *line.words(), *paths]
     return Stage(label, name, seed, digest, folder, needs, command, raw)
+
+
+def shares_devices(raw: dict[str, Any]) -> bool:
+    """Tell whether several processes do a stage's work faster than one: it trains, or asks models of its own here.
+
+    A server answers many requests of one process, an engine of several GPUs has them all, and a model is timed alone.
+    """
+    if raw["task"] == "cache":
+        config = raw["cache"]
+        return config["backend"] != "server" and config["tensor_parallel"] == 1 and config["import_from"] is None
+    if raw["task"] == "generate":
+        return raw["generation"]["backend"] != "openai" and raw["generation"]["tensor_parallel"] == 1
+    if raw["task"] == "evaluate":
+        return not raw["evaluation"]["latency"]
+    return raw["task"] == "train" or (raw["task"] == "label" and bool(raw["label"]["reward_model"]))
 
 
 def _filled(

@@ -12,6 +12,7 @@ from tqdm import tqdm
 import models
 from conversations import Message
 from dataloader import Tokens, collate
+from generation.interface import length_batches
 from settings.schema import Settings
 from tokens.encoding import encode_turn, fit_prompt
 
@@ -54,13 +55,15 @@ class RewardModel:
         return Tokens(ids, [False] * len(prompt_ids) + [True] * (len(ids) - len(prompt_ids)))
 
     @torch.inference_mode()
+    def batch_scores(self, rows: Sequence[Tokens]) -> list[float]:
+        """Return the score of each row of one padded batch."""
+        batch = collate(list(rows), self.tokenizer.pad_token_id).to(self.device)
+        return models.last_token_scores(self.model, batch).tolist()
+
     def scores(self, rows: Sequence[tuple[list[Message], str, bool]], batch_size: int, label: str) -> list[float]:
         """Return the score of each (prompt, response, whether it ended), longest first on the device."""
         every = [self.tokens(*row) for row in rows]
-        order = sorted(range(len(every)), key=lambda i: -len(every[i].ids))
         found: dict[int, float] = {}
-        for start in tqdm(range(0, len(order), batch_size), desc=label, mininterval=1):
-            chunk = order[start : start + batch_size]
-            batch = collate([every[i] for i in chunk], self.tokenizer.pad_token_id).to(self.device)
-            found.update(zip(chunk, models.last_token_scores(self.model, batch).tolist(), strict=True))
+        for batch in tqdm(length_batches([row.ids for row in every], batch_size), desc=label, mininterval=1):
+            found.update(zip(batch, self.batch_scores([every[i] for i in batch]), strict=True))
         return [found[i] for i in range(len(rows))]

@@ -82,6 +82,7 @@ TASKS = {
         ("seed", "n_examples", "n_eval_examples"),
         free=(
             *(key for key in MODEL_IN_TRAINING if key != "model.master_dtype"),  # _unused says when it is free
+            "cache.flush_seconds",
             "cache.tensor_parallel",
             "cache.kv_cache_gb",
             "cache.probe_tolerance",

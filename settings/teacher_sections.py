@@ -19,6 +19,7 @@ class CacheConfig:
     generations: Place | None
     split: str
     batch_size: int
+    flush_seconds: float
     beta: float
     backend: str
     tensor_parallel: int
@@ -61,6 +62,7 @@ class CacheConfig:
                 f"cache.mass={self.mass} is of cache.codec=compact; cache.codec=none keeps cache.top_k entries",
             )
         require(self.batch_size >= 1, f"cache.batch_size={self.batch_size} must be at least 1")
+        require(self.flush_seconds >= 0, f"cache.flush_seconds={self.flush_seconds} must not be negative")
         for name in self.responses:
             one_of("cache.responses", name, ("chosen", "rejected", "response"))
 

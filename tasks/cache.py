@@ -1,6 +1,6 @@
 """task=cache: ask one teacher or two for a quantity (teacher/quantities.py) of every response, into run_dir/CACHE."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,15 @@ from engine.strategy import placement_of
 from models import NumericPath
 from settings.schema import Settings
 from settings.teacher_sections import kept_mass
-from teacher.cache import Arrays, Meta, Reader, Writer, begin, data_digest, finish, stored_keys
+from teacher.cache import Meta, Reader, Writer, begin, data_digest, finish, stored_keys
 from teacher.hub import check_push, push
 from teacher.interchange import Tokenizing, card, export_cache, import_cache, is_cache
 from teacher.precision import teacher_path
 from teacher.quantities import Quantity, quantity_of
-from teacher.scoring import Scorer, batches_of, left_to_do, missing, score_all, write_all
+from teacher.scoring import Scorer, batches_of, left_to_do, missing
 from teacher.served import Served, ServedScorer, check_models, check_servers, connected
 from teacher.vocabulary import check_reads_ours
+from teacher.writing import Scored, score_all, write_all
 
 VERSION = 3
 
@@ -30,7 +31,7 @@ def run(settings: Settings) -> None:
     """Score every response once; a killed run goes on behind its last whole sequence."""
     config, quantity, placement = settings.cache, quantity_of(settings.cache), _placement(settings)
     process = placement.processes
-    if config.backend != "hf" and process.world_size > 1:
+    if config.backend == "server" and process.world_size > 1:
         raise ValueError(
             f"cache.backend={config.backend} runs in one process: start it with `python launch.py`, without accelerate "
             "launch"
@@ -133,7 +134,7 @@ def _score(
         scorer, close = _scorer(settings, quantity, tokenizer, placement, longest)
         if todo:
             writer = Writer(folder, meta, process.rank)
-            score_all(todo, writer, scorer, "cache", process.is_main)
+            score_all(todo, writer, scorer, "cache", process.is_main, settings.cache.flush_seconds)
             writer.close()
         for _ in range(rounds - len(todo)):
             scorer(spare)
@@ -160,7 +161,8 @@ def _ask(
     check_models(folder, found, config.probe_tolerance, has_entries=before > 0)
     writer = Writer(folder, meta)
     try:
-        write_all(todo, ServedScorer(quantity, served, config, len(tokenizer)).stream(todo), writer, "cache", True)
+        answers = ServedScorer(quantity, served, config, len(tokenizer)).stream(todo)
+        write_all(todo, answers, writer, "cache", True, flush_seconds=0)  # an answer may have cost money
     except ValueError as error:
         done, total = len(stored_keys(folder, meta)), before + sum(map(len, todo))
         raise ValueError(
@@ -172,7 +174,7 @@ def _ask(
 
 def _scorer(
     settings: Settings, quantity: Quantity, tokenizer: Any, placement: Placement, longest: int
-) -> tuple[Callable[[Sequence[Tokens]], list[Arrays]], Callable[[], None]]:
+) -> tuple[Callable[[list[Tokens]], Scored], Callable[[], None]]:
     """Return who scores batches, and what ends it."""
     config = settings.cache
     if config.backend == "vllm":
@@ -185,7 +187,8 @@ def _scorer(
     sources = (None, config.reference)[: quantity.num_models]
     load = partial(models.load_model, settings.model, dtype=dtype, trainable=False, empty=placement.empty)
     teachers = [place(load(source=source)) for source in sources]
-    return Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, placement.precision), lambda: None
+    scorer = Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, placement.precision)
+    return scorer.begun, lambda: None
 
 
 def _precision(settings: Settings, quantity: Quantity, placement: Placement) -> str:

@@ -7,30 +7,33 @@ Writes into the run's folder (report/evaluation_page.py):
     summary.md, report.html       all of it, to read
     latency.json                  with evaluation.latency
 
-With several processes each takes its share of the models; rank 0 writes.
+With several processes each asks every model for its share of the batches; rank 0 puts them together and writes. What
+is answered stands in answers.jsonl until the end: a killed run goes on there.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import models
 from dataloader import Example, collate, load_examples
-from engine.processes import Processes
+from engine.processes import Apart
 from evaluation.harness import benchmark_metrics, check_benchmarks
 from evaluation.intervals import score_interval
 from evaluation.latency import check_latency, latency_rows
 from evaluation.majority import majority_scores, majority_temperature, vote_settings
+from evaluation.pieces import Ledger, Piece, key_of
 from evaluation.records import Evaluated, Responses
 from evaluation.results import results_of, table, verdicts_of
 from functional import row_sums, token_logps
 from generation.hf import sample
-from generation.interface import Response
+from generation.interface import Response, length_batches
 from report.evaluation_page import check_advantages, write_results
 from rewards.verifiers import Verifier, prompt_text, resolve_verifier, scored, vote_of
+from settings.parts import Parts
 from settings.schema import EvaluationConfig, GenerationConfig, Settings
 
 
@@ -102,31 +105,26 @@ def held_out(settings: Settings, tokenizer: Any) -> HeldOut:
 # ---- one model
 
 
-def answer(
-    settings: Settings, model: Any, tokenizer: Any, prompts: list[Example], temperature: float, label: str
-) -> list[Response]:
-    """Give one response to each prompt, from the whole distribution; longest prompts first, so batches are alike."""
-    config, seed = settings.evaluation, settings.run.seed
+def batches_to_answer(prompts: list[Example], size: int) -> list[list[int]]:
+    """Return the prompts of each batch by number; longest first, so batches are alike."""
+    return length_batches([row.prompt for row in prompts], size)
+
+
+def answer(asked: "Asked", batch: list[int], temperature: float, seed: int) -> list[Response]:
+    """Give one response to each prompt of a batch, from the whole distribution."""
+    config, model, tokenizer = asked.settings.evaluation, asked.model(), asked.tokenizer
     generation: GenerationConfig = replace(
-        settings.generation,
+        asked.settings.generation,
         n=1,
         temperature=temperature,
         top_p=1.0,
         top_k=0,
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
-        seed=seed,
         calculator=config.calculator,
     )
-    stop = models.stop_ids(tokenizer, model)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].prompt))
-    sampled: dict[int, Response] = {}
-    for start in tqdm(range(0, len(order), config.batch_size), desc=f"{label} t={temperature:g}", mininterval=1):
-        batch = order[start : start + config.batch_size]
-        ids = [prompts[i].prompt for i in batch]
-        responses = sample(model, tokenizer, ids, generation, stop, len(tokenizer), seed * 1_000_003 + start)
-        sampled.update(zip(batch, responses, strict=True))
-    return [sampled[i] for i in range(len(prompts))]
+    ids = [asked.data.prompts[i].prompt for i in batch]
+    return sample(model, tokenizer, ids, generation, models.stop_ids(tokenizer, model), len(tokenizer), seed)
 
 
 def verified(samples: list[Response], tokenizer: Any, prompts: list[Example], verifier: Verifier | None) -> Responses:
@@ -139,19 +137,20 @@ def verified(samples: list[Response], tokenizer: Any, prompts: list[Example], ve
     return Responses(texts, [len(ids) for ids, _ in samples], [reason == "stop" for _, reason in samples], scores)
 
 
+def pair_batches(num_pairs: int, batch_size: int) -> list[range]:
+    """Return the pairs of each batch by number, in their order."""
+    return [range(start, min(start + batch_size, num_pairs)) for start in range(0, num_pairs, batch_size)]
+
+
 @torch.no_grad()
-def pair_logps(model: Any, tokenizer: Any, pairs: list[Example], batch_size: int, label: str) -> np.ndarray:
-    """Return log p(chosen) and log p(rejected) of each pair, [P, 2] float64."""
+def pair_logps(model: Any, tokenizer: Any, pairs: list[Example]) -> np.ndarray:
+    """Return log p(chosen) and log p(rejected) of each pair of one batch, [P, 2] float64."""
     device = next(model.parameters()).device
-    parts = []
-    for start in tqdm(range(0, len(pairs), batch_size), desc=f"pairs {label}", mininterval=1):
-        chunk = pairs[start : start + batch_size]
-        tokens = [row.chosen for row in chunk if row.chosen] + [row.rejected for row in chunk if row.rejected]
-        sequences = collate(tokens, tokenizer.pad_token_id).to(device)
-        logits, targets, rows = models.response_logits(model, sequences, len(tokenizer))
-        sums = row_sums(token_logps(logits, targets), rows, len(tokens))
-        parts.append(sums.double().cpu().numpy().reshape(2, len(chunk)).T)
-    return np.concatenate(parts)
+    tokens = [row.chosen for row in pairs if row.chosen] + [row.rejected for row in pairs if row.rejected]
+    sequences = collate(tokens, tokenizer.pad_token_id).to(device)
+    logits, targets, rows = models.response_logits(model, sequences, len(tokenizer))
+    sums = row_sums(token_logps(logits, targets), rows, len(tokens))
+    return sums.double().cpu().numpy().reshape(2, len(pairs)).T
 
 
 def rank_pairs(logps: np.ndarray, reference_logps: np.ndarray | None, reference: str | None) -> dict[str, Any]:
@@ -173,46 +172,121 @@ def rank_pairs(logps: np.ndarray, reference_logps: np.ndarray | None, reference:
     return {**metrics, "reference": reference} if reference else metrics
 
 
-def evaluate_model(settings: Settings, name: str, processes: Processes, verifier: Verifier | None) -> Evaluated:
-    """Answer the prompts with one model at every temperature, and rank the pairs."""
-    config = settings.evaluation
-    own = settings.model.of_folder(config.models[name])
-    dtype = models.resolve_dtype(own.policy_dtype, processes.device)
-    tokenizer = models.load_tokenizer(own)
-    data = held_out(settings, tokenizer)
+class Asked:
+    """A model that is evaluated: its data, and its weights once a batch needs them."""
 
-    def load(source: str) -> Any:
-        return models.load_model(own.of_folder(source), dtype=dtype, trainable=False).to(processes.device)
+    def __init__(self, settings: Settings, name: str, device: torch.device) -> None:
+        self.settings, self.name, self.device = settings, name, device
+        self.own = settings.model.of_folder(settings.evaluation.models[name])
+        self.dtype = models.resolve_dtype(self.own.policy_dtype, device)
+        self.tokenizer = models.load_tokenizer(self.own)
+        self.data = held_out(settings, self.tokenizer)
+        self.loaded: tuple[str, Any] = ("", None)  # one model at a time
 
-    model = load(config.models[name])
-    responses = {}
-    for temperature in config.temperatures:
-        samples = answer(settings, model, tokenizer, data.prompts, temperature, name)
-        responses[temperature] = verified(samples, tokenizer, data.prompts, verifier)
+    def model(self, source: str | None = None) -> Any:
+        """Return the model, or another folder's in the same precision, on this process's device."""
+        source = source or self.settings.evaluation.models[self.name]
+        if self.loaded[0] != source:
+            self.loaded = ("", None)
+            model: Any = models.load_model(self.own.of_folder(source), dtype=self.dtype, trainable=False)
+            self.loaded = (source, model.to(self.device))
+        return self.loaded[1]
+
+
+class Work(NamedTuple):
+    """The pieces of one model; a pass is every prompt once, at a temperature, as the k-th vote (0: the main pass)."""
+
+    passes: dict[tuple[float, int], list[Piece]]
+    benchmarks: list[Piece]
+    pairs: list[Piece]
+    reference_pairs: list[Piece]
+
+    @property
+    def every(self) -> list[Piece]:
+        """Return all pieces, those of one model together."""
+        answers = [piece for pieces in self.passes.values() for piece in pieces]
+        return [*answers, *self.benchmarks, *self.pairs, *self.reference_pairs]
+
+
+def work_of(asked: Asked) -> Work:
+    """Return what one model is asked for."""
+    settings, config, data = asked.settings, asked.settings.evaluation, asked.data
+    facts = [
+        models.model_digest(config.models[asked.name]),
+        models.tokenizer_digest(asked.tokenizer),
+        models.stop_ids_of(asked.own, asked.tokenizer),
+        str(asked.dtype),
+        asked.device.type,
+    ]
+    passes = {}
+    for temperature, k in _passes(config):
+        seed, pieces = vote_settings(settings, k).run.seed, []
+        for number, batch in enumerate(batches_to_answer(data.prompts, config.batch_size)):
+            ids = [data.prompts[i].prompt for i in batch]
+            own = seed * 1_000_003 + number * config.batch_size
+            sampling = [temperature, own, config.max_new_tokens, config.calculator]
+            pieces.append(
+                Piece(key_of("answer", facts, ids, sampling), partial(answer, asked, batch, temperature, own))
+            )
+        passes[temperature, k] = pieces
+    benchmarks = []
+    if config.lm_eval:
+        key = key_of("lm_eval", facts, settings.run.seed, settings.raw["evaluation"], settings.raw["model"])
+        benchmarks = [Piece(key, lambda: benchmark_metrics(settings, asked.model(), asked.tokenizer))]
+    reference = config.reference.get(asked.name)
+    own_pairs = _pair_pieces(asked, config.models[asked.name], facts) if config.reward_accuracy else []
+    theirs = _pair_pieces(asked, reference, facts) if config.reward_accuracy and reference else []
+    return Work(passes, benchmarks, own_pairs, theirs)
+
+
+def _passes(config: EvaluationConfig) -> list[tuple[float, int]]:
+    """Return (temperature, vote) of every pass over the prompts; the main pass votes, too."""
+    votes = range(1, config.majority or 0) if config.verifier else range(0)
+    return [(t, 0) for t in config.temperatures] + [(majority_temperature(config.temperatures), k) for k in votes]
+
+
+def _pair_pieces(asked: Asked, source: str, facts: list[Any]) -> list[Piece]:
+    """Return a piece for each batch of pairs, whose log-probabilities the model of `source` gives."""
+    pairs, pieces = asked.data.pairs, []
+    for batch in pair_batches(len(pairs), asked.settings.model.eval_batch_size):
+        rows = [pairs[i] for i in batch]
+        tokens = [[t.ids, t.response] for row in rows for t in (row.chosen, row.rejected) if t is not None]
+
+        def logps(rows: list[Example] = rows) -> list[list[float]]:
+            return pair_logps(asked.model(source), asked.tokenizer, rows).tolist()
+
+        pieces.append(Piece(key_of("pairs", models.model_digest(source), facts, tokens), logps))
+    return pieces
+
+
+def evaluated(asked: Asked, work: Work, ledger: Ledger, verifier: Verifier | None) -> Evaluated:
+    """Put a model's pieces together."""
+    config, data, tokenizer = asked.settings.evaluation, asked.data, asked.tokenizer
+    order = [i for batch in batches_to_answer(data.prompts, config.batch_size) for i in batch]
+
+    def answered(temperature: float, k: int) -> Responses:
+        found = [(ids, reason) for batch in ledger.answers(work.passes[temperature, k]) for ids, reason in batch]
+        samples = dict(zip(order, found, strict=True))
+        judge = verifier if k == 0 else None
+        return verified([samples[i] for i in range(len(order))], tokenizer, data.prompts, judge)
+
+    conversations = [row.conversation for row in data.prompts]
+    passes = {key: answered(*key) for key in work.passes}
+    responses = {temperature: found for (temperature, k), found in passes.items() if k == 0}
     votes: list[float] = []
     if config.majority and verifier is not None:
         voting = majority_temperature(config.temperatures)
-        passes = [responses[voting].texts]  # the main pass votes, too
-        for k in range(1, config.majority):
-            samples = answer(vote_settings(settings, k), model, tokenizer, data.prompts, voting, f"{name} vote {k + 1}")
-            passes.append(verified(samples, tokenizer, data.prompts, None).texts)
-        votes = majority_scores(passes, [row.conversation for row in data.prompts], verifier)
-    benchmarks = benchmark_metrics(settings, model, tokenizer) if config.lm_eval else {}
-    timed = latency_rows(settings, own, model, tokenizer, data.prompts) if config.latency else []
+        votes = majority_scores([passes[voting, k].texts for k in range(config.majority)], conversations, verifier)
     metrics: dict[str, Any] = {}
     if config.reward_accuracy:
-        size = settings.model.eval_batch_size
-        logps = pair_logps(model, tokenizer, data.pairs, size, name)
-        del model
-        reference = config.reference.get(name)
-        reference_logps = (
-            pair_logps(load(reference), tokenizer, data.pairs, size, f"{name}, reference") if reference else None
-        )
+        reference = config.reference.get(asked.name)
+        logps = np.concatenate(ledger.answers(work.pairs))
+        reference_logps = np.concatenate(ledger.answers(work.reference_pairs)) if reference else None
         metrics = rank_pairs(logps, reference_logps, reference)
-    conversations = [row.conversation for row in data.prompts]
-    return Evaluated(
-        [prompt_text(c.prompt) for c in conversations], conversations, responses, metrics, votes, timed, benchmarks
-    )
+    benchmarks = ledger.answers(work.benchmarks)[0] if work.benchmarks else {}
+    prompts = [prompt_text(c.prompt) for c in conversations]
+    timed = latency_rows(asked.settings, asked.own, asked.model(), tokenizer, data.prompts) if config.latency else []
+    return Evaluated(prompts, conversations, responses, metrics, votes, timed, benchmarks)
 
 
 def run(settings: Settings) -> None:
@@ -224,26 +298,33 @@ def run(settings: Settings) -> None:
         vote_of(verifier)  # refuses a module without one
     check_benchmarks(config)
     check_advantages(config)
-    processes = Processes()
-    check_latency(config, processes.world_size)
+    process = Apart()
+    check_latency(config, process.world_size)
     if settings.run.strategy not in ("auto", "none", "ddp"):
         raise ValueError(
             f"strategy={settings.run.strategy}: task=evaluate gives every process whole models of its own. "
             "Leave strategy=auto"
         )
-    names = list(config.models)
-    own = names[processes.rank :: processes.world_size]
-    gathered = dict(processes.gathered([(name, evaluate_model(settings, name, processes, verifier)) for name in own]))
-    evaluated = {name: gathered[name] for name in names}
-    for name in names:
-        if evaluated[name].prompts != evaluated[names[0]].prompts:
+    parts = Parts(settings.run.run_dir / "answers.jsonl", process.rank)
+    ledger = Ledger(parts, process.rank, process.world_size)
+    works: dict[str, tuple[Asked, Work]] = {}
+    for name in config.models:
+        asked = Asked(settings, name, process.device)
+        works[name] = asked, work_of(asked)
+        ledger.share(works[name][1].every, f"asking {name}" if process.is_main else "")
+        asked.loaded = ("", None)
+    if not process.is_main:
+        return
+    ledger.wait(piece for _, work in works.values() for piece in work.every)
+    found = {name: evaluated(*works[name], ledger, verifier) for name in works}
+    first = next(iter(works))
+    for name in works:
+        if found[name].prompts != found[first].prompts:
             raise ValueError(
-                f"{name} and {names[0]} kept different held-out prompts (another tokenizer drops other rows): "
+                f"{name} and {first} kept different held-out prompts (another tokenizer drops other rows): "
                 "raise model.max_prompt_length and model.max_length"
             )
-    if processes.is_main:
-        results = results_of(settings, evaluated, verdicts_of(settings, evaluated))
-        write_results(settings, results, evaluated)
-        print(f"\n{table(results)}\n{settings.run.run_dir / 'results.json'}", flush=True)
-    processes.wait()
-    processes.close()
+    results = results_of(settings, found, verdicts_of(settings, found))
+    write_results(settings, results, found)
+    print(f"\n{table(results)}\n{settings.run.run_dir / 'results.json'}", flush=True)
+    parts.remove()

@@ -2,12 +2,12 @@
 
 The backends are in generation/: hf.py, vllm.py, openai.py. Here is what they share: prompts, rows on disk, and going on
 where a killed run stopped. A row is written as soon as its response is there. At the end the rows stand in a fixed
-order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone.
+order, longest prompt first. What a response is sampled with follows from the run's seed and its place alone, so several
+processes (accelerate launch, torchrun), each with a model or an engine on its device, write what one writes.
 """
 
 import importlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,10 +19,12 @@ import transformers
 
 import models
 from dataloader import Example, Tokens, load_examples
+from engine.processes import Apart
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.hf import HfBackend
 from generation.interface import Answer, Backend, Progress, cut, length_batches
-from settings.artifacts import append_row, resumed_rows, write_bytes, write_json
+from settings.artifacts import write_bytes, write_json
+from settings.parts import Parts, share_of, wait_for
 from settings.schema import ModelConfig, Settings
 from templates import adds_bos, special_ids, tokenizer_digest
 
@@ -103,17 +105,18 @@ class Job(NamedTuple):
 
 def run(settings: Settings) -> None:
     """Write run_dir/generations.jsonl: n responses to every prompt of the split; goes on where a killed run stopped."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "task=generate runs in one process: start it with `python launch.py`, without accelerate launch"
-        )
-    config, generation = settings.model, settings.generation
+    config, generation, process = settings.model, settings.generation, Apart()
     name = backend_name(settings)
+    if name == "openai" and process.world_size > 1:
+        raise ValueError(
+            "generation.backend=openai runs in one process (generation.concurrency requests at once): start it with "
+            "`python launch.py`, without accelerate launch"
+        )
     make = backend_of(name)
     tokenizer = models.load_tokenizer(config)
     stop = models.stop_ids_of(config, tokenizer)
     for note in stop_notes(config, tokenizer, stop, generation.teacher):
-        print(f"note: {note}")
+        process.print(f"note: {note}")
     jobs = _jobs(settings, tokenizer)
     prompts = [job.example.prompt for job in jobs]
     head = {
@@ -122,26 +125,43 @@ def run(settings: Settings) -> None:
         "tokenizer_digest": tokenizer_digest(tokenizer),
     }
     path = settings.run.run_dir / "generations.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = _resume(path, jobs, head, generation.n)
-    if len(done) == len(jobs):
-        print(f"{path}: all {len(done)} responses are there")
-    else:
+    parts = Parts(path, process.rank)
+    done = _resume(parts, jobs, head, generation.n)
+    wanted = _share(prompts, generation.batch_size if name == "hf" else 1, process) - done
+    if wanted:
         longest = max(map(len, prompts))
-        _notes(tokenizer, longest + generation.max_new_tokens, positions_of(config), prompts[0])
+        if process.is_main:
+            _notes(tokenizer, longest + generation.max_new_tokens, positions_of(config), prompts[0])
         with (
             closing(make(Start(settings, tokenizer, stop, longest))) as backend,
-            Progress(len(jobs), len(done)) as progress,
+            Progress(len(wanted) + len(done), len(done)) as progress,
         ):
-            answers = backend.answers(prompts, set(range(len(jobs))) - done, generation.seed)
-            _write(path, jobs, answers, tokenizer, stop, head, progress)
-        print(f"{path}: {progress.tokens} tokens at {progress.tokens_per_second:.0f} tokens/s")
-    _in_order(path, prompts, generation.n)
-    _summarize(path, settings, tokenizer, name)
+            answers = backend.answers(prompts, wanted, generation.seed)
+            _write(parts, jobs, answers, tokenizer, stop, head, progress)
+        print(f"{parts.own}: {progress.tokens} tokens at {progress.tokens_per_second:.0f} tokens/s")
+    elif len(done) == len(jobs):
+        process.print(f"{path}: all {len(done)} responses are there")
+    if process.is_main:
+        wait_for(lambda: len({_job_of(row, generation.n) for _, row in parts.rows()}) == len(jobs))
+        _in_order(parts, prompts, generation.n)
+        _summarize(path, settings, tokenizer, name)
+
+
+def _share(prompts: list[list[int]], size: int, process: Apart) -> set[int]:
+    """Return the jobs of this process: whole batches of those that one process samples, as padding and seed are a
+    batch's; `size` 1 where each response has a seed of its own.
+    """
+    batches = length_batches(prompts, size)
+    return {i for batch in share_of(batches, process.rank, process.world_size) for i in batch}
+
+
+def _job_of(row: dict[str, Any], n: int) -> int:
+    """Return which response a row holds."""
+    return int(row.get("index", -1)) * n + int(row.get("sample", 0))
 
 
 def _write(
-    path: Path,
+    parts: Parts,
     jobs: list[Job],
     answers: Iterator[Answer],
     tokenizer: Any,
@@ -150,11 +170,9 @@ def _write(
     progress: "Progress",
 ) -> None:
     """Append a row for each answer as it comes; a row is whole once its line break is written."""
-    with path.open("a", encoding="utf-8") as out:
-        for answer in answers:
-            row = _row(jobs[answer.number], answer, tokenizer, stop, head)
-            append_row(out, row)
-            progress.add(answer.ids)
+    for answer in answers:
+        parts.append(_row(jobs[answer.number], answer, tokenizer, stop, head))
+        progress.add(answer.ids)
 
 
 def _jobs(settings: Settings, tokenizer: Any) -> list[Job]:
@@ -222,32 +240,37 @@ def _row(job: Job, answer: Answer, tokenizer: Any, stop: list[int], head: dict[s
     return row | ({"ids_from_text": True} if answer.from_text else {})
 
 
-def _resume(path: Path, jobs: list[Job], head: dict[str, Any], n: int) -> set[int]:
-    """Cut off a torn last row and return which jobs have their row; ValueError if the rows are another run's."""
+def _resume(parts: Parts, jobs: list[Job], head: dict[str, Any], n: int) -> set[int]:
+    """Return which jobs have their row, in whatever process's file; ValueError if the rows are another run's."""
     done: set[int] = set()
-    for number, row in enumerate(resumed_rows(path), 1):
-        job = row.get("index", -1) * n + row.get("sample", 0)
+    numbers: Counter[Path] = Counter()
+    seen: set[tuple[Path, int]] = set()
+    for path, row in parts.rows():
+        numbers[path] += 1
+        job, where = _job_of(row, n), f"{path}, line {numbers[path]}"
         difference = next((key for key, value in head.items() if row.get(key) != value), None)
         if not 0 <= job < len(jobs) or row.get("prompt_ids") != jobs[job].example.prompt:
             difference = difference or "prompt"
         if difference:
-            raise ValueError(
-                f"{path}, line {number}: written with another {difference}. Remove the file or choose another exp_name"
-            )
-        assert job not in done, f"{path}, line {number}: a second row for response {job}"
+            raise ValueError(f"{where}: written with another {difference}. Remove the file or choose another exp_name")
+        assert (path, job) not in seen, f"{where}: a second row for response {job}"
+        seen.add((path, job))
         done.add(job)
-    if 0 < len(done) < len(jobs):
-        print(f"{path}: going on after {len(done)} of {len(jobs)} responses")
+    if 0 < len(done) < len(jobs) and parts.own == parts.path:
+        print(f"{parts.path}: going on after {len(done)} of {len(jobs)} responses")
     return done
 
 
-def _in_order(path: Path, prompts: list[list[int]], n: int) -> None:
-    """Put the rows into the order of length_batches, whatever order they came in."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    found = {row["index"] * n + row["sample"]: line for line in lines for row in [json.loads(line)]}
-    ordered = [found[i] for batch in length_batches(prompts, 1) for i in batch]
-    if ordered != lines:
-        write_bytes(path, b"".join(ordered))
+def _in_order(parts: Parts, prompts: list[list[int]], n: int) -> None:
+    """Put the rows of all processes into one file, in the order of length_batches, whatever order they came in."""
+    found: dict[int, bytes] = {}
+    for file in [*parts.others(), parts.path]:
+        lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+        found |= {_job_of(json.loads(line), n): line for line in lines if line.endswith(b"\n")}
+    ordered = b"".join(found[i] for batch in length_batches(prompts, 1) for i in batch)
+    if not parts.path.is_file() or ordered != parts.path.read_bytes():
+        write_bytes(parts.path, ordered)
+    parts.remove_others()
 
 
 # ---- afterwards

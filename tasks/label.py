@@ -2,9 +2,11 @@
 
 A verifier, a reward model or a judge scores. Reads generations.jsonl or plain rows {"prompt", "response"}. Writes
 
-    LABEL/scores.jsonl    one score a row, as they come: a killed run goes on there
+    LABEL/scores.jsonl    one score a row: a killed run goes on there
     LABEL/labeled.jsonl   every row with its `reward`; or with a `label`; or pairs of a prompt's best and worst response
     LABEL/summary.json    what was left out
+
+With several processes each has the reward model on its device and scores its share of the batches; rank 0 writes.
 """
 
 import hashlib
@@ -13,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 import models
 from conversations import (
@@ -24,15 +28,17 @@ from conversations import (
     pair_row,
     to_conversation,
 )
+from engine.processes import Apart
+from generation.interface import length_batches
 from rewards.judge import SCORE_PLACES, Judge, read_template
 from rewards.reward_model import RewardModel
 from rewards.verifiers import code_of, prompt_text, resolve_verifier, scored
-from settings.artifacts import append_row, resumed_rows, write_json, write_jsonl
+from settings.artifacts import write_json, write_jsonl
+from settings.parts import Parts, share_of, wait_for
 from settings.schema import LabelConfig, Settings
 from tokens.sources import read_rows
 
-VERSION = 1
-CHUNK = 256  # rows that are scored before their scores are written
+VERSION = 2
 
 
 class Response(NamedTuple):
@@ -95,7 +101,7 @@ def _skip_or_raise(config: LabelConfig, counts: Counter[str], what: str, error: 
 def scores_of(
     settings: Settings, responses: list[Response], folder: Path, counts: Counter[str]
 ) -> Iterator[tuple[Response, float]]:
-    """Yield every response that gets a score, chunk by chunk."""
+    """Yield every response that a verifier or a judge gives a score."""
     config = settings.label
     if config.verifier:
         verifier = resolve_verifier(config.verifier, "label.verifier")
@@ -109,33 +115,71 @@ def scores_of(
                 continue
             yield response, value
         return
-    if config.reward_model:
-        model = RewardModel(settings, config.reward_model, "label.reward_model")
-        for start in range(0, len(responses), CHUNK):
-            chunk = responses[start : start + CHUNK]
-            rows = [(r.conversation.prompt, r.text, r.ended) for r in chunk]
-            yield from zip(chunk, model.scores(rows, config.batch_size, "reward"), strict=True)
-        return
     judge = Judge(settings.judge, folder / "judged.jsonl", config.on_error)
     answers = judge.asked([judge.score_question(prompt_text(r.conversation.prompt), r.text) for r in responses])
     counts["responses without a verdict"] += sum(answer is None for answer in answers)
     yield from ((response, answer) for response, answer in zip(responses, answers, strict=True) if answer is not None)
 
 
-def all_scores(settings: Settings, responses: list[Response], folder: Path, counts: Counter[str]) -> dict[int, float]:
-    """Return the score of each row by its number; those on disk are taken, new ones appended as they come."""
-    path = folder / "scores.jsonl"
-    known: dict[str, float] = {row["key"]: row["score"] for row in resumed_rows(path)}
+def rewards_of(
+    settings: Settings, responses: list[Response], known: set[int], process: Apart
+) -> Iterator[tuple[Response, float]]:
+    """Yield this process's share of the responses with the reward model's score, batch by batch, but for `known`.
+
+    The batches are those of all responses, whoever scores them and whatever a killed run has left: other neighbors mean
+    other padding, and other last bits.
+    """
+    config = settings.label
+    assert config.reward_model is not None
+    model = RewardModel(settings, config.reward_model, "label.reward_model")
+    rows = [model.tokens(r.conversation.prompt, r.text, r.ended) for r in responses]
+    batches = share_of(length_batches([row.ids for row in rows], config.batch_size), process.rank, process.world_size)
+    for batch in tqdm(batches, desc="reward", mininterval=1, disable=not process.is_main):
+        if known.issuperset(batch):
+            continue
+        for i, value in zip(batch, model.batch_scores([rows[i] for i in batch]), strict=True):
+            if i not in known:
+                yield responses[i], value
+
+
+def all_scores(
+    settings: Settings, responses: list[Response], folder: Path, counts: Counter[str], process: Apart
+) -> dict[int, float]:
+    """Return the score of each row by its number; those on disk are taken, new ones appended as they come.
+
+    A process other than the first gets what it knows; the first waits for all of a reward model's.
+    """
+    parts = Parts(folder / "scores.jsonl", process.rank)
+    found = [(file, row["key"], row["score"]) for file, row in parts.rows()]
+    known: dict[str, float] = {key: score for _, key, score in found}
     source = source_of(settings)
     keys = {response.number: response.key(source) for response in responses}
-    counts["scores taken from an earlier run"] = sum(key in known for key in keys.values())
-    with path.open("a", encoding="utf-8") as out:
-        todo = [response for response in responses if keys[response.number] not in known]
-        for response, value in scores_of(settings, todo, folder, counts) if todo else ():
-            key = keys[response.number]
-            known[key] = value
-            append_row(out, {"key": key, "score": value})
+    # of other processes' files nobody can tell what is of an earlier run: they may be writing already
+    earlier = {key for file, key, _ in found if file in (parts.own, parts.path)}
+    counts["scores taken from an earlier run"] = sum(key in earlier for key in keys.values())
+    unique = list({keys[response.number]: response for response in reversed(responses)}.values())[::-1]
+    there = {i for i, response in enumerate(unique) if keys[response.number] in known}
+    new: Iterator[tuple[Response, float]] = iter(())
+    if settings.label.reward_model and len(there) < len(unique):
+        new = rewards_of(settings, unique, there, process)
+    elif len(there) < len(unique):
+        new = scores_of(settings, [r for i, r in enumerate(unique) if i not in there], folder, counts)
+    for response, value in new:
+        known[keys[response.number]] = value
+        parts.append({"key": keys[response.number], "score": value})
+    if process.is_main and settings.label.reward_model:
+        wait_for(lambda: {*keys.values()} <= {row["key"] for _, row in parts.rows()})
+        known = merged_scores(parts, [keys[response.number] for response in unique])
     return {number: known[key] for number, key in keys.items() if key in known}
+
+
+def merged_scores(parts: Parts, order: list[str]) -> dict[str, float]:
+    """Put the scores of all processes into one file, a row a key: those of other rows first, then in `order`."""
+    rows = {row["key"]: row for _, row in parts.rows()}
+    wanted = set(order)
+    write_jsonl(parts.path, [*(row for key, row in rows.items() if key not in wanted), *(rows[key] for key in order)])
+    parts.remove_others()
+    return {key: row["score"] for key, row in rows.items()}
 
 
 def source_of(settings: Settings) -> str:
@@ -193,12 +237,19 @@ def best_against_worst(
 
 def run(settings: Settings) -> None:
     """Score the responses and write LABEL/labeled.jsonl."""
-    config, counts = settings.label, Counter[str]()
+    config, counts, process = settings.label, Counter[str](), Apart()
     config.check_request()
+    if process.world_size > 1 and not config.reward_model:
+        raise ValueError(
+            "task=label runs in one process where a verifier or a judge scores (a judge's requests go out together, "
+            "judge.concurrency): start it with `python launch.py`, without accelerate launch"
+        )
     responses = read_responses(config, counts)
     folder = settings.run.run_dir / "LABEL"
     folder.mkdir(parents=True, exist_ok=True)
-    scores = all_scores(settings, responses, folder, counts)
+    scores = all_scores(settings, responses, folder, counts, process)
+    if not process.is_main:
+        return
     if config.make == "pairs":
         rows = best_against_worst(responses, scores, config.margin, counts)
     elif config.make == "binary":

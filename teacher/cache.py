@@ -11,7 +11,6 @@ Knows no model. Letters: L supervised tokens of a sequence, K entries a token.
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from settings.artifacts import is_done, mark_done, remove_parts, write_json
+from settings.parts import wait_for as wait_for  # those who write caches wait for them
 from teacher.codec import decode, encode, errors
 from teacher.shard import (
     KEY_BYTES,
@@ -37,7 +37,6 @@ from teacher.shard import (
 from tokens.examples import content_key as content_key  # numpy alone; a cache's keys are those of the rows
 
 FORMAT_VERSION = 3
-POLL_SECONDS = 0.5
 UNITS = ("tokens", "responses", "packed")  # what the ends in a record count
 
 Arrays = dict[str, np.ndarray]
@@ -184,6 +183,8 @@ class Writer:
 
     def flush(self) -> None:
         """Put what was added on disk, arrays before index."""
+        if not self._pending:
+            return
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
@@ -196,15 +197,6 @@ class Writer:
         self.flush()
         for stream in [*self._streams.values(), self._index]:
             stream.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait for what another process writes. No collective: whoever is slow runs into no timeout of a process group."""
-    while True:
-        started = time.monotonic()
-        if condition():
-            return
-        time.sleep(max(POLL_SECONDS, 5 * (time.monotonic() - started)))
 
 
 def finish(folder: Path | str, meta: Meta, keys: set[bytes]) -> Meta:

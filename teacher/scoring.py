@@ -1,21 +1,21 @@
-"""How each quantity is computed from the logits of one or two frozen models, and the loop that writes it.
+"""How each quantity is computed from the logits of one or two frozen models; teacher/writing.py writes it.
 
 A function a row of quantities.TABLE, of the same name. Letters: N response tokens of a batch (flat), K entries, V
 vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataloader import Sequences, Tokens, collate
-from functional import gather_logps, log_normalizers, token_logps, topk_logps
+from functional import gather_logps, log_normalizers, token_logps, topk_entries
 from models import ResponseLogits, response_logits
-from teacher.cache import Arrays, Writer
+from teacher.cache import Arrays
 from teacher.precision import teacher_logits
 from teacher.quantities import TABLE, Quantity
 
@@ -30,7 +30,7 @@ class Asked(NamedTuple):
 
 def logprob(asked: Asked) -> dict[str, Tensor]:
     """Return the teacher's K most probable ids, their log-probabilities and the mass outside."""
-    ids, logps, tail = topk_logps(asked.logits[0]().logits, asked.k)
+    ids, logps, tail = topk_entries(asked.logits[0]().logits, asked.k)
     return {"ids": ids, "values": logps, "tail": tail}
 
 
@@ -84,14 +84,18 @@ class Scorer:
         self.quantity, self.teachers, self.k, self.beta, self.computing = quantity, teachers, k, beta, computing
         self.vocab_size, self.pad_id = len(tokenizer), tokenizer.pad_token_id
 
-    @torch.inference_mode()
     def __call__(self, rows: Sequence[Tokens]) -> list[Arrays]:
         """Return the quantity's arrays of each row."""
+        return self.begun(rows)()
+
+    @torch.inference_mode()
+    def begun(self, rows: Sequence[Tokens]) -> Callable[[], list[Arrays]]:
+        """Let the device score rows, and return what waits for their arrays: another thread may call it."""
         device = next(self.teachers[0].parameters()).device
         batch = collate(list(rows), self.pad_id).to(device)
         asked = tuple(lambda model=model: self._logits(model, batch) for model in self.teachers)
         found = SCORES[self.quantity.name](Asked(asked, self.k, self.beta))
-        return split_rows(found, [row.num_supervised for row in rows])
+        return partial(split_rows, on_host(found), [row.num_supervised for row in rows])
 
     def _logits(self, model: Any, batch: Sequences) -> ResponseLogits:
         if not self.quantity.policy_path:
@@ -100,9 +104,28 @@ class Scorer:
             return response_logits(model, batch, self.vocab_size)
 
 
-def split_rows(found: dict[str, Tensor], lengths: list[int]) -> list[Arrays]:
+class OnHost(NamedTuple):
+    """Arrays on their way to the host's memory, and what to wait for before they are read (None: they are there)."""
+
+    arrays: dict[str, Tensor]
+    ready: torch.cuda.Event | None
+
+
+def on_host(found: dict[str, Tensor]) -> OnHost:
+    """Begin to copy tensors of one device to the host, a copy each, behind what the device is computing."""
+    arrays = {name: array.to("cpu", non_blocking=True) for name, array in found.items()}
+    if not any(array.is_cuda for array in found.values()):
+        return OnHost(arrays, None)
+    ready = torch.cuda.Event()
+    ready.record()
+    return OnHost(arrays, ready)
+
+
+def split_rows(found: OnHost, lengths: list[int]) -> list[Arrays]:
     """Split flat arrays [N, ...] into those of each row, as numpy arrays."""
-    parts = {name: [part.cpu().numpy() for part in array.split(lengths)] for name, array in found.items()}
+    if found.ready is not None:
+        found.ready.synchronize()
+    parts = {name: [part.numpy() for part in array.split(lengths)] for name, array in found.arrays.items()}
     return [{name: arrays[i] for name, arrays in parts.items()} for i in range(len(lengths))]
 
 
@@ -126,30 +149,3 @@ def left_to_do(batches: list[list[Tokens]], written: set[bytes], rank: int, worl
 def missing(batches: list[list[Tokens]], written: set[bytes]) -> list[list[Tokens]]:
     """Return the batches without the sequences that are written, for those who score each sequence alone."""
     return [[t for t in batch if t.key not in written] for batch in batches]
-
-
-def score_all(
-    todo: list[list[Tokens]], writer: Writer, scorer: Callable[[list[Tokens]], list[Arrays]], what: str, show: bool
-) -> None:
-    """Score batches and write each as soon as it is known."""
-    write_all(todo, map(scorer, todo), writer, what, show)
-
-
-def write_all(todo: list[list[Tokens]], scored: Iterable[list[Arrays]], writer: Writer, what: str, show: bool) -> None:
-    """Write batches as their arrays come, in the order of `todo`; the bar counts response tokens, and so time left."""
-    batches = 0
-    with tqdm(
-        total=sum(row.num_supervised for batch in todo for row in batch),
-        desc=what,
-        mininterval=1,
-        disable=not show,
-        unit=" tokens",
-        unit_scale=True,
-    ) as bar:
-        for batch, found in zip(todo, scored, strict=True):
-            for row, arrays in zip(batch, found, strict=True):
-                writer.add(row.ids, row.response, arrays)
-            writer.flush()
-            batches += 1
-            bar.set_postfix_str(f"batch {batches} of {len(todo)}", refresh=False)
-            bar.update(sum(row.num_supervised for row in batch))

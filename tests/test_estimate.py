@@ -306,7 +306,7 @@ def test_a_stage_has_the_layout_of_its_accelerate_configuration(tmp_path: Path) 
     assert isinstance(found, dict) and (found["strategy"], found["devices"]) == ("fsdp", 16)
     assert found["memory"]["weights"] == 8_030_261_248 * 4 // 16
     other = of_stage(stages["cache_logprobs"], composed()["estimate"])
-    assert isinstance(other, dict) and other["devices"] == 1  # only training goes through accelerate
+    assert isinstance(other, dict) and (other["strategy"], other["devices"]) == ("whole model each", 16)
 
 
 def test_a_model_without_a_readable_configuration_is_named() -> None:

@@ -126,7 +126,7 @@ def test_pair_log_probs_are_those_of_a_plain_loop_over_tokens(folder: Path) -> N
     tokenizer = models.load_tokenizer(settings.model)
     model = models.load_model(settings.model, trainable=False)
     pairs = evaluate.held_out(settings, tokenizer).pairs
-    found = evaluate.pair_logps(model, tokenizer, pairs, 4, "test")
+    found = evaluate.pair_logps(model, tokenizer, pairs)
     for pair, row in zip(pairs, found, strict=True):
         for tokens, value in zip((pair.chosen, pair.rejected), row, strict=True):
             logps = model(torch.tensor([tokens.ids])).logits[0].double().log_softmax(-1)

@@ -153,7 +153,8 @@ def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path) -> None:
             f"datasets.local.train={tmp_path}/pairs.jsonl",
             f"cache_dir={tmp_path}",
         ]
-        return ["task=cache", *data, f"exp_name={name}", "cache.top_k=8", "cache.batch_size=2"]
+        often = "cache.flush_seconds=0.05"  # a start lives for a fifth of a second
+        return ["task=cache", *data, f"exp_name={name}", "cache.top_k=8", "cache.batch_size=2", often]
 
     assert begin(*command("whole"), log=tmp_path / "whole.log").wait(timeout=400) == 0
     index, log = tmp_path / "killed" / "CACHE" / "shard-00000" / "index.bin", tmp_path / "killed.log"

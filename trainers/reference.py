@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from dataloader import Tokens
 from settings.artifacts import is_done, remove_folder, replace_folder
 from teacher.cache import (
     IDENTITY,
-    Arrays,
     Meta,
     Reader,
     Writer,
@@ -28,8 +28,9 @@ from teacher.cache import (
     wait_for,
 )
 from teacher.lookup import StoredLogps
-from teacher.scoring import batches_of, left_to_do, score_all, split_rows
+from teacher.scoring import batches_of, left_to_do, on_host, split_rows
 from teacher.shard import KEY_BYTES
+from teacher.writing import Scored, score_all
 from trainers.basic import BasicTrainer
 from trainers.batches import Item, Items, columns_of
 
@@ -93,10 +94,10 @@ def score(trainer: BasicTrainer, reference: torch.nn.Module, items: Sequence[Ite
     batches = batches_of(list(_sequences(items)), trainer.model_config.eval_batch_size)
     todo = left_to_do(batches, stored_keys(part, meta), rank, world_size)
 
-    def logps(rows: list[Tokens]) -> list[Arrays]:
+    def logps(rows: list[Tokens]) -> Scored:
         batch = trainer.batch_of([Item((tokens,)) for tokens in rows])
         found = trainer.token_logps_of(reference, batch.sequences).float()
-        return split_rows({"logps": found}, [tokens.num_supervised for tokens in rows])
+        return partial(split_rows, on_host({"logps": found}), [tokens.num_supervised for tokens in rows])
 
     steps = max(trainer.gathered([len(todo)]))  # all ranks take every step: a sharded model needs them together
     writer = Writer(part, meta, rank)
