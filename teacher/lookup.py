@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dataloader import Example, Generation, Tokens
+from dataloader import Example, GeneratedSequences, Tokens, prompt_key
 from models import tokenizer_digest
 from teacher.cache import IDENTITY, Reader
 from teacher.hub import cache_folder
@@ -84,21 +84,21 @@ class StoredLogps(NamedTuple):
 
 
 def generations_by_prompt(
-    generations: Sequence[Generation], examples: Sequence[Example], source: str
-) -> dict[tuple[int, ...], list[Generation]]:
-    """Group generations by their prompt's ids; ValueError shows the first example whose prompt has none.
+    generations: GeneratedSequences, examples: Sequence[Example], source: str
+) -> dict[bytes, list[int]]:
+    """Group generations, by number, by their prompt's key; ValueError shows the first example whose prompt has none.
 
     Rows are joined by content, never by position: another template, truncation or data set has other ids.
     """
-    found: dict[tuple[int, ...], list[Generation]] = {}
-    for generation in generations:
-        found.setdefault(tuple(generation.prompt_ids), []).append(generation)
-    missing = [e for e in examples if tuple(e.prompt) not in found]
+    found: dict[bytes, list[int]] = {}
+    for number in range(len(generations)):
+        found.setdefault(generations.prompt_key(number), []).append(number)
+    missing = [i for i, example in enumerate(examples) if prompt_key(example.prompt) not in found]
     if missing:
+        first = examples[missing[0]]
         raise ValueError(
             f"{source}: {len(missing)} of {len(examples)} prompts have no generation. The first: "
-            f"{missing[0].conversation.prompt[-1]['content'][:120]!r} ({len(missing[0].prompt)} tokens). Generate for "
-            "the "
-            "same data, template, model.max_prompt_length and n_examples"
+            f"{first.conversation.prompt[-1]['content'][:120]!r} ({len(first.prompt)} tokens). Generate for the same "
+            "data, template, model.max_prompt_length and n_examples"
         )
     return found

@@ -7,11 +7,12 @@ A = log pi_dpo - log pi_ref from the verified advantage cache. Linear in pi_thet
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dataloader import Example, Generation, Tokens, read_generations
+from dataloader import Example, Tokens, generated_sequences, prompt_key
 from engine.metrics import Mean
 from functional import entropies, expected_advantage, inside, row_sums, support_mass, token_logps
 from models import ResponseLogits
@@ -49,27 +50,33 @@ def floored(advantages: Tensor, teacher_logps: Tensor, floor: float) -> Tensor:
     return advantages.masked_fill(absurd, 0.0)
 
 
-def dealt(
-    examples: Sequence[Example], generations: Mapping[tuple[int, ...], Sequence[Generation]]
-) -> list[tuple[Tokens, Tokens]]:
-    """Deal the generations of each prompt out to its rows: (chosen, generated) of every item, in the rows' order.
+class Dealt(NamedTuple):
+    """An item by number: its row, the generation it is joined with (NONE: none), and whether y_w is supervised."""
+
+    row: int
+    generation: int
+    with_chosen: bool
+
+
+NONE = -1
+
+
+def dealt(prompts: Sequence[bytes], generations: Mapping[bytes, Sequence[int]]) -> list[Dealt]:
+    """Deal the generations of each prompt out to its rows, given by their prompts' keys; items in the rows' order.
 
     m rows and G generations of one prompt give max(m, G) items, in which every generation is supervised once and every
     chosen response equally often: as often as each row has generations, G // m, or once. What does not come out even
     is supervised alone: a generation too many without a chosen response, a row too many without a generation.
     """
-    rows = Counter(tuple(example.prompt) for example in examples)
-    seen: Counter[tuple[int, ...]] = Counter()
+    rows = Counter(prompts)
+    seen: Counter[bytes] = Counter()
     joined = []
-    for example in examples:
-        prompt = tuple(example.prompt)
+    for row, prompt in enumerate(prompts):
         mine = generations[prompt][seen[prompt] :: rows[prompt]]
         seen[prompt] += 1
         share = len(generations[prompt]) // rows[prompt]
-        chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
-        bare = Tokens(example.prompt, [False] * len(example.prompt))
-        joined += [(chosen if k < max(1, share) else bare, generation.tokens) for k, generation in enumerate(mine)]
-        joined += [] if mine else [(chosen, bare)]
+        joined += [Dealt(row, generation, k < max(1, share)) for k, generation in enumerate(mine)]
+        joined += [] if mine else [Dealt(row, NONE, True)]
     return joined
 
 
@@ -92,17 +99,21 @@ class ADPA(BasicTrainer):
         if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
             held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ())  # noqa: E731
             return checked(len(examples), lambda i: held_out(examples[i]))
-        reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
-        generations = generations_by_prompt(
-            read_generations(self.config.generations, self.tokenizer), examples, self.config.generations
-        )
-        pairs = dealt(examples, generations)
+        reader, run = open_cache(self.config.advantages, "advantage", self.tokenizer), self.run_config
+        generations = generated_sequences(self.config.generations, self.tokenizer, run.tokens_dir, run.num_proc)
+        numbers = generations_by_prompt(generations, examples, self.config.generations)
+        deals = dealt([prompt_key(example.prompt) for example in examples], numbers)
 
         def item(number: int) -> Item:
-            pair = pairs[number]
-            return Item(pair, (None, stored_entry(reader, pair[1]) if pair[1].num_supervised else None))
+            deal = deals[number]
+            example = examples[deal.row]
+            bare = Tokens(example.prompt, [False] * len(example.prompt))
+            chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
+            generated = bare if deal.generation == NONE else generations[deal.generation]
+            entries = stored_entry(reader, generated) if generated.num_supervised else None
+            return Item((chosen if deal.with_chosen else bare, generated), (None, entries))
 
-        return checked(len(pairs), item)
+        return checked(len(deals), item)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count chosen tokens (NLL) and generated tokens or sequences (advantage); no advantage without a teacher."""
