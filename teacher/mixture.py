@@ -6,12 +6,37 @@ teachers together).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from settings.schema import require
 from teacher.quantities import Entry
 
 ABSENT = -np.inf
+ONLY = ""  # the name of a teacher that stands alone
+MIXTURES = ("probabilities", "log_probabilities")
+
+
+def named(given: Any) -> dict[str, Any]:
+    """Return teachers by their names; in a list the names are numbers."""
+    if isinstance(given, list):
+        return {str(i): one for i, one in enumerate(given)}
+    return {str(name): one for name, one in given.items()} if isinstance(given, dict) else {ONLY: given}
+
+
+def shares(names: Sequence[str], given: Any, of: str) -> dict[str, float]:
+    """Return each teacher's share of a mixture, which sum to 1, from loss.teacher_weights; `of`: the teachers' key."""
+    if given is None:
+        return dict.fromkeys(names, 1 / len(names))
+    found = dict(zip(names, given, strict=False)) if isinstance(given, list) else given
+    wrong = not isinstance(found, dict) or len(given) != len(names) or {str(name) for name in found} != set(names)
+    key = f"loss.teacher_weights={given}"
+    require(not wrong, f"{key} must have one weight a teacher of {of}: {', '.join(names)}")
+    numbers = {str(name): weight for name, weight in found.items()}
+    fine = all(isinstance(w, (int, float)) and not isinstance(w, bool) and w > 0 for w in numbers.values())
+    require(fine, f"{key} must be numbers above 0")
+    return {name: float(numbers[name]) / sum(numbers.values()) for name in names}
 
 
 def mixed(entries: Sequence[Entry], weights: Sequence[float], mixture: str) -> Entry:

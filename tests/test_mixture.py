@@ -7,6 +7,8 @@ import torch
 from functional import event_kl, sorted_distance, topk_kl, topk_logps
 from teacher.mixture import ABSENT, mixed, within
 from teacher.quantities import Entry
+from tests.support.bigram import examples, trainer_of
+from trainers.batches import Item
 
 V, L = 9, 5
 
@@ -159,3 +161,42 @@ def test_the_distance_of_sorted_probabilities_and_what_a_cut_teacher_bounds():
     torch.testing.assert_close(sorted_distance(student, more), exact)
     assert torch.autograd.gradcheck(lambda x: sorted_distance(x, teacher.topk(4).values), (student,))
     assert (sorted_distance(student, torch.full((L, 3), ABSENT, dtype=torch.float64)) == 0).all()
+
+
+# ---- live teachers
+
+
+@pytest.mark.parametrize("mixture", ["probabilities", "log_probabilities"])
+def test_on_policy_distillation_is_rewarded_by_the_mixture_of_its_teachers(mixture: str) -> None:
+    trainer = trainer_of("opd", "loss.teacher={x:a,y:b}", "loss.teacher_weights={x:3,y:1}", f"loss.mixture={mixture}")
+    assert f"the mixture of {mixture} (0.75 x, 0.25 y)" in trainer.objective()
+    items = [Item((e.chosen,)) for e in examples()]
+    tables = [trainer.frozen_models[name].table.log_softmax(-1) for name in ("teacher_x", "teacher_y")]
+    if mixture == "probabilities":
+        mean = (0.75 * tables[0].exp() + 0.25 * tables[1].exp()).log()
+    else:
+        mean = (0.75 * tables[0] + 0.25 * tables[1]).log_softmax(-1)
+    own = trainer.policy.table.log_softmax(-1)
+    with torch.no_grad():  # as rollouts ask
+        noted = trainer.noted(items)
+    for item in noted:
+        ids, mask = item.sequences[0]
+        steps = [(ids[t - 1], ids[t]) for t in range(1, len(ids)) if mask[t]]
+        wanted = [float(mean[step] - own[step]) for step in steps]  # with discount 0 a token's own reward
+        assert item.notes[:, 1] == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.teacher=a", "loss.teacher_weights=[1]"], "mixes several teachers"),
+        (["loss.teacher=[a,b]", "loss.teacher_weights=[1]"], "one weight a teacher of loss.teacher: 0, 1"),
+        (["loss.teacher=[a,b]", "loss.teacher_weights=[1,0]"], "must be numbers above 0"),
+        (["loss.teacher=[]"], "must be a model folder, a list or a mapping"),
+        (["loss.teacher=[a,b]", "loss.mixture=mean"], "loss.mixture"),
+        (["loss.teacher=[a,b]", "loss.alignment=bytes"], "asks one teacher"),
+    ],
+)
+def test_live_teachers_that_contradict_each_other_are_refused(overrides, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer_of("opd", *overrides)
