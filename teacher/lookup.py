@@ -14,6 +14,7 @@ from dataloader import Example, GeneratedSequences, Tokens, prompt_key
 from models import tokenizer_digest
 from teacher.cache import IDENTITY, Reader
 from teacher.hub import cache_folder
+from teacher.mixture import summed
 from teacher.quantities import Entry
 
 
@@ -70,6 +71,21 @@ def check_held(reader: Reader, tokens: Tokens) -> None:
 def entry_of(reader: Reader, tokens: Tokens) -> Entry:
     """Read the K entries a token that a cache of log-probabilities or advantages holds of a sequence."""
     return Entry(**reader.get(tokens.ids, tokens.response))
+
+
+class StoredSum(NamedTuple):
+    """A sequence's advantages in several caches, as one weighted sum."""
+
+    parts: tuple[StoredEntry, ...]
+    weights: tuple[float, ...]
+
+    def read(self) -> Entry:
+        """Read what each cache says, and sum it up."""
+        return summed([part.read() for part in self.parts], self.weights)
+
+    def identity(self) -> bytes:
+        """Return the caches' identities and their weights."""
+        return b"".join(part.identity() for part in self.parts) + repr(self.weights).encode()
 
 
 class StoredLogps(NamedTuple):

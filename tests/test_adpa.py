@@ -64,6 +64,14 @@ def test_an_epoch_sees_every_row_and_generation_of_a_repeated_prompt_once(tmp_pa
     launch.run_task(composed(*common, *run, "n_epochs=1", "model.batch_size=2", "log_every=1"))
     logged = rows_of(tmp_path / "adpa" / "metrics.jsonl")
     assert [row["examples"] for row in logged] == [2, 4, 6]
+    # the same cache twice, whatever the weights, is that cache
+    twice = [part.replace(f"{tmp_path}/adv/CACHE", f"[{tmp_path}/adv/CACHE,{tmp_path}/adv/CACHE]") for part in run[:3]]
+    more = ["exp_name=twice", "loss.advantage_weights=[3,1]", "n_epochs=1", "model.batch_size=2", "log_every=1"]
+    launch.run_task(composed(*common, *twice, *more))
+    again = rows_of(tmp_path / "twice" / "metrics.jsonl")
+    assert [row["loss/train"] for row in again] == pytest.approx([row["loss/train"] for row in logged], abs=1e-5)
+    with pytest.raises(ValueError, match="loss.advantage_weights=.* one weight a teacher of loss.advantages: 0, 1"):
+        launch.run_task(composed(*common, *twice, "exp_name=wrong", "loss.advantage_weights=[3]"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from functional import event_kl, sorted_distance, topk_kl, topk_logps
-from teacher.mixture import ABSENT, mixed, within
+from teacher.mixture import ABSENT, mixed, summed, within
 from teacher.quantities import Entry
 from tests.support.bigram import examples, trainer_of
 from trainers.batches import Item
@@ -200,3 +200,29 @@ def test_on_policy_distillation_is_rewarded_by_the_mixture_of_its_teachers(mixtu
 def test_live_teachers_that_contradict_each_other_are_refused(overrides, message) -> None:
     with pytest.raises(ValueError, match=message):
         trainer_of("opd", *overrides)
+
+
+# ---- several caches of advantages
+
+
+def test_advantages_of_several_caches_are_summed_at_the_ids_of_any():
+    rng = np.random.default_rng(0)
+    parts = []
+    for logits, k in zip(TEACHERS, (4, 3, 6), strict=True):
+        known = entry(logits, k)
+        advantages = rng.normal(size=known.ids.shape).astype(np.float32)
+        parts.append(Entry(known.ids, advantages, known.tail, known.values))
+    parts[0].teacher_logps[:, -1], parts[0].values[:, -1] = ABSENT, 7.0  # padding counts nowhere, whatever it says
+    found = summed(parts, WEIGHTS)
+    for t in range(L):
+        there = found.teacher_logps[t] > ABSENT
+        held = dict(zip(found.ids[t][there].tolist(), found.values[t][there].tolist(), strict=True))
+        wanted: dict[int, float] = {}
+        for weight, part in zip(WEIGHTS, parts, strict=True):
+            for i, value, logp in zip(part.ids[t], part.values[t], part.teacher_logps[t], strict=True):
+                if logp > ABSENT:
+                    wanted[int(i)] = wanted.get(int(i), 0.0) + weight * float(value)
+        assert held == pytest.approx(wanted, abs=1e-6)
+        assert (found.values[t][~there] == 0).all()
+        assert found.tail[t] == pytest.approx(1 - np.exp(found.teacher_logps[t]).sum(), abs=1e-6)
+    assert summed(parts[:1], [1.0]) is parts[0]
