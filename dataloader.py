@@ -17,20 +17,20 @@ import tokenizers
 import transformers
 from torch import Tensor
 
-from conversations import Message, format_of, to_conversation
+from conversations import Conversation, Message, format_of, to_conversation
 from forward.rows import Sequences as Sequences  # beside load_examples, for those who import the data loader
 from forward.rows import collate as collate
 from forward.rows import unsupervised as unsupervised
 from pipeline.digests import content_digest
-from settings.artifacts import is_done, read_jsonl, write_json
+from settings.artifacts import is_done, write_json
 from settings.paths import ROOT
 from settings.schema import DatasetConfig, ModelConfig
 from templates import tokenizer_digest
 from tokens.columns import Sides
 from tokens.encoding import check_ids, encode_example, take_ids
 from tokens.encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
-from tokens.examples import Example, Tokens
-from tokens.sources import RowSource, open_rows
+from tokens.examples import Example, Tokens, content_key
+from tokens.sources import RowSource, open_lines, open_rows
 from tokens.store import NotStorable, Record, Rows, digest_of, pack
 from tokens.writing import store
 
@@ -73,13 +73,23 @@ def read_generations(path: str | Path, tokenizer: Any | None) -> list[Generation
     """Read generations.jsonl; ValueError names the file and what is wrong with it.
 
     Ids of another tokenizer than the given one are refused. None takes them unseen: to show them, not to compute.
+    Whoever computes with them takes generated_sequences, which holds no text.
     """
+    source = _lines_of_generations(path)
+    return list(_generations(source, range(source.size()), tokenizer))
+
+
+def _lines_of_generations(path: str | Path) -> RowSource:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{path}: no such file; task=generate writes generations.jsonl")
-    own, found = tokenizer_digest(tokenizer) if tokenizer is not None else "", []
-    for number, row in enumerate(read_jsonl(path), 1):
-        where = f"{path}, line {number}"
+    return open_lines(path)
+
+
+def _generations(source: RowSource, numbers: Sequence[int], tokenizer: Any | None) -> Iterator[Generation]:
+    own = tokenizer_digest(tokenizer) if tokenizer is not None else ""
+    for number, row in zip(numbers, source.pick(numbers), strict=True):
+        where = f"{source.place}, line {number + 1}"
         try:
             generation = Generation(
                 row["prompt_ids"],
@@ -93,8 +103,68 @@ def read_generations(path: str | Path, tokenizer: Any | None) -> list[Generation
             raise ValueError(f"{where}: the row has no {error}; was it written by task=generate?") from error
         if tokenizer is not None:
             check_ids(row, where, tokenizer, own)
-        found.append(generation)
-    return found
+        yield generation
+
+
+class GeneratedSequences(Sequence[Tokens]):
+    """The sequences of a generations.jsonl in its order, read when they are asked for: no text is held."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows.table.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokens]: ...
+
+    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        found = self.rows.example(range(len(self))[index], "").response
+        assert found is not None, "every generation is stored with its sequence, an empty response included"
+        return found
+
+    def prompt_key(self, index: int) -> bytes:
+        """Return the key of a generation's prompt."""
+        return prompt_key(self.rows.part(index, 0)[0])
+
+
+def prompt_key(ids: Sequence[int] | np.ndarray) -> bytes:
+    """Hash a prompt's ids to 16 bytes: rows and generations of one prompt find each other by it."""
+    return content_key(ids, ())
+
+
+def generated_sequences(
+    path: str | Path, tokenizer: Any, store_in: Path | None = None, num_proc: int | None = None
+) -> GeneratedSequences:
+    """Open generations.jsonl as sequences with the generated part supervised; ValueError as read_generations.
+
+    They are kept below `store_in` as the tokens of data sets are (load_examples); without a place, in memory.
+    """
+    source = _lines_of_generations(path)
+    assert source.place is not None
+
+    def encode(wanted: Sequence[int]) -> Iterator[Record]:
+        for number, found in zip(wanted, _generations(source, wanted, tokenizer), strict=True):
+            example = Example(found.prompt_ids, None, None, found.tokens, NO_TEXT)
+            yield Record(number, example, (), NO_TEXT)
+
+    numbers = range(_num_rows(source, store_in))
+    if store_in is None:
+        return GeneratedSequences(Rows(pack(list(encode(numbers)), as_json=False)))
+    identity = {
+        "generations": content_digest(source.place),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "code": code_digest(),
+    }
+    return GeneratedSequences(store(store_in, identity, numbers, encode, num_proc))
+
+
+NO_TEXT = Conversation([], None, None, None, {})
 
 
 # ---- data sets

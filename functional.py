@@ -77,6 +77,16 @@ def full_kl(logits: Logits, reference_logits: Logits, chunk: int | None = None) 
     return chunked(_full_kl, logits, (reference_logits,), chunk, held=4)
 
 
+def _parts_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Return what each event adds to the generalized Jensen-Shannon divergence, from log-probabilities."""
+    if beta == 0:
+        return teacher.exp() * (teacher - student)
+    if beta == 1:
+        return student.exp() * (student - teacher)
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    return beta * teacher.exp() * (teacher - mixture) + (1 - beta) * student.exp() * (student - mixture)
+
+
 def _jsd(logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float) -> Tensor:
     student, teacher = ((_wide(x) / temperature).log_softmax(-1) for x in (logits, teacher_logits))
     if beta == 0:
@@ -292,3 +302,59 @@ def topk_entries(logits: Logits, k: int, chunk: int | None = None) -> tuple[Tens
     with torch.no_grad():
         ids, logps, tail = chunked(entries, logits, (), chunk, held=2).split((k, k, 1), dim=-1)
     return ids.long(), logps, tail.squeeze(-1)
+
+
+def hybrid_distance(
+    logits: Logits,
+    ids: Tensor,
+    teacher_logps: Tensor,
+    shared: Tensor | None,
+    beta: float,
+    weights: tuple[float, float],
+    chunk: int | None = None,
+) -> Tensor:
+    """Return GOLD's hybrid of each token [N]: weights[0] times a divergence at the ids that both vocabularies have.
+
+    Added is weights[1] times the L1 distance of all other probabilities, sorted.
+
+    ids [N, K] are the student's, below 0 for a token that it lacks; teacher_logps [N, K] -inf where there is no entry.
+    shared [V]: which of the student's ids the teacher has, entries or not; those of the entries always count. The
+    divergence is generalized_jsd's, of parts that do not sum to 1, so it may be negative. With the teacher's whole
+    vocabulary this is GOLD's; with fewer entries the mass of both sides that is in neither part is one more rank.
+    Rows without any entry give 0. Source: TRL's GOLD trainer (use_uld_loss, uld_use_hybrid_loss).
+    """
+
+    def distance(part: Tensor, part_ids: Tensor, teacher: Tensor) -> Tensor:
+        logps = _wide(part).log_softmax(-1)
+        there = teacher > -math.inf
+        both, width = there & (part_ids >= 0), part.shape[-1]
+        known = torch.zeros(len(part), width + 1, dtype=torch.bool, device=part.device)
+        known = known.scatter_(-1, part_ids.where(both, width), True)[:, :width]
+        known = known if shared is None else known | shared.to(part.device)
+        target = teacher.to(logps.dtype).where(there, 0.0)
+        student = logps.gather(-1, part_ids.where(both, 0))
+        together = _parts_jsd(student, target, beta).where(both, 0.0).sum(-1)
+        others = target.exp().masked_fill(both | ~there, 0.0).sort(-1, descending=True).values
+        size = min(teacher.shape[-1], width)
+        own = logps.exp().masked_fill(known, 0.0).topk(size, dim=-1).values
+        own = torch.nn.functional.pad(own, (0, teacher.shape[-1] - size)).where(others > 0, 0.0)
+        seen = student.exp().where(both, 0.0).sum(-1) + own.sum(-1)
+        rest = (target.exp().where(there, 0.0).sum(-1) - seen).abs()  # (1 - sum) of both, subtracted
+        total = weights[0] * together + weights[1] * ((own - others).abs().sum(-1) + rest)
+        return total.where(there.any(-1), 0.0)
+
+    return chunked(distance, logits, (ids, teacher_logps), chunk, held=4)
+
+
+def weighted_logps(teachers: Sequence[Logits], weights: Sequence[float], of_logps: bool) -> Tensor:
+    """Return log sum_i w_i p_i [N, V] from the logits [N, V] of each teacher; weights sum to 1.
+
+    of_logps: sum_i w_i log p_i, up to a constant a row.
+    """
+    total: Tensor | None = None
+    for logits, weight in zip(teachers, weights, strict=True):
+        logps = _wide(whole(logits)).log_softmax(-1)
+        own = weight * logps if of_logps else logps + math.log(weight)
+        total = own if total is None else total + own if of_logps else torch.logaddexp(total, own)
+    assert total is not None, "there is a teacher"
+    return total

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,21 +333,46 @@ def set_padding(model: Any, tokenizer: Any) -> None:
 # ---- identity
 
 
+class Stamp(NamedTuple):
+    """A file by where it lies, how long it is and when it was last written."""
+
+    path: str
+    size: int
+    modified: int
+
+
+def weight_stamps(folder: str | Path) -> tuple[Stamp, ...]:
+    """Return the stamps of the files that model_digest reads; none where a hub name is hashed."""
+    path = Path(local_source(str(folder)))
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else []
+    return tuple(Stamp(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
 def model_digest(folder: str | Path) -> str:
-    """Hash the weights and the architecture of a folder; a hub name is hashed as its name."""
+    """Hash the weights and the architecture of a folder; a hub name is hashed as its name.
+
+    A process reads weights once as long as no file of them changes its size or time: teachers have hundreds of GB.
+    """
     path = Path(local_source(str(folder)))
     if not path.is_dir():
         return hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    digest = hashlib.sha256()
-    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+    digest = _weights_hash(weight_stamps(path)).copy()
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config.pop("transformers_version", None)  # who wrote it, not what it computes
         digest.update(json.dumps(config, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=64)
+def _weights_hash(stamps: tuple[Stamp, ...]) -> Any:
+    """Read the files into one hash; whoever goes on with it copies it."""
+    digest = hashlib.sha256()
+    for stamp in stamps:
+        with open(stamp.path, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest
 
 
 def config_digest(config: ModelConfig) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import statistics
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 

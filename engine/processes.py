@@ -6,9 +6,9 @@ else: it wraps no model and prepares no optimizer. Every wait has a limit of hou
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -16,6 +16,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one; torch's own limit is 10 minutes with NCCL
+
+Value = TypeVar("Value")
 
 
 class Processes:
@@ -56,6 +58,24 @@ class Processes:
     def gathered(self, values: Sequence[Any]) -> list[Any]:
         """Join the lists of all ranks, in the order of ranks; all call it."""
         return gather_object(list(values))
+
+    def from_main(self, make: Callable[[], Value]) -> Value:
+        """Return to all ranks what `make` gives on rank 0, where alone it is called; its ValueError is raised on all.
+
+        For what takes long and is the same everywhere, as the digest of a teacher's weights. All ranks call it.
+        """
+        found: list[tuple[Any, str | None]] = []
+        if self.is_main:
+            try:
+                found = [(make(), None)]
+            except ValueError as error:
+                if self.world_size == 1:
+                    raise
+                found = [(None, str(error))]
+        value, wrong = self.gathered(found)[0]
+        if wrong is not None:
+            raise ValueError(wrong)
+        return value
 
     def wait(self) -> None:
         """Return when every rank is here."""

@@ -13,7 +13,7 @@ def placement_of(asked: str, config: ModelConfig, processes: Processes) -> Place
 
     Raises ValueError where another one would run than was asked for.
     """
-    launched = _launched()
+    launched = launched_for()
     several = processes.world_size > 1
     wanted = asked if asked != "auto" else launched or ("ddp" if several else "none")
     how = f"strategy={asked}: {processes.world_size} process(es)"
@@ -32,7 +32,8 @@ def placement_of(asked: str, config: ModelConfig, processes: Processes) -> Place
     return (Sharded if wanted == "fsdp" else Replicated)(processes, config)
 
 
-def _launched() -> str | None:
+def launched_for() -> str | None:
+    """Return the strategy of the accelerate file by which the processes were started; None without one, or for DDP."""
     for name, variable in (("fsdp", "ACCELERATE_USE_FSDP"), ("deepspeed", "ACCELERATE_USE_DEEPSPEED")):
         if os.environ.get(variable, "").lower() in ("1", "true"):
             return name

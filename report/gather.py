@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from dataloader import read_generations
 from settings.artifacts import DONE, read_jsonl
 from teacher.cache import Reader
+from teacher.mixture import named
 from teacher.quantities import Entry
 
 NUM_SAMPLES = 12
@@ -72,7 +73,7 @@ def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
         if not loss.get("advantages"):
             continue
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        reader = Reader(loss["advantages"])
+        reader = Reader(next(iter(named(loss["advantages"]).values())))  # of several caches the first is shown
         every = max(1, reader.meta.num_sequences // NUM_SAMPLES)
         generations = read_generations(loss["generations"], None)[::every][:NUM_SAMPLES]
         return [

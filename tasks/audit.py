@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import models
-from dataloader import Sequences, Tokens, collate, load_examples, read_generations
+from dataloader import Sequences, Tokens, collate, generated_sequences, load_examples
 from engine.placement import Replicated
 from engine.processes import Apart
 from forward.chunks import whole
@@ -281,7 +281,9 @@ def _asked_for(settings: Settings, tokenizer: Any) -> list[Tokens]:
     """Return what this run's data would look up, where it names any."""
     config = settings.cache
     if config.generations:
-        return [g.tokens for g in read_generations(config.generations, tokenizer) if g.response_ids]
+        run = settings.run
+        generated = generated_sequences(config.generations, tokenizer, run.tokens_dir, run.num_proc)
+        return [tokens for tokens in generated if tokens.num_supervised]
     if not settings.datasets:
         return []
     limit = settings.run.n_examples if config.split == "train" else settings.run.n_eval_examples

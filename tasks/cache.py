@@ -1,5 +1,7 @@
 """task=cache: ask one teacher or two for a quantity (teacher/quantities.py) of every response, into run_dir/CACHE."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -7,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import models
-from dataloader import Tokens, load_examples, read_generations
+from dataloader import Tokens, generated_sequences, load_examples
 from engine.placement import Placement, Replicated
 from engine.processes import Apart, Processes
-from engine.strategy import placement_of
+from engine.strategy import launched_for, placement_of
 from models import NumericPath
+from settings.artifacts import write_json
 from settings.schema import Settings
 from settings.teacher_sections import kept_mass
-from teacher.cache import Meta, Reader, Writer, begin, data_digest, finish, stored_keys
+from teacher.cache import Meta, Reader, Writer, begin, data_digest, finish, stored_keys, wait_for
 from teacher.hub import check_push, push
 from teacher.interchange import Tokenizing, card, export_cache, import_cache, is_cache
 from teacher.precision import teacher_path
@@ -50,7 +53,8 @@ def run(settings: Settings) -> None:
     keys = {t.key for batch in batches for t in batch}
     folder = settings.run.run_dir / "CACHE"
     served = connected(config) if config.backend == "server" else ()
-    meta = _meta(settings, quantity, tokenizer, _precision(settings, quantity, placement), data_digest(keys), served)
+    digests = _digests(settings, placement, served)
+    meta = _meta(settings, quantity, tokenizer, _precision(settings, quantity, placement), data_digest(keys), digests)
     begin(folder, meta)
     written = stored_keys(folder, meta)
     todo = left_to_do(batches, written, process.rank, process.world_size)
@@ -106,9 +110,22 @@ def _handed_on(settings: Settings, folder: Path) -> None:
 
 
 def _placement(settings: Settings) -> Placement:
-    """Return where teachers live: whole in processes that share files alone, or, with strategy=fsdp, a part in each."""
-    if settings.run.strategy == "fsdp" and settings.cache.backend == "hf":
-        return placement_of("fsdp", settings.model, Processes())
+    """Return where teachers live: a part in each process with strategy=fsdp, or auto under an accelerate file for FSDP.
+
+    Else they are whole in processes that share files alone. ValueError where DeepSpeed would have to place them.
+    """
+    asked, launched = settings.run.strategy, launched_for()
+    wanted = (launched or "ddp") if asked == "auto" else asked
+    if settings.cache.backend != "hf":
+        return Replicated(Apart(), settings.model)
+    if wanted == "deepspeed":
+        by = " by the accelerate file" if launched else ""
+        raise ValueError(
+            f"task=cache, strategy={asked}{by}: DeepSpeed places no teachers. Start with an accelerate file "
+            "for FSDP, or with torchrun and strategy=fsdp"
+        )
+    if wanted == "fsdp" or launched == "fsdp":  # which refuses whatever else was asked for
+        return placement_of(asked, settings.model, Processes())
     return Replicated(Apart(), settings.model)
 
 
@@ -207,12 +224,12 @@ def _path(settings: Settings, quantity: Quantity, placement: Placement) -> Numer
 
 def _sequences(settings: Settings, tokenizer: Any) -> list[Tokens]:
     """Return what is to be scored."""
-    config = settings.cache
+    config, run = settings.cache, settings.run
     if config.generations:
-        found = [g.tokens for g in read_generations(config.generations, tokenizer) if g.response_ids]
+        generated = generated_sequences(config.generations, tokenizer, run.tokens_dir, run.num_proc)
+        found = [tokens for tokens in generated if tokens.num_supervised]
     else:
-        limit = settings.run.n_examples if config.split == "train" else settings.run.n_eval_examples
-        run = settings.run
+        limit = run.n_examples if config.split == "train" else run.n_eval_examples
         examples = load_examples(
             settings.datasets, config.split, tokenizer, settings.model, limit, run.seed, run.tokens_dir, run.num_proc
         )
@@ -251,19 +268,37 @@ def check_tokenizers(tokenizer: Any, reference: str, settings: Settings) -> None
         )
 
 
-def _digests(settings: Settings, served: tuple[Served, ...]) -> tuple[str, str | None]:
-    """Return the identities of the teacher and of the reference teacher, if there is one."""
+def _digests(settings: Settings, placement: Placement, served: tuple[Served, ...]) -> tuple[str, str | None]:
+    """Return the identities of the teacher and of the reference teacher, if there is one; one process reads weights."""
     if served:
         return served[0].digest, served[1].digest if len(served) == 2 else None
-    reference = settings.cache.reference
-    return models.config_digest(settings.model), models.model_digest(reference) if reference else None
+    model, reference, process = settings.model, settings.cache.reference, placement.processes
+
+    def read() -> tuple[str, str | None]:
+        return models.config_digest(model), models.model_digest(reference) if reference else None
+
+    if placement.in_step:
+        return process.from_main(read)
+    sources = [source for source in (models.model_source(model), reference) if source]
+    stamps = [models.weight_stamps(source) for source in sources]
+    if process.world_size == 1 or not any(stamps):
+        return read()
+    # Processes that share files alone: one of each node reads, and its note is named by the files that it read.
+    named = json.dumps([stamps, sources, model.num_layers, model.build, model.build_seed], sort_keys=True)
+    note = settings.run.run_dir / "teacher_digests" / f"{hashlib.sha256(named.encode()).hexdigest()[:16]}.json"
+    if process.is_local_main:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, read())
+    wait_for(note.is_file)
+    teacher, other = json.loads(note.read_text(encoding="utf-8"))
+    return teacher, other
 
 
 def _meta(
-    settings: Settings, quantity: Quantity, tokenizer: Any, precision: str, data: str, served: tuple[Served, ...]
+    settings: Settings, quantity: Quantity, tokenizer: Any, precision: str, data: str, digests: tuple[str, str | None]
 ) -> Meta:
     config = settings.cache
-    teacher, reference = _digests(settings, served)
+    teacher, reference = digests
     return Meta(
         quantity=quantity.name,
         k=config.top_k if quantity.is_wide else 0,

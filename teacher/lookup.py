@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dataloader import Example, Generation, Tokens
+from dataloader import Example, GeneratedSequences, Tokens, prompt_key
 from models import tokenizer_digest
 from teacher.cache import IDENTITY, Reader
 from teacher.hub import cache_folder
+from teacher.mixture import summed
 from teacher.quantities import Entry
 
 
@@ -72,6 +73,21 @@ def entry_of(reader: Reader, tokens: Tokens) -> Entry:
     return Entry(**reader.get(tokens.ids, tokens.response))
 
 
+class StoredSum(NamedTuple):
+    """A sequence's advantages in several caches, as one weighted sum."""
+
+    parts: tuple[StoredEntry, ...]
+    weights: tuple[float, ...]
+
+    def read(self) -> Entry:
+        """Read what each cache says, and sum it up."""
+        return summed([part.read() for part in self.parts], self.weights)
+
+    def identity(self) -> bytes:
+        """Return the caches' identities and their weights."""
+        return b"".join(part.identity() for part in self.parts) + repr(self.weights).encode()
+
+
 class StoredLogps(NamedTuple):
     """A sequence's log-probabilities under the reference, in a cache of quantity token_logp."""
 
@@ -84,21 +100,21 @@ class StoredLogps(NamedTuple):
 
 
 def generations_by_prompt(
-    generations: Sequence[Generation], examples: Sequence[Example], source: str
-) -> dict[tuple[int, ...], list[Generation]]:
-    """Group generations by their prompt's ids; ValueError shows the first example whose prompt has none.
+    generations: GeneratedSequences, examples: Sequence[Example], source: str
+) -> dict[bytes, list[int]]:
+    """Group generations, by number, by their prompt's key; ValueError shows the first example whose prompt has none.
 
     Rows are joined by content, never by position: another template, truncation or data set has other ids.
     """
-    found: dict[tuple[int, ...], list[Generation]] = {}
-    for generation in generations:
-        found.setdefault(tuple(generation.prompt_ids), []).append(generation)
-    missing = [e for e in examples if tuple(e.prompt) not in found]
+    found: dict[bytes, list[int]] = {}
+    for number in range(len(generations)):
+        found.setdefault(generations.prompt_key(number), []).append(number)
+    missing = [i for i, example in enumerate(examples) if prompt_key(example.prompt) not in found]
     if missing:
+        first = examples[missing[0]]
         raise ValueError(
             f"{source}: {len(missing)} of {len(examples)} prompts have no generation. The first: "
-            f"{missing[0].conversation.prompt[-1]['content'][:120]!r} ({len(missing[0].prompt)} tokens). Generate for "
-            "the "
-            "same data, template, model.max_prompt_length and n_examples"
+            f"{first.conversation.prompt[-1]['content'][:120]!r} ({len(first.prompt)} tokens). Generate for the same "
+            "data, template, model.max_prompt_length and n_examples"
         )
     return found

@@ -6,12 +6,37 @@ teachers together).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from settings.schema import require
 from teacher.quantities import Entry
 
 ABSENT = -np.inf
+ONLY = ""  # the name of a teacher that stands alone
+MIXTURES = ("probabilities", "log_probabilities")
+
+
+def named(given: Any) -> dict[str, Any]:
+    """Return teachers by their names; in a list the names are numbers."""
+    if isinstance(given, list):
+        return {str(i): one for i, one in enumerate(given)}
+    return {str(name): one for name, one in given.items()} if isinstance(given, dict) else {ONLY: given}
+
+
+def shares(names: Sequence[str], given: Any, of: str) -> dict[str, float]:
+    """Return each teacher's share of a mixture, which sum to 1, from the given weights; `of`: the teachers' key."""
+    if given is None:
+        return dict.fromkeys(names, 1 / len(names))
+    found = dict(zip(names, given, strict=False)) if isinstance(given, list) else given
+    wrong = not isinstance(found, dict) or len(given) != len(names) or {str(name) for name in found} != set(names)
+    key = f"loss.{'advantage' if of == 'loss.advantages' else 'teacher'}_weights={given}"
+    require(not wrong, f"{key} must have one weight a teacher of {of}: {', '.join(names)}")
+    numbers = {str(name): weight for name, weight in found.items()}
+    fine = all(isinstance(w, (int, float)) and not isinstance(w, bool) and w > 0 for w in numbers.values())
+    require(fine, f"{key} must be numbers above 0")
+    return {name: float(numbers[name]) / sum(numbers.values()) for name in names}
 
 
 def mixed(entries: Sequence[Entry], weights: Sequence[float], mixture: str) -> Entry:
@@ -56,6 +81,27 @@ def _side_by_side(entries: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray]:
         values = np.take_along_axis(entry.values.astype(np.float64), at, axis=1)
         row[...] = np.where(same.any(axis=-1), values, ABSENT)
     return ids, found
+
+
+def summed(entries: Sequence[Entry], weights: Sequence[float]) -> Entry:
+    """Return the weighted sum [L, U] of several caches' advantages on the same L tokens; weights sum to 1.
+
+    It is at the ids of any of them; a cache that lacks an id adds nothing there. teacher_logps: the mixture of the
+    aligned teachers' probabilities, by the same weights, a lower bound as that of `mixed`.
+    """
+    if len(entries) == 1:
+        return entries[0]
+    known = []
+    for entry in entries:
+        assert entry.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
+        known.append(Entry(entry.ids, entry.teacher_logps, entry.tail))
+    together, (ids, found) = mixed(known, weights, "probabilities"), _side_by_side(known)
+    total = np.zeros(ids.shape)
+    for entry, logps, own, weight in zip(entries, known, found, weights, strict=True):
+        same = (ids[:, :, None] == entry.ids[:, None, :]) & ~np.isneginf(logps.values)[:, None, :]
+        advantages = np.take_along_axis(entry.values.astype(np.float64), same.argmax(axis=-1), axis=1)
+        total += np.where(np.isneginf(own), 0.0, weight * advantages)
+    return Entry(together.ids, total.astype(np.float32), together.tail, together.values)
 
 
 def within(entry: Entry, size: int) -> Entry:

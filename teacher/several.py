@@ -19,13 +19,12 @@ from settings.typed import Place, Places
 from teacher.cache import Reader
 from teacher.hub import cache_folder
 from teacher.lookup import check_held, entry_of, identity_of
-from teacher.mixture import ABSENT, mixed, within
+from teacher.mixture import ABSENT, MIXTURES, mixed, named, shares, within
 from teacher.quantities import Entry
 from teacher.spans import Aligned, aligned, check_coverage, compared_tokens, laid_onto, response_ids, translation
-from teacher.vocabulary import check_shared_ids
+from teacher.vocabulary import NOTHING, check_shared_ids
 from tokens.encoding import encode_example
 
-ONLY = ""  # the name of a teacher that stands alone
 SIDES = ("chosen", "rejected")
 
 
@@ -41,11 +40,13 @@ class CachedTeachersConfig:
     teacher_tokenizer: Place | None
     min_coverage: float
     span_loss: str
+    hybrid_beta: float
+    hybrid_weights: Any
 
     def __post_init__(self) -> None:
-        one_of("loss.mixture", self.mixture, ("probabilities", "log_probabilities"))
+        one_of("loss.mixture", self.mixture, MIXTURES)
         one_of("loss.alignment", self.alignment, ("ids", "bytes"))
-        one_of("loss.span_loss", self.span_loss, ("kl", "uld"))
+        one_of("loss.span_loss", self.span_loss, ("kl", "uld", "gold"))
         require(0 <= self.min_coverage <= 1, f"loss.min_coverage={self.min_coverage} must be in [0, 1]")
         folders = self.folders
         require(
@@ -70,30 +71,28 @@ class CachedTeachersConfig:
             self.span_loss == "kl" or self.alignment == "bytes",
             f"loss.span_loss={self.span_loss} compares tokenizers: it needs loss.alignment=bytes",
         )
+        require(0 <= self.hybrid_beta <= 1, f"loss.hybrid_beta={self.hybrid_beta} must be in [0, 1]")
+        self._check_hybrid()
         self.weights  # noqa: B018 (refused here, before a model loads)
+
+    def _check_hybrid(self) -> None:
+        """Refuse weights of GOLD's hybrid that are not two, or that nothing reads."""
+        given, key = self.hybrid_weights, f"loss.hybrid_weights={self.hybrid_weights}"
+        if given is None:
+            return
+        require(self.span_loss == "gold", f"{key} weighs the two parts of loss.span_loss=gold, and it is not set")
+        numbers = isinstance(given, list) and all(isinstance(w, (int, float)) and w >= 0 for w in given)
+        require(numbers and len(given) == 2 and sum(given) > 0, f"{key} must be two numbers from 0 on, not both 0")
 
     @property
     def folders(self) -> dict[str, str]:
         """Return the cache of each teacher by its name; in a list the names are numbers."""
-        given = self.teacher_cache
-        if isinstance(given, list):
-            return {str(i): folder for i, folder in enumerate(given)}
-        return {str(name): folder for name, folder in given.items()} if isinstance(given, dict) else {ONLY: given}
+        return named(self.teacher_cache)
 
     @property
     def weights(self) -> dict[str, float]:
         """Return each teacher's share of a mixture; they sum to 1."""
-        names, given = list(self.folders), self.teacher_weights
-        if given is None:
-            return dict.fromkeys(names, 1 / len(names))
-        named = dict(zip(names, given, strict=False)) if isinstance(given, list) else given
-        wrong = not isinstance(named, dict) or len(given) != len(names) or {str(name) for name in named} != set(names)
-        key = f"loss.teacher_weights={given}"
-        require(not wrong, f"{key} must have one weight a teacher of loss.teacher_cache: {', '.join(names)}")
-        numbers = {str(name): weight for name, weight in named.items()}
-        fine = all(isinstance(w, (int, float)) and not isinstance(w, bool) and w > 0 for w in numbers.values())
-        require(fine, f"{key} must be numbers above 0")
-        return {name: float(numbers[name]) / sum(numbers.values()) for name in names}
+        return shares(list(self.folders), self.teacher_weights, "loss.teacher_cache")
 
 
 class Wanted(NamedTuple):
@@ -202,7 +201,7 @@ class CachedTeachers:
         found = self._widened(found)
         if self.between is None or wanted.aligned is None:
             return within(found, self.size)
-        return laid_onto(wanted.aligned, found, self.between, self.config.span_loss == "uld")
+        return laid_onto(wanted.aligned, found, self.between, self.config.span_loss)
 
     def _widened(self, entry: Entry) -> Entry:
         """Fill up entries to the width of the widest: a batch may have rows of several teachers."""
@@ -223,6 +222,22 @@ class CachedTeachers:
         return Entry(
             np.zeros((length, width), np.int64), values, np.ones(length, np.float32), None, spans, values[:0, 0]
         )
+
+    def shared(self) -> np.ndarray:
+        """Return which of the student's ids [V] the teacher of another tokenizer has."""
+        assert self.between is not None
+        found = np.zeros(self.size, np.bool_)
+        found[self.between.matches[self.between.matches != NOTHING]] = True
+        return found
+
+    def hybrid_weights(self) -> tuple[float, float]:
+        """Return the weights of GOLD's two parts; by default the share of the teacher's ids that match and the rest."""
+        assert self.between is not None
+        if self.config.hybrid_weights is not None:
+            first, second = self.config.hybrid_weights
+            return first, second
+        share = float((self.between.matches != NOTHING).mean())
+        return share, 1 - share
 
     # ---- how much of the responses is compared
 

@@ -67,25 +67,28 @@ def token_logp(entry: Entry, position: int, token: int) -> float:
     return float(entry.values[position][at[0]]) if len(at) else float("nan")
 
 
-def laid_onto(found: Aligned, entry: Entry, between: Translation, sorted_only: bool) -> Entry:
+def laid_onto(found: Aligned, entry: Entry, between: Translation, span_loss: str) -> Entry:
     """Return entries [L, K] for the student's tokens, from the teacher's [M, K].
 
     A span of one token on both sides gets the teacher's entries, their ids as ours; entries without a token of ours
     go to the tail. A span of several tokens is one event: the sum of the teacher's log-probabilities of its tokens; it
-    is left out if one of them is outside the top k. sorted_only: the first token of every span gets the teacher's
-    log-probabilities there, without ids. What is in no span has no entries.
+    is left out if one of them is outside the top k. What is in no span has no entries.
+
+    span_loss `uld`: the first token of every span gets the teacher's log-probabilities there, without ids. `gold`:
+    entries without a token of ours stay, under the id NOTHING.
     """
     length, width = len(found.ours.pieces), entry.ids.shape[1]
     ids, values = np.zeros((length, width), np.int64), np.full((length, width), ABSENT, np.float32)
     spans, span_logps = np.full(length, NOTHING, np.int64), list[float]()
     for span in found.spans:
-        if sorted_only:
+        if span_loss == "uld":
             values[span.start] = entry.values[span.their_start]
         elif span.is_single:
             mapped = _mapped(found, span, entry.ids[span.their_start], between)
             known = mapped != NOTHING
-            ids[span.start] = np.where(known, mapped, 0)
-            values[span.start] = np.where(known, entry.values[span.their_start], ABSENT)
+            kept = known if span_loss == "kl" else np.ones_like(known)
+            ids[span.start] = np.where(kept, mapped, 0)
+            values[span.start] = np.where(kept, entry.values[span.their_start], ABSENT)
         else:
             there = range(span.their_start, span.their_end)
             logp = sum(token_logp(entry, t, found.their_ids[t]) for t in there)

@@ -1,42 +1,34 @@
 """ADPA joins rows and generations of the same prompt by dealing: every one of them has the weight of one."""
 
 import json
+import resource
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import launch
-from conversations import Conversation
-from dataloader import Example, Generation, Tokens
-from tests.support.bigram import tokens
+import models
+from dataloader import generated_sequences, read_generations
+from settings.schema import ModelConfig, typed
 from tests.support.helpers import composed, rows_of
-from trainers.adpa import dealt
-
-NOTHING = Conversation([], None, None, None, {})
-
-
-def rows_and_generations(rows: dict[int, int], responses: dict[int, int]):
-    """Return examples and generations by prompt: so many rows and so many generations of each prompt (a number)."""
-    examples = [
-        Example([prompt], tokens([prompt], [10 + j]), None, None, NOTHING)
-        for prompt, m in rows.items()
-        for j in range(m)
-    ]
-    generations = {
-        (prompt,): [Generation([prompt], [20 + j], [], "", "stop", {}) for j in range(count)]
-        for prompt, count in responses.items()
-    }
-    return examples, generations
-
-
-def supervised(sequence: Tokens) -> int | None:
-    """Return the one supervised token of a sequence, None if it has none."""
-    return next((i for i, on in zip(sequence.ids, sequence.response, strict=True) if on), None)
+from trainers.adpa import NONE, dealt
 
 
 def joined(rows: dict[int, int], responses: dict[int, int]) -> list[tuple[int | None, int | None]]:
-    pairs = dealt(*rows_and_generations(rows, responses))
-    assert all(chosen.ids[0] == generated.ids[0] for chosen, generated in pairs)  # never another prompt's
-    return [(supervised(chosen), supervised(generated)) for chosen, generated in pairs]
+    """Deal so many generations of each prompt (a number) to so many of its rows: the number of the row (from 10) and of
+    the generation (from 20) within the prompt, None where it is not supervised."""
+    keys = {prompt: bytes([prompt]) for prompt in rows}
+    prompts = [keys[prompt] for prompt, m in rows.items() for _ in range(m)]
+    firsts = {keys[prompt]: sum(list(responses.values())[:i]) for i, prompt in enumerate(responses)}
+    generations = {keys[prompt]: [firsts[keys[prompt]] + j for j in range(n)] for prompt, n in responses.items()}
+    places = [j for m in rows.values() for j in range(m)]
+    found = []
+    for row, generation, with_chosen in dealt(prompts, generations):
+        assert generation == NONE or generation in generations[prompts[row]]  # never another prompt's
+        answer = None if generation == NONE else 20 + generation - firsts[prompts[row]]
+        found.append((10 + places[row] if with_chosen else None, answer))
+    return found
 
 
 def test_as_many_generations_as_rows_meet_once_each():
@@ -72,3 +64,75 @@ def test_an_epoch_sees_every_row_and_generation_of_a_repeated_prompt_once(tmp_pa
     launch.run_task(composed(*common, *run, "n_epochs=1", "model.batch_size=2", "log_every=1"))
     logged = rows_of(tmp_path / "adpa" / "metrics.jsonl")
     assert [row["examples"] for row in logged] == [2, 4, 6]
+    # the same cache twice, whatever the weights, is that cache
+    twice = [part.replace(f"{tmp_path}/adv/CACHE", f"[{tmp_path}/adv/CACHE,{tmp_path}/adv/CACHE]") for part in run[:3]]
+    more = ["exp_name=twice", "loss.advantage_weights=[3,1]", "n_epochs=1", "model.batch_size=2", "log_every=1"]
+    launch.run_task(composed(*common, *twice, *more))
+    again = rows_of(tmp_path / "twice" / "metrics.jsonl")
+    assert [row["loss/train"] for row in again] == pytest.approx([row["loss/train"] for row in logged], abs=1e-5)
+    with pytest.raises(ValueError, match="loss.advantage_weights=.* one weight a teacher of loss.advantages: 0, 1"):
+        launch.run_task(composed(*common, *twice, "exp_name=wrong", "loss.advantage_weights=[3]"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer(typed(composed("model=tiny")["model"], ModelConfig))
+
+
+def generations_of(path: Path, count: int, tokenizer, text: str = "a text") -> Path:
+    """Write rows as task=generate does, every seventh with an empty response."""
+    digest = models.tokenizer_digest(tokenizer)
+    with path.open("w", encoding="utf-8") as out:
+        for i in range(count):
+            ids = [5 + (i * j) % 90 for j in range(30)]
+            answer = [] if i % 7 == 6 else ids[: 1 + i % 29]
+            row = {"prompt_ids": ids[:20], "response_ids": answer, "prompt": [{"role": "user", "content": text}]}
+            out.write(json.dumps({**row, "response": text, "finish_reason": "stop", "tokenizer_digest": digest}) + "\n")
+    return path
+
+
+def test_sequences_are_those_of_the_rows_with_and_without_a_store(tmp_path: Path, tokenizer) -> None:
+    path = generations_of(tmp_path / "generations.jsonl", 40, tokenizer)
+    wanted = [generation.tokens for generation in read_generations(path, tokenizer)]
+    for place in (None, tmp_path / "tokens", tmp_path / "tokens"):  # the second time it is there
+        found = generated_sequences(path, tokenizer, place, 2)
+        assert list(found) == wanted and [t.key for t in found] == [t.key for t in wanted] and len(found[3:5]) == 2
+        assert [t.num_supervised for t in found] == [sum(t.response) for t in wanted]
+        assert len({found.prompt_key(i) for i in range(40)}) == len({str(t.ids[:20]) for t in wanted})
+    with path.open("a", encoding="utf-8") as out:  # another content is another store
+        out.write(path.read_text(encoding="utf-8").splitlines()[0] + "\n")
+    assert len(generated_sequences(path, tokenizer, tmp_path / "tokens")) == 41
+    (tmp_path / "none.jsonl").touch()
+    assert len(generated_sequences(tmp_path / "none.jsonl", tokenizer, tmp_path / "tokens")) == 0
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "in a store"])
+def test_what_is_wrong_with_generations_is_said_alike(tmp_path: Path, tokenizer, kept: bool) -> None:
+    path, place = tmp_path / "generations.jsonl", tmp_path / "tokens" if kept else None
+    with pytest.raises(ValueError, match="generations.jsonl: no such file; task=generate writes"):
+        generated_sequences(path, tokenizer, place)
+    generations_of(path, 3, tokenizer)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    changes = {
+        "{": "generations.jsonl, line 2: not valid JSON",
+        "{}": "generations.jsonl, line 2: the row has no 'prompt_ids'; was it written by task=generate",
+        lines[1].replace(models.tokenizer_digest(tokenizer), "other"): "line 2: its ids are of another tokenizer",
+    }
+    for line, message in changes.items():
+        path.write_text("\n".join([lines[0], line, lines[2]]) + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            generated_sequences(path, tokenizer, place)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_generations_take_little_memory(tmp_path: Path, tokenizer) -> None:
+    path = generations_of(tmp_path / "generations.jsonl", 100_000, tokenizer, "a long text " * 100)
+    generated_sequences(path, tokenizer, tmp_path / "tokens")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = generated_sequences(path, tokenizer, tmp_path / "tokens")
+    keys = {}
+    for i in range(len(found)):
+        keys.setdefault(found.prompt_key(i), []).append(i)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    print(f"100,000 generations, {path.stat().st_size / 2**20:.0f} MB: {grown:.0f} MB more")
+    assert grown < 100

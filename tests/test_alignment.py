@@ -162,7 +162,7 @@ def test_with_one_tokenizer_every_token_keeps_its_entries():
     words = [i for i, piece in enumerate(token_bytes(bpe)) if piece]
     entry = drawn(other, 340, 5)
     entry = entry._replace(ids=np.where(np.isin(entry.ids, [*words, bpe.eos_token_id]), entry.ids, words[0]))
-    laid = laid_onto(found, entry, between, sorted_only=False)
+    laid = laid_onto(found, entry, between, span_loss="kl")
     assert np.array_equal(laid.ids, entry.ids) and np.array_equal(laid.values, entry.values)
     assert (laid.spans == -1).all() and len(laid.span_logps) == 0
 
@@ -171,7 +171,7 @@ def test_a_span_gets_the_sum_of_its_tokens_and_a_single_token_the_matching_entri
     bpe = small("bpe")
     between, found, ids, other = of_text(bpe, byte_level, "The ant 7")
     entry = drawn(other, 259, 6)
-    laid = laid_onto(found, entry, between, sorted_only=False)
+    laid = laid_onto(found, entry, between, span_loss="kl")
     for span in found.spans:
         rows = slice(span.start, span.end)
         if span.is_single:
@@ -189,7 +189,22 @@ def test_a_span_gets_the_sum_of_its_tokens_and_a_single_token_the_matching_entri
     short = entry._replace(
         ids=np.where(entry.ids == other[1], 0, entry.ids)
     )  # the top k lacks a token of the first span
-    assert len(laid_onto(found, short, between, sorted_only=False).span_logps) == len(laid.span_logps) - 1
+    assert len(laid_onto(found, short, between, span_loss="kl").span_logps) == len(laid.span_logps) - 1
+
+
+def test_for_golds_hybrid_entries_without_a_token_of_ours_stay_under_no_id(byte_level):
+    bpe = small("bpe")
+    between, found, _, other = of_text(byte_level, bpe, "The ant 7")
+    entry = drawn(other, len(bpe), 40)  # most of its tokens are of several bytes
+    plain, laid = (laid_onto(found, entry, between, span_loss=name) for name in ("kl", "gold"))
+    single = [span for span in found.spans if span.is_single]
+    for span in single:
+        assert np.array_equal(laid.values[span.start], entry.values[span.their_start])
+        kept = plain.values[span.start] > ABSENT
+        assert np.array_equal(laid.ids[span.start] >= 0, kept)
+        assert np.array_equal(laid.ids[span.start][kept], plain.ids[span.start][kept])
+    assert any((laid.ids[span.start] < 0).any() for span in single)
+    assert np.array_equal(laid.spans, plain.spans) and np.array_equal(laid.span_logps, plain.span_logps)
 
 
 def test_the_first_tokens_entries_lose_the_space_that_only_one_tokenizer_writes():
@@ -200,7 +215,7 @@ def test_the_first_tokens_entries_lose_the_space_that_only_one_tokenizer_writes(
     found = aligned(between, ids, other)
     assert found.spans == [Span(0, 1, 0, 1)] and found.ours.pieces == [word]
     entry = drawn(other, len(unigram), 4)
-    laid = laid_onto(found, entry, between, sorted_only=False)
+    laid = laid_onto(found, entry, between, span_loss="kl")
     assert laid.ids[0, 0] == ids[0] and laid.values[0, 0] == entry.values[0, 0]
 
 

@@ -15,7 +15,7 @@ LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Options that change the numbers, each against the same twin.
 BYTES = "loss.alignment=bytes loss.teacher_tokenizer=none"
 OPTIONS = {
-    "dckd": [BYTES, f"{BYTES} loss.span_loss=uld"],
+    "dckd": [BYTES, f"{BYTES} loss.span_loss=uld", f"{BYTES} loss.span_loss=gold loss.hybrid_weights=[1.0,0.5]"],
     "dpo": [
         "loss.divergence=js",
         "loss.divergence=forward_kl",
@@ -40,7 +40,13 @@ OPTIONS = {
         "loss.reduction=token_mean loss.clip=0.5",
         "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4",
     ],
-    "gkd": ["loss.beta=0", "loss.beta=1", "loss.beta=0.3 loss.temperature=2.0"],
+    "gkd": [
+        "loss.teacher=[a,b] loss.teacher_weights=[3,1]",
+        "loss.teacher={x:a,y:b} loss.mixture=log_probabilities loss.temperature=2.0",
+        "loss.beta=0",
+        "loss.beta=1",
+        "loss.beta=0.3 loss.temperature=2.0",
+    ],
     "reward-weighted-distill": [
         f"loss.teachers=[a,b] loss.kl_weight=0.7 loss.divergence={name}" for name in ("forward", "reverse", "jsd")
     ],

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from functional import event_kl, sorted_distance, topk_kl, topk_logps
-from teacher.mixture import ABSENT, mixed, within
+from teacher.mixture import ABSENT, mixed, summed, within
 from teacher.quantities import Entry
+from tests.support.bigram import examples, trainer_of
+from trainers.batches import Item
 
 V, L = 9, 5
 
@@ -159,3 +161,68 @@ def test_the_distance_of_sorted_probabilities_and_what_a_cut_teacher_bounds():
     torch.testing.assert_close(sorted_distance(student, more), exact)
     assert torch.autograd.gradcheck(lambda x: sorted_distance(x, teacher.topk(4).values), (student,))
     assert (sorted_distance(student, torch.full((L, 3), ABSENT, dtype=torch.float64)) == 0).all()
+
+
+# ---- live teachers
+
+
+@pytest.mark.parametrize("mixture", ["probabilities", "log_probabilities"])
+def test_on_policy_distillation_is_rewarded_by_the_mixture_of_its_teachers(mixture: str) -> None:
+    trainer = trainer_of("opd", "loss.teacher={x:a,y:b}", "loss.teacher_weights={x:3,y:1}", f"loss.mixture={mixture}")
+    assert f"the mixture of {mixture} (0.75 x, 0.25 y)" in trainer.objective()
+    items = [Item((e.chosen,)) for e in examples()]
+    tables = [trainer.frozen_models[name].table.log_softmax(-1) for name in ("teacher_x", "teacher_y")]
+    if mixture == "probabilities":
+        mean = (0.75 * tables[0].exp() + 0.25 * tables[1].exp()).log()
+    else:
+        mean = (0.75 * tables[0] + 0.25 * tables[1]).log_softmax(-1)
+    own = trainer.policy.table.log_softmax(-1)
+    with torch.no_grad():  # as rollouts ask
+        noted = trainer.noted(items)
+    for item in noted:
+        ids, mask = item.sequences[0]
+        steps = [(ids[t - 1], ids[t]) for t in range(1, len(ids)) if mask[t]]
+        wanted = [float(mean[step] - own[step]) for step in steps]  # with discount 0 a token's own reward
+        assert item.notes[:, 1] == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.teacher=a", "loss.teacher_weights=[1]"], "mixes several teachers"),
+        (["loss.teacher=[a,b]", "loss.teacher_weights=[1]"], "one weight a teacher of loss.teacher: 0, 1"),
+        (["loss.teacher=[a,b]", "loss.teacher_weights=[1,0]"], "must be numbers above 0"),
+        (["loss.teacher=[]"], "must be a model folder, a list or a mapping"),
+        (["loss.teacher=[a,b]", "loss.mixture=mean"], "loss.mixture"),
+        (["loss.teacher=[a,b]", "loss.alignment=bytes"], "asks one teacher"),
+    ],
+)
+def test_live_teachers_that_contradict_each_other_are_refused(overrides, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer_of("opd", *overrides)
+
+
+# ---- several caches of advantages
+
+
+def test_advantages_of_several_caches_are_summed_at_the_ids_of_any():
+    rng = np.random.default_rng(0)
+    parts = []
+    for logits, k in zip(TEACHERS, (4, 3, 6), strict=True):
+        known = entry(logits, k)
+        advantages = rng.normal(size=known.ids.shape).astype(np.float32)
+        parts.append(Entry(known.ids, advantages, known.tail, known.values))
+    parts[0].teacher_logps[:, -1], parts[0].values[:, -1] = ABSENT, 7.0  # padding counts nowhere, whatever it says
+    found = summed(parts, WEIGHTS)
+    for t in range(L):
+        there = found.teacher_logps[t] > ABSENT
+        held = dict(zip(found.ids[t][there].tolist(), found.values[t][there].tolist(), strict=True))
+        wanted: dict[int, float] = {}
+        for weight, part in zip(WEIGHTS, parts, strict=True):
+            for i, value, logp in zip(part.ids[t], part.values[t], part.teacher_logps[t], strict=True):
+                if logp > ABSENT:
+                    wanted[int(i)] = wanted.get(int(i), 0.0) + weight * float(value)
+        assert held == pytest.approx(wanted, abs=1e-6)
+        assert (found.values[t][~there] == 0).all()
+        assert found.tail[t] == pytest.approx(1 - np.exp(found.teacher_logps[t]).sum(), abs=1e-6)
+    assert summed(parts[:1], [1.0]) is parts[0]

@@ -261,6 +261,17 @@ def test_uld_by_bytes_trains_and_says_so(bytes_world):
     assert 0 < counts["kl_chosen"] < counts["nll"] and sums_of(trainer, items)["kl_chosen"] > 0
 
 
+def test_golds_hybrid_by_bytes_trains_and_says_so(bytes_world):
+    _, common, _, other, made = bytes_world
+    trainer = trainer_of(common, *by_bytes(made, other["bpe"]), "loss.span_loss=gold")
+    assert "distance of the others, sorted" in trainer.objective()
+    items = items_of(trainer)
+    assert 0 < trainer.hybrid_weights[0] < 1 and 0 < int(trainer.shared.sum()) <= len(trainer.tokenizer)
+    assert sums_of(trainer, items)["kl_chosen"] > 0
+    with pytest.raises(ValueError, match="hybrid_weights=.*must be two numbers"):
+        trainer_of(common, *by_bytes(made, other["bpe"]), "loss.span_loss=gold", "loss.hybrid_weights=[1]")
+
+
 def test_by_bytes_with_the_students_own_tokenizer_is_the_plain_loss(world):
     _, common, _, made = world
     plain = trainer_of(common, cached(made["code"]))

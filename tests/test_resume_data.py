@@ -1,14 +1,16 @@
 """A run is gone on with on the same data only: labels, rewards, notes and teachers are data as token ids are."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import launch
+from settings.schema import RunConfig
 from tests.support.bigram import items_of, trainer_of
-from tests.support.helpers import composed
+from tests.support.helpers import composed, rows_of
 from trainers.basic import BasicTrainer
 from trainers.batches import Item, items_digest
 
@@ -75,3 +77,37 @@ def test_a_resume_on_other_labels_is_refused(tmp_path: Path, overrides, other, m
     (tmp_path / "run" / "digest.txt").unlink()
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     launch.run_task(command)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["another store", "no store"])
+def test_a_resume_reads_the_same_data_from_wherever_its_tokens_lie(tmp_path: Path, kept: bool, monkeypatch):
+    """The first half of a run makes a store. The second finds it gone and makes another, or holds tokens in memory."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run = ["model=tiny", "datasets=[local]", f"datasets.local.train={data}", "loss=kto", "model.batch_size=2"]
+    run += ["n_steps=3", "save_every=1", "log_every=1", "lr=1e-2"]
+    whole, parted = (composed(f"cache_dir={tmp_path / name}", "exp_name=run", *run) for name in ("whole", "parted"))
+    launch.run_task(whole)
+    step = BasicTrainer._step
+
+    def interrupted(self: BasicTrainer, number: int) -> int:
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BasicTrainer, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            launch.run_task(parted)
+    stores = tmp_path / "parted" / "tokens"
+    assert list(stores.glob("*/meta.json"))
+    shutil.rmtree(stores)
+    with monkeypatch.context() as patch:
+        if not kept:
+            patch.setattr(RunConfig, "tokens_dir", None)
+        launch.run_task(parted)
+    assert stores.is_dir() == kept
+    logged = [rows_of(tmp_path / name / "run" / "metrics.jsonl") for name in ("whole", "parted")]
+    assert [[row["loss/train"] for row in rows] for rows in logged][0] == [row["loss/train"] for row in logged[1]]
+    files = [tmp_path / name / "run" / "FINAL" / "model.safetensors" for name in ("whole", "parted")]
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -59,6 +59,11 @@ def open_rows(source: str, key: str = "datasets") -> RowSource:
     return _from_arrow(None, lambda: _hub(source, key))
 
 
+def open_lines(path: Path) -> RowSource:
+    """Open a JSONL file, whatever its name ends in."""
+    return _from_lines(path, [path])
+
+
 def _from_lines(place: Path, files: list[Path]) -> RowSource:
     """Open JSONL files: a line is parsed where its row is asked for."""
 

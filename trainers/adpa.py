@@ -7,19 +7,22 @@ A = log pi_dpo - log pi_ref from the verified advantage cache. Linear in pi_thet
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dataloader import Example, Generation, Tokens, read_generations
+from dataloader import Example, Tokens, generated_sequences, prompt_key
 from engine.metrics import Mean
 from forward.chunks import nothing
 from functional import entropies, expected_advantage, inside, row_sums, support_mass, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
-from settings.typed import Place
-from teacher.lookup import generations_by_prompt, open_cache, stored_entry
+from settings.typed import Place, Places
+from teacher.cache import Reader
+from teacher.lookup import Stored, StoredSum, generations_by_prompt, open_cache, stored_entry
+from teacher.mixture import named, shares
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, checked, supervised_sequence
 
@@ -29,17 +32,40 @@ class ADPAConfig:
     """Values of config/loss/adpa.yaml."""
 
     generations: Place
-    advantages: Place
+    advantages: Places
+    advantage_weights: Any
     gamma: float
     sft_weight: float
     reduction: str
     advantage_floor: float
 
     def __post_init__(self) -> None:
+        folders = named(self.advantages)
+        require(
+            bool(folders) and all(isinstance(folder, str) and folder for folder in folders.values()),
+            f"loss.advantages={self.advantages} must be a CACHE folder, a list or a mapping of them",
+        )
+        require(
+            self.advantage_weights is None or len(folders) > 1,
+            f"loss.advantage_weights={self.advantage_weights} weighs several caches: give loss.advantages as a list or "
+            "a mapping",
+        )
+        self.weights  # noqa: B018 (refused here, before a model loads)
         one_of("loss.reduction", self.reduction, ("token_mean", "sequence_sum"))
         require(self.gamma >= 0, f"loss.gamma={self.gamma} must not be negative")
         require(self.sft_weight >= 0, f"loss.sft_weight={self.sft_weight} must not be negative")
         require(0 <= self.advantage_floor < 1, f"loss.advantage_floor={self.advantage_floor} must be in [0, 1)")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Return each cache's weight in the sum of advantages; they sum to 1."""
+        return tuple(shares(list(named(self.advantages)), self.advantage_weights, "loss.advantages").values())
+
+
+def entries_of(readers: Sequence[Reader], weights: tuple[float, ...], tokens: Tokens) -> Stored:
+    """Find a sequence's advantages in one cache, or their sum in several; ValueError shows what a cache has instead."""
+    parts = tuple(stored_entry(reader, tokens) for reader in readers)
+    return parts[0] if len(parts) == 1 else StoredSum(parts, weights)
 
 
 def floored(advantages: Tensor, teacher_logps: Tensor, floor: float) -> Tensor:
@@ -50,27 +76,33 @@ def floored(advantages: Tensor, teacher_logps: Tensor, floor: float) -> Tensor:
     return advantages.masked_fill(absurd, 0.0)
 
 
-def dealt(
-    examples: Sequence[Example], generations: Mapping[tuple[int, ...], Sequence[Generation]]
-) -> list[tuple[Tokens, Tokens]]:
-    """Deal the generations of each prompt out to its rows: (chosen, generated) of every item, in the rows' order.
+class Dealt(NamedTuple):
+    """An item by number: its row, the generation it is joined with (NONE: none), and whether y_w is supervised."""
+
+    row: int
+    generation: int
+    with_chosen: bool
+
+
+NONE = -1
+
+
+def dealt(prompts: Sequence[bytes], generations: Mapping[bytes, Sequence[int]]) -> list[Dealt]:
+    """Deal the generations of each prompt out to its rows, given by their prompts' keys; items in the rows' order.
 
     m rows and G generations of one prompt give max(m, G) items, in which every generation is supervised once and every
     chosen response equally often: as often as each row has generations, G // m, or once. What does not come out even
     is supervised alone: a generation too many without a chosen response, a row too many without a generation.
     """
-    rows = Counter(tuple(example.prompt) for example in examples)
-    seen: Counter[tuple[int, ...]] = Counter()
+    rows = Counter(prompts)
+    seen: Counter[bytes] = Counter()
     joined = []
-    for example in examples:
-        prompt = tuple(example.prompt)
+    for row, prompt in enumerate(prompts):
         mine = generations[prompt][seen[prompt] :: rows[prompt]]
         seen[prompt] += 1
         share = len(generations[prompt]) // rows[prompt]
-        chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
-        bare = Tokens(example.prompt, [False] * len(example.prompt))
-        joined += [(chosen if k < max(1, share) else bare, generation.tokens) for k, generation in enumerate(mine)]
-        joined += [] if mine else [(chosen, bare)]
+        joined += [Dealt(row, generation, k < max(1, share)) for k, generation in enumerate(mine)]
+        joined += [] if mine else [Dealt(row, NONE, True)]
     return joined
 
 
@@ -88,22 +120,33 @@ class ADPA(BasicTrainer):
     )
     source = "2502.17927"
 
+    def objective(self) -> str:
+        """Return the formula with the run's numbers, and the weights of several caches."""
+        names = list(named(self.config.advantages))
+        parts = ", ".join(f"{w:.3g} {name}" for name, w in zip(names, self.config.weights, strict=True))
+        return super().objective() + (f"; A: the sum of {parts}" if len(names) > 1 else "")
+
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Join rows with the responses generated for the very ids of their prompts, and these with their advantages."""
         if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
             held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ())  # noqa: E731
             return checked(len(examples), lambda i: held_out(examples[i]))
-        reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
-        generations = generations_by_prompt(
-            read_generations(self.config.generations, self.tokenizer), examples, self.config.generations
-        )
-        pairs = dealt(examples, generations)
+        folders, weights, run = named(self.config.advantages).values(), self.config.weights, self.run_config
+        readers = [open_cache(folder, "advantage", self.tokenizer) for folder in folders]
+        generations = generated_sequences(self.config.generations, self.tokenizer, run.tokens_dir, run.num_proc)
+        numbers = generations_by_prompt(generations, examples, self.config.generations)
+        deals = dealt([prompt_key(example.prompt) for example in examples], numbers)
 
         def item(number: int) -> Item:
-            pair = pairs[number]
-            return Item(pair, (None, stored_entry(reader, pair[1]) if pair[1].num_supervised else None))
+            deal = deals[number]
+            example = examples[deal.row]
+            bare = Tokens(example.prompt, [False] * len(example.prompt))
+            chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
+            generated = bare if deal.generation == NONE else generations[deal.generation]
+            entries = entries_of(readers, weights, generated) if generated.num_supervised else None
+            return Item((chosen if deal.with_chosen else bare, generated), (None, entries))
 
-        return checked(len(pairs), item)
+        return checked(len(deals), item)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count chosen tokens (NLL) and generated tokens or sequences (advantage); no advantage without a teacher."""

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dataloader import Example, TopK
 from engine.metrics import Mean
 from forward.chunks import Logits, nothing
-from functional import event_kl, inside, row_sums, sorted_distance, support_mass, token_logps, topk_kl
+from functional import event_kl, hybrid_distance, inside, row_sums, sorted_distance, support_mass, token_logps, topk_kl
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -59,6 +60,8 @@ class DCKD(BasicTrainer):
         "on the teacher's top k (rest: {tail})"
     )
     source = "2502.17927"
+    shared: Tensor | None = None  # span_loss=gold: the student's ids that the teacher has [V]
+    hybrid_weights: tuple[float, float] | None = None
 
     def objective(self) -> str:
         """Return the formula with the run's numbers, who the teachers are, and how another tokenizer's are compared."""
@@ -70,7 +73,12 @@ class DCKD(BasicTrainer):
             shares = ", ".join(f"{share:.3g} {name}" for name, share in config.weights.items())
             said += f"; π_dpo: the mixture of {config.mixture} ({shares})"
         if config.alignment == "bytes":
-            kind = {"kl": "KL of matching tokens and of span probabilities", "uld": "distance of sorted probabilities"}
+            kind = {
+                "kl": "KL of matching tokens and of span probabilities",
+                "uld": "distance of sorted probabilities",
+                "gold": f"divergence ({config.hybrid_beta}) of matching tokens and distance of the others, sorted, and "
+                "KL of span probabilities",
+            }
             said += f"; aligned by bytes: the mean is over aligned spans, of the {kind[config.span_loss]}"
         return said
 
@@ -83,6 +91,8 @@ class DCKD(BasicTrainer):
         self._check_tail(teachers)
         pairs = pair_items(examples, "dckd")
         lacking = teachers.lacking(pairs.columns.keys) if pairs.columns is not None and teachers.same_for_all else None
+        if self.config.span_loss == "gold":
+            self.shared, self.hybrid_weights = torch.from_numpy(teachers.shared()), teachers.hybrid_weights()
         if split == "test" and self._coverage(teachers, examples, lacking) < 1.0:
             self.processes.print("the teacher cache does not hold the test split: loss/eval is the NLL term alone")
             return pairs
@@ -142,7 +152,9 @@ class DCKD(BasicTrainer):
         chosen, rejected = (
             self.divergence(out.logits[rows], out.targets[rows], _part(teacher, rows)) for rows in halves
         )
-        mass = support_mass(out.logits.detach(), teacher.ids, teacher.values).sum()
+        lacking = teacher.ids < 0  # span_loss=gold: tokens that the student has not
+        held = teacher.ids.clamp_min(0), teacher.values.masked_fill(lacking, -math.inf)
+        mass = support_mass(out.logits.detach(), *held).sum()
         config = self.config
         sums = {
             "nll": config.sft_weight * nll,
@@ -160,7 +172,13 @@ class DCKD(BasicTrainer):
         """Return the sum of the divergences at the tokens of logits [n, V], and of those of spans of several tokens."""
         if self.config.span_loss == "uld":
             return sorted_distance(logits, teacher.values).sum()
-        total = topk_kl(logits, teacher.ids, teacher.values, tail=self.config.tail).sum()
+        if self.config.span_loss == "gold":
+            weights = self.config.hybrid_weights or self.hybrid_weights
+            assert weights is not None, "items() knows how many of the teacher's ids match"
+            beta = self.config.hybrid_beta
+            total = hybrid_distance(logits, teacher.ids, teacher.values, self.shared, beta, weights).sum()
+        else:
+            total = topk_kl(logits, teacher.ids, teacher.values, tail=self.config.tail).sum()
         if teacher.spans is None:
             return total
         logps = _logps_of(teacher)

@@ -6,6 +6,7 @@ through the sampling. With on_policy=1 and beta=1 this is on-policy distillation
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from functional import entropies, generalized_jsd
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
-from settings.typed import Place
-from teacher.precision import teacher_logits
+from settings.typed import Places
+from teacher.live import check_teachers, mixed_logits, said, teacher_folders
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, checked
 from trainers.rollouts import Micros, answers, row_seed, with_response
@@ -27,13 +28,16 @@ from trainers.rollouts import Micros, answers, row_seed, with_response
 class GKDConfig:
     """Values of config/loss/gkd.yaml."""
 
-    teacher: Place
+    teacher: Places
+    teacher_weights: Any
+    mixture: str
     on_policy: float
     beta: float
     temperature: float
     max_new_tokens: int
 
     def __post_init__(self) -> None:
+        check_teachers(self.teacher, self.teacher_weights, self.mixture)
         for key in ("on_policy", "beta"):
             require(0 <= getattr(self, key) <= 1, f"loss.{key}={getattr(self, key)} must be in [0, 1]")
         require(self.temperature > 0, f"loss.temperature={self.temperature} must be above 0")
@@ -54,8 +58,12 @@ class GKD(BasicTrainer):
     source = "2306.13649"
 
     def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
-        """Return the teacher."""
-        return {"teacher": (self.config.teacher, "lm")}
+        """Return the teacher, or each of several."""
+        return teacher_folders(self.config.teacher)
+
+    def objective(self) -> str:
+        """Return the formula with the run's numbers, and the mixture of several teachers."""
+        return super().objective() + said(self.config.teacher, self.config.teacher_weights, self.config.mixture)
 
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take the response of each row; a row may have a prompt alone where the student writes every response."""
@@ -101,7 +109,9 @@ class GKD(BasicTrainer):
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the divergence's sum."""
-        wanted = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size).logits
+        config = self.config
+        who = config.teacher, config.teacher_weights, config.mixture
+        wanted = mixed_logits(self.frozen_models, batch.sequences, self.vocab_size, *who).logits
         divergence = generalized_jsd(out.logits, wanted, self.config.beta, self.config.temperature)
         tokens, real = len(divergence), batch.supervised(0)
         with torch.no_grad():

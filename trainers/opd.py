@@ -20,8 +20,9 @@ from functional import entropies, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
-from settings.typed import Place
+from settings.typed import Places
 from teacher.alignment import Span, side_of
+from teacher.live import check_teachers, mixed_logits, said, teacher_folders
 from teacher.precision import teacher_logits
 from teacher.spans import Aligned, Translation, aligned, check_coverage, response_ids, translation
 from tokens.encoding import fit_prompt
@@ -34,7 +35,9 @@ from trainers.rollouts import Micros, RolloutConfig, RolloutTrainer
 class OPDConfig(RolloutConfig):
     """Values of config/loss/opd.yaml."""
 
-    teacher: Place
+    teacher: Places
+    teacher_weights: Any
+    mixture: str
     alignment: str
     min_coverage: float
     discount: float
@@ -46,6 +49,11 @@ class OPDConfig(RolloutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_teachers(self.teacher, self.teacher_weights, self.mixture)
+        require(
+            self.alignment == "ids" or isinstance(self.teacher, str),
+            f"loss.alignment=bytes asks one teacher, loss.teacher={self.teacher} names several: take alignment=ids",
+        )
         one_of("loss.alignment", self.alignment, ("ids", "bytes"))
         require(0 <= self.min_coverage <= 1, f"loss.min_coverage={self.min_coverage} must be in [0, 1]")
         require(0 <= self.discount <= 1, f"loss.discount={self.discount} must be in [0, 1]")
@@ -94,11 +102,12 @@ class OPD(RolloutTrainer):
     def objective(self) -> str:
         """Return the formula with the run's numbers, and how another tokenizer's teacher is asked."""
         by_bytes = "; y_s are spans of text that both tokenizers have, each token of one gets its reward"
-        return super().objective() + (by_bytes if self.aligns_bytes else "")
+        mixed = said(self.config.teacher, self.config.teacher_weights, self.config.mixture)
+        return super().objective() + mixed + (by_bytes if self.aligns_bytes else "")
 
     def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
-        """Return the teacher."""
-        return {"teacher": (self.config.teacher, "lm")}
+        """Return the teacher, or each of several."""
+        return teacher_folders(self.config.teacher)
 
     def rollout(self, micros: Micros, step: int) -> Micros:
         """Know whose prompts are answered: the conversations of another tokenizer's teacher are theirs."""
@@ -111,7 +120,9 @@ class OPD(RolloutTrainer):
             return self._noted_by_bytes(items)
         batch = self.batch_of(items)
         response = batch.sequences.response
-        asked = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size)
+        config = self.config
+        who = config.teacher, config.teacher_weights, config.mixture
+        asked = mixed_logits(self.frozen_models, batch.sequences, self.vocab_size, *who)
         logps = self.token_logps_of(self.policy, batch.sequences), token_logps(asked.logits, asked.targets)
         own, teacher = (by_row(values.float(), response) for values in logps)
         notes = torch.stack([own, distillation_advantages(own, teacher, self.config.discount)], dim=-1).cpu().numpy()

@@ -50,11 +50,12 @@ def _keys(items: Sequence[Item]) -> np.ndarray:
 def meta_of(trainer: BasicTrainer, items: Sequence[Item]) -> Meta:
     """Say what the numbers depend on: the model, its numeric path, the sequences and who cut them."""
     config, tokenizer = trainer.model_config, trainer.tokenizer
+    teacher = trainer.processes.from_main(lambda: models.config_digest(models.start_of(config)))
     return Meta(
         quantity="token_logp",
         k=0,
         vocab_size=trainer.vocab_size,
-        teacher_digest=models.config_digest(models.start_of(config)),
+        teacher_digest=teacher,
         reference_digest=None,
         tokenizer_digest=models.tokenizer_digest(tokenizer),
         template_digest=models.template_digest(tokenizer),

@@ -14,6 +14,7 @@ from functional import (
     entropies,
     expected_advantage,
     gather_logps,
+    hybrid_distance,
     log_collision,
     row_sums,
     sorted_distance,
@@ -209,8 +210,6 @@ def d_compress(variant: Variant) -> Outputs:
 
 
 def gold_uld(variant: Variant) -> Outputs:
-    if variant["params"]["hybrid"]:
-        raise Skip("not a method of ours: GOLD's hybrid, whose divergence on matched ids is of unnormalized parts")
     inputs, params = variant["inputs"], variant["params"]
     student, labels, temperature = inputs["student_logits"].requires_grad_(), inputs["labels"], params["temperature"]
     if params["token_merge_strategy"] == "bayesian":  # the logits that predict the answers
@@ -219,7 +218,17 @@ def gold_uld(variant: Variant) -> Outputs:
     else:  # quirk 32: the logits at the answers
         rows, columns = (labels != -100).nonzero(as_tuple=True)
     teacher = (inputs["teacher_logits"][rows, columns] / temperature).log_softmax(-1)
-    tokens = sorted_distance(student[rows, columns] / temperature, teacher, chunk=2)
+    scaled = student[rows, columns] / temperature
+    if params["hybrid"]:
+        assert params["matched_ids"] == "teacher id i <-> student id i for i<10"
+        ids, matched = torch.arange(teacher.shape[-1]), 10
+        share = matched / teacher.shape[-1]
+        weights = params["hybrid_weights"] or (share, 1 - share)
+        ids = ids.masked_fill(ids >= matched, -1).expand_as(teacher)
+        shared = torch.arange(scaled.shape[-1]) < matched
+        tokens = hybrid_distance(scaled, ids, teacher, shared, params["beta"], tuple(weights), chunk=2)
+    else:
+        tokens = sorted_distance(scaled, teacher, chunk=2)
     size = len(labels)  # the case averages a response, then responses; ours averages spans
     loss = (row_sums(tokens, rows, size) / row_sums(torch.ones_like(tokens), rows, size)).mean()
     outputs = {"loss": loss}

@@ -3,7 +3,12 @@
 LOSS_CASES: dict[str, list[str]] = {
     "sft": ["C_halos_sft/sft", "B_trl_dpo_logits/sft", "F_grad_accum/token_mean_over_global_batch"],
     "csft": ["C_halos_sft/sft"],
-    "dckd": ["D_dckd_kl/aligned", "D_adpa_full/dckd_both_plus_sft", "D_gold_uld/uld_sorted"],
+    "dckd": [
+        "D_dckd_kl/aligned",
+        "D_adpa_full/dckd_both_plus_sft",
+        "D_gold_uld/uld_sorted",
+        "D_gold_uld/uld_hybrid_adaptive",
+    ],
     "adpa": ["D_adpa_margin/adpa_unclamped", "D_adpa_margin/margins_full_vocab_truth"],
     "dpo": [
         "B_adpa_dpo_family/sigmoid",

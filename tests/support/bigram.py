@@ -116,6 +116,9 @@ def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
         by_bytes = trainer.config.alignment == "bytes"
         drawn = [[entries(side, rng, False) for side in (e.chosen, e.rejected)] for e in examples()]
         drawn = [[on_spans(entry, rng) if by_bytes else entry for entry in both] for both in drawn]
+        if trainer.config.span_loss == "gold":  # some entries are of tokens that the student lacks
+            lacking = lambda e: e._replace(ids=np.where(rng.random(e.ids.shape) < 0.4, -1, e.ids))  # noqa: E731
+            drawn = [[lacking(entry) for entry in both] for both in drawn]
         return [Item((e.chosen, e.rejected), tuple(both)) for e, both in zip(examples(), drawn, strict=True)]
     if name == "adpa":
         return [Item((e.chosen, e.rejected), (None, entries(e.rejected, rng, True))) for e in examples()]

@@ -231,9 +231,26 @@ def dckd_tokens(world: World, sequence, entry) -> list[float]:
             top, other = sorted(p, reverse=True)[: len(there)], sorted((t for _, t in there), reverse=True)
             ranks = [*zip(top, other, strict=True), (1 - sum(top), 1 - sum(other))]
             found.append(sum(abs(s - t) for s, t in ranks))
+        elif world.config.span_loss == "gold":
+            found.append(hybrid(there, p, world.config.hybrid_beta, world.config.hybrid_weights))
         else:
             found.append(bucket_kl([t for _, t in there], [p[i] for i, _ in there]))
     return found
+
+
+def hybrid(there: list[tuple[int, float]], p: list[float], beta: float, weights: list[float]) -> float:
+    """Return GOLD's hybrid of one token, from the teacher's probabilities (an id below 0: not the student's)."""
+    both = {i: t for i, t in there if i >= 0}
+    divergence = 0.0
+    for i, t in both.items():
+        mean = beta * t + (1 - beta) * p[i]
+        divergence += beta * t * math.log(t / mean) + (1 - beta) * p[i] * math.log(p[i] / mean)
+    theirs = sorted((t for i, t in there if i < 0), reverse=True)
+    ours = sorted((q for i, q in enumerate(p) if i not in both), reverse=True)[: len(theirs)]
+    ours += [0.0] * (len(theirs) - len(ours))
+    rest = abs(sum(t for _, t in there) - sum(p[i] for i in both) - sum(ours))
+    distance = sum(abs(s - t) for s, t in zip(ours, theirs, strict=True)) + rest
+    return weights[0] * divergence + weights[1] * distance
 
 
 def dckd_spans(world: World, sequence, entry) -> list[float]:
@@ -332,13 +349,25 @@ def tempered(p: list[float], temperature: float) -> list[float]:
     return [x / sum(powers) for x in powers]
 
 
+def mixture_of(world: World, before) -> list[float]:
+    """Return the weighted mean of the teachers' probabilities, or their weighted geometric mean."""
+    config = world.config
+    count = len(config.teacher) if isinstance(config.teacher, (list, dict)) else 1
+    given = config.teacher_weights or [1] * count
+    columns = zip(*(world.p(f"teacher {i}", before) for i in range(count)), strict=True)
+    weights = [weight / sum(given) for weight in given]
+    if config.mixture == "probabilities":
+        return [sum(w * p for w, p in zip(weights, column, strict=True)) for column in columns]
+    powers = [math.prod(p**w for w, p in zip(weights, column, strict=True)) for column in columns]
+    return [power / sum(powers) for power in powers]
+
+
 def gkd(world: World) -> float:
     config, losses = world.config, []
     for item in world.items:
         for before, _ in world.steps(item.sequences[0]):
-            student, teacher = (
-                tempered(world.p(model, before), config.temperature) for model in ("policy", "teacher 0")
-            )
+            student = tempered(world.p("policy", before), config.temperature)
+            teacher = tempered(mixture_of(world, before), config.temperature)
             losses.append(jsd(student, teacher, config.beta))
     return sum(losses) / len(losses)
 
