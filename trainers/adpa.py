@@ -2,6 +2,7 @@
 
 L = w_sft NLL(y_w) - gamma mean_t sum_{a in top k} pi_theta(a|s_t) A(s_t, a), on the student's own responses, with
 A = log pi_dpo - log pi_ref from the verified advantage cache. Linear in pi_theta: entropy and mass are watched.
+objective=regularized puts E_pi[A] - tau KL(pi || base) in the place of the sum (trainers/regularized_advantage.py).
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dataloader import Example, Generation, Tokens, read_generations
 from engine.metrics import Mean
-from functional import entropies, expected_advantage, inside, row_sums, support_mass, token_logps
+from functional import entropies, expected_advantage, gather_logps, inside, row_sums, support_mass, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -21,6 +22,7 @@ from settings.typed import Place
 from teacher.lookup import generations_by_prompt, open_cache, stored_entry
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, checked, supervised_sequence
+from trainers.regularized_advantage import BASES, Regularized, Regularizer, regularized_advantage
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,41 @@ class ADPAConfig:
 
     generations: Place
     advantages: Place
+    objective: str
     gamma: float
     sft_weight: float
     reduction: str
-    advantage_floor: float
+    advantage_floor: float | None
+    kl_weight: float
+    kl_reference: str
+    target_temperature: float
+    rest_advantage: str
 
     def __post_init__(self) -> None:
+        one_of("loss.objective", self.objective, ("expected", "regularized"))
         one_of("loss.reduction", self.reduction, ("token_mean", "sequence_sum"))
+        one_of("loss.kl_reference", self.kl_reference, BASES)
+        one_of("loss.rest_advantage", self.rest_advantage, ("zero", "tails"))
         require(self.gamma >= 0, f"loss.gamma={self.gamma} must not be negative")
         require(self.sft_weight >= 0, f"loss.sft_weight={self.sft_weight} must not be negative")
-        require(0 <= self.advantage_floor < 1, f"loss.advantage_floor={self.advantage_floor} must be in [0, 1)")
+        require(0 <= self.floor < 1, f"loss.advantage_floor={self.advantage_floor} must be in [0, 1)")
+        require(
+            self.kl_weight > 0,
+            f"loss.kl_weight={self.kl_weight} must be above 0; the objective without a KL is loss.objective=expected",
+        )
+        require(self.target_temperature > 0, f"loss.target_temperature={self.target_temperature} must be above 0")
+
+    @property
+    def is_regularized(self) -> bool:
+        """Tell whether the advantage stands beside a KL to a base."""
+        return self.objective == "regularized"
+
+    @property
+    def floor(self) -> float:
+        """Return the floor on the teacher's probability; where none is set, 0.01 of the regularized objective (in the
+        small world .904 with a floor, .868 without) and 0 of the paper's.
+        """
+        return (0.01 if self.is_regularized else 0.0) if self.advantage_floor is None else self.advantage_floor
 
 
 def floored(advantages: Tensor, teacher_logps: Tensor, floor: float) -> Tensor:
@@ -79,13 +106,30 @@ class ADPA(BasicTrainer):
     VERSION = 2
     config: ADPAConfig
     Config = ADPAConfig
-    needs = Needs("responses", teacher="advantage")
+    needs = Needs(
+        "responses",
+        reference="distributions",
+        teacher="advantage",
+        reference_if=(("objective", "regularized"), ("kl_reference", "start")),
+    )
+    cache_beta = 1.0  # the factor that the cached advantages carry
     formula = (
         "{sft_weight} NLL(y_w) − {gamma} · {reduction} of Σ_a π_θ(a|s_t) A(s_t, a) on ŷ, A = log π_dpo/π_ref on the "
         "teacher's top k, "
-        "positive A dropped where π_dpo(a) < {advantage_floor}"
+        "positive A dropped where π_dpo(a) < {floor}"
+    )
+    regularized_formula = (
+        "{sft_weight} NLL(y_w) − {gamma} · {reduction} of E_π[A + {kl_weight} log b] + "
+        "{kl_weight}·{target_temperature} H(π) on ŷ, whose optimum is (b exp(A/{kl_weight}))^(1/{target_temperature}), on the teacher's top k and the "
+        "rest (its A: {rest_advantage}), b of the {kl_reference}, A = log π_dpo/π_ref, positive A dropped where "
+        "π_dpo(a) < {floor}"
     )
     source = "2502.17927"
+
+    def objective(self) -> str:
+        """Return the formula with the run's numbers."""
+        formula = self.regularized_formula if self.config.is_regularized else self.formula
+        return "L = " + formula.format(**vars(self.config), floor=self.config.floor)
 
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Join rows with the responses generated for the very ids of their prompts, and these with their advantages."""
@@ -93,6 +137,7 @@ class ADPA(BasicTrainer):
             held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ())  # noqa: E731
             return checked(len(examples), lambda i: held_out(examples[i]))
         reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
+        self.cache_beta = reader.meta.beta
         generations = generations_by_prompt(
             read_generations(self.config.generations, self.tokenizer), examples, self.config.generations
         )
@@ -120,27 +165,57 @@ class ADPA(BasicTrainer):
         metrics = {"nll/chosen": Mean(nll.detach(), split)}
         if batch.teacher is None:
             return {**sums, "advantage": logits.sum() * 0}, metrics
-        ids, advantages = batch.teacher.ids, batch.teacher.values
-        if logits.shape[-1] < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
-            ids, advantages = inside(ids, advantages, logits.shape[-1], nothing=0.0)
-        if self.config.advantage_floor > 0:
-            assert batch.teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
-            advantages = floored(advantages, batch.teacher.teacher_logps, self.config.advantage_floor)
-        expected = expected_advantage(logits, ids, advantages)
-        sums["advantage"] = -self.config.gamma * expected.sum()
+        found = self._regularized(logits, batch) if self.config.is_regularized else self._expected(logits, batch)
+        sums["advantage"] = -self.config.gamma * found.objective.sum()
         tokens, lengths = (
-            len(expected),
-            row_sums(torch.ones_like(expected.detach()), out.rows[split:] - batch.num_items, batch.num_items),
+            len(found.objective),
+            row_sums(torch.ones_like(found.mass), out.rows[split:] - batch.num_items, batch.num_items),
         )
-        with torch.no_grad():
-            logps = batch.teacher.teacher_logps
-            assert logps is not None, "an advantage cache carries the aligned teacher's log-probs"
-            mass = support_mass(logits, *inside(batch.teacher.ids, logps, logits.shape[-1])).sum()
-            entropy = entropies(logits).sum()
+        watched = {
+            "advantage": found.advantage,
+            "entropy": found.entropy,
+            "mass_in_support": found.mass,
+        }
+        if self.config.is_regularized:
+            watched |= {"kl/target": found.to_target, "kl/base": found.to_base}
         return sums, {
             **metrics,
-            "advantage": Mean(expected.detach().sum(), tokens),
-            "entropy": Mean(entropy, tokens),
-            "mass_in_support": Mean(mass, tokens),
+            **{name: Mean(values.sum(), tokens) for name, values in watched.items()},
             "response_tokens": Mean(lengths.sum(), (lengths > 0).sum()),
         }
+
+    def _expected(self, logits: Tensor, batch: Batch) -> Regularized:
+        """Return the paper's objective of each generated token; it has neither target nor base."""
+        teacher = batch.teacher
+        assert teacher is not None
+        assert teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
+        ids, advantages = teacher.ids, teacher.values
+        if logits.shape[-1] < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
+            ids, advantages = inside(ids, advantages, logits.shape[-1], nothing=0.0)
+        if self.config.floor > 0:
+            advantages = floored(advantages, teacher.teacher_logps, self.config.floor)
+        expected = expected_advantage(logits, ids, advantages)
+        with torch.no_grad():
+            mass = support_mass(logits, *inside(teacher.ids, teacher.teacher_logps, logits.shape[-1]))
+            nothing = torch.zeros_like(mass)
+            return Regularized(expected, expected.detach(), nothing, nothing, mass, entropies(logits))
+
+    def _regularized(self, logits: Tensor, batch: Batch) -> Regularized:
+        """Return the objective of each generated token with a KL to the base."""
+        teacher, config = batch.teacher, self.config
+        assert teacher is not None
+        assert teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
+        ids, teacher_logps = inside(teacher.ids, teacher.teacher_logps, logits.shape[-1])
+        start = None
+        if self.needs.reference:
+            rows = slice(batch.num_tokens(0), None)
+            start = gather_logps(self.reference_logits(batch)[rows], ids)
+        how = Regularizer(
+            config.kl_weight,
+            config.kl_reference,
+            config.target_temperature,
+            self.cache_beta,
+            config.floor,
+            config.rest_advantage == "tails",
+        )
+        return regularized_advantage(logits, ids, teacher.values, teacher_logps, start, how)

@@ -248,13 +248,41 @@ def dckd_spans(world: World, sequence, entry) -> list[float]:
     return found
 
 
+def regularized(world: World, before: int, ids, advantages, teacher_logps) -> float:
+    """By way of the optimum: tau T (log Z - KL(pi || pi*)), pi* normalized by hand."""
+    config, rest_of = world.config, lambda p, least: max(1 - sum(p), least)
+    advantages, teacher = [float(a) for a in advantages], [math.exp(float(x)) for x in teacher_logps]
+    theirs = [min(t / math.exp(a), 1.0) for t, a in zip(teacher, advantages, strict=True)]
+    kept = [0.0 if t < config.floor and a > 0 else a for t, a in zip(teacher, advantages, strict=True)]
+    tails = math.log(rest_of(teacher, 1e-3) / rest_of(theirs, 1e-3))
+    tails = 0.0 if rest_of(teacher, 1e-3) < config.floor and tails > 0 else tails
+    kept.append(tails if config.rest_advantage == "tails" else 0.0)
+    student = [world.p("policy", before)[int(i)] for i in ids]
+    base, least = {"teacher": (teacher, 1e-3), "reference_teacher": (theirs, 1e-3), "start": (None, 0)}[
+        config.kl_reference
+    ]
+    if base is None:
+        base = [world.p("reference", before)[int(i)] for i in ids]
+    base, student = [*base, rest_of(base, least)], [*student, 1 - sum(student)]
+    power = 1 / config.target_temperature
+    weights = [(b * math.exp(a / config.kl_weight)) ** power for b, a in zip(base, kept, strict=True)]
+    divergence = sum(p * math.log(p * sum(weights) / w) for p, w in zip(student, weights, strict=True))
+    return config.kl_weight / power * (math.log(sum(weights)) - divergence)
+
+
 def adpa(world: World) -> float:
     config, total, count = world.config, 0.0, 0
     for item in world.items:
         entry = item.entries[1]
-        for (before, _), ids, advantages in zip(world.steps(item.sequences[1]), entry.ids, entry.values, strict=True):
-            total += sum(world.p("policy", before)[int(i)] * float(a) for i, a in zip(ids, advantages, strict=True))
+        for (before, _), *found in zip(
+            world.steps(item.sequences[1]), entry.ids, entry.values, entry.teacher_logps, strict=True
+        ):
             count += 1
+            if config.is_regularized:
+                total += regularized(world, before, *found)
+            else:
+                p, (ids, advantages, _) = world.p("policy", before), found
+                total += sum(p[int(i)] * float(a) for i, a in zip(ids, advantages, strict=True))
     return config.sft_weight * world.nll() - config.gamma * total / count
 
 
