@@ -276,3 +276,48 @@ def chunked_risk(
 def row_sums(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """Sum values [N] by their row index [N] into [num_rows]."""
     return torch.zeros(num_rows, dtype=values.dtype, device=values.device).index_add(0, rows, values)
+
+
+def tempered_entries(teacher_logps: Tensor, temperature: float, tail: str) -> Tensor:
+    """Return a teacher's entries [N, K] at another temperature, of log-probabilities [N, K] with -inf where there is
+    none.
+
+    tail `renormalize`: p_i^(1/T) over their sum, exact. `bucket`: the rest is one event of which nobody knows how it is
+    shared out. It is taken to be made of tokens as probable as the least one kept (or to be one token, where it holds
+    less): the most that it can have at T < 1, so that each entry is a lower bound. At T = 1 nothing changes; at T > 1
+    the rest would be bounded from nowhere above, which is refused.
+    """
+    if tail not in ("bucket", "renormalize") or (tail == "bucket" and temperature > 1):
+        raise ValueError(f"entries cannot be tempered by {temperature} with tail={tail!r}")
+    power, absent = 1.0 / temperature, teacher_logps == -math.inf
+    wide = teacher_logps.double()
+    raised = wide * power
+    if tail == "bucket":
+        rest = (1.0 - wide.exp().sum(-1, keepdim=True)).clamp_min(1e-12).log()
+        least = wide.masked_fill(absent, math.inf).amin(-1, keepdim=True)
+        raised = torch.cat([raised, rest + (power - 1.0) * torch.minimum(rest, least)], dim=-1)
+    else:
+        raised = raised.masked_fill(absent.all(-1, keepdim=True), 0.0)  # no entry: no number to divide by
+    normalized = raised - raised.logsumexp(-1, keepdim=True)
+    return normalized[:, : teacher_logps.shape[-1]].masked_fill(absent, -math.inf)
+
+
+def tempered_token_logps(logits: Tensor, targets: Tensor, temperature: float, chunk: int | None = None) -> Tensor:
+    """Return log of softmax(logits / temperature) at each token [N]."""
+    if temperature == 1:
+        return token_logps(logits, targets, chunk)
+    ids = targets.unsqueeze(-1)
+    return _chunked(lambda part, at: _gather(_wide(part) / temperature, at), logits, (ids,), chunk, held=2).squeeze(-1)
+
+
+def tempered_jsd(
+    logits: Tensor, teacher_logits: Tensor, beta: float, temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Return generalized_jsd [N] to softmax(teacher_logits / teacher_temperature); `temperature` divides both sides."""
+    if teacher_temperature == 1:
+        return generalized_jsd(logits, teacher_logits, beta, temperature)
+
+    def jsd(part: Tensor, other: Tensor) -> Tensor:
+        return _jsd(part, _wide(other) / teacher_temperature, beta, temperature)
+
+    return _chunked(jsd, logits, (teacher_logits,), None, held=9)

@@ -22,7 +22,12 @@ OPTIONS = {
         f"{REGULARIZED} loss.kl_reference=teacher loss.sft_weight=0 loss.kl_weight=2.0",
         f"{REGULARIZED} loss.kl_reference=start loss.kl_weight=2.0 loss.target_temperature=0.3",
     ],
-    "dckd": [BYTES, f"{BYTES} loss.span_loss=uld"],
+    "dckd": [
+        BYTES,
+        f"{BYTES} loss.span_loss=uld",
+        "loss.teacher_temperature=0.3 loss.sft_weight=0",
+        "loss.tail=renormalize loss.teacher_temperature=2.0",
+    ],
     "dpo": [
         "loss.divergence=js",
         "loss.divergence=forward_kl",
@@ -47,7 +52,12 @@ OPTIONS = {
         "loss.reduction=token_mean loss.clip=0.5",
         "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4",
     ],
-    "gkd": ["loss.beta=0", "loss.beta=1", "loss.beta=0.3 loss.temperature=2.0"],
+    "gkd": [
+        "loss.beta=0",
+        "loss.beta=1",
+        "loss.beta=0.3 loss.temperature=2.0",
+        "loss.beta=0.4 loss.teacher_temperature=0.3",
+    ],
     "reward-weighted-distill": [
         f"loss.teachers=[a,b] loss.kl_weight=0.7 loss.divergence={name}" for name in ("forward", "reverse", "jsd")
     ],
@@ -56,7 +66,7 @@ PLAIN = {"sppo-hard": "loss.beta=0.1"}  # its default asks for log-ratios of 500
 CASES = [(name, PLAIN.get(name, "")) for name in LOSSES] + [
     (name, option) for name, options in OPTIONS.items() for option in options
 ]
-LAID_OUT = ("adpa",)  # whose options are held against other layouts, too
+LAID_OUT = ("adpa", "dckd", "gkd")  # whose options are held against other layouts, too
 # Where a gradient is stopped, the slope of the value is not the gradient: tests of their own hold these.
 STOPPED = [
     (n, o) for n, o in CASES if (n in ("tdpo", "ra-dpo") and "variant=1" not in o) or (n == "aot" and "unpaired" in o)

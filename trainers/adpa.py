@@ -120,7 +120,8 @@ class ADPA(BasicTrainer):
     )
     regularized_formula = (
         "{sft_weight} NLL(y_w) − {gamma} · {reduction} of E_π[A + {kl_weight} log b] + "
-        "{kl_weight}·{target_temperature} H(π) on ŷ, whose optimum is (b exp(A/{kl_weight}))^(1/{target_temperature}), on the teacher's top k and the "
+        "{kl_weight}·{target_temperature} "
+        "H(π) on ŷ, whose optimum is (b exp(A/{kl_weight}))^(1/{target_temperature}), on the teacher's top k and the "
         "rest (its A: {rest_advantage}), b of the {kl_reference}, A = log π_dpo/π_ref, positive A dropped where "
         "π_dpo(a) < {floor}"
     )

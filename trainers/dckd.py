@@ -12,7 +12,16 @@ from torch import Tensor
 
 from dataloader import Example, TopK
 from engine.metrics import Mean
-from functional import event_kl, inside, row_sums, sorted_distance, support_mass, token_logps, topk_kl
+from functional import (
+    event_kl,
+    inside,
+    row_sums,
+    sorted_distance,
+    support_mass,
+    tempered_entries,
+    token_logps,
+    topk_kl,
+)
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -29,6 +38,7 @@ class DCKDConfig(CachedTeachersConfig):
     chosen_weight: float
     rejected_weight: float
     tail: str
+    teacher_temperature: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,12 +47,31 @@ class DCKDConfig(CachedTeachersConfig):
             self.alignment == "ids" or self.tail == "bucket",
             f"loss.tail={self.tail}: a span is one event and its complement, so loss.alignment=bytes needs tail=bucket",
         )
+        check_teacher_temperature(self.teacher_temperature, self.tail, self.alignment)
         for key in ("sft_weight", "chosen_weight", "rejected_weight"):
             require(getattr(self, key) >= 0, f"loss.{key}={getattr(self, key)} must not be negative")
         require(
             self.sft_weight + self.chosen_weight + self.rejected_weight > 0,
             "every weight of loss=dckd is 0: set loss.sft_weight, loss.chosen_weight or loss.rejected_weight",
         )
+
+
+def check_teacher_temperature(temperature: float, tail: str, alignment: str) -> None:
+    """Refuse to temper what is not known well enough: a truncated distribution has lost how its rest is shared out."""
+    said = f"loss.teacher_temperature={temperature}"
+    require(temperature > 0, f"{said} must be above 0")
+    if temperature == 1:
+        return
+    require(
+        alignment == "ids",
+        f"{said} with loss.alignment=bytes: of a span the cache has one probability, of several tokens. Leave it at 1",
+    )
+    require(tail != "truncate", f"{said} with loss.tail=truncate: nobody knows the sum to divide by. Use renormalize")
+    require(
+        temperature < 1 or tail == "renormalize",
+        f"{said} with loss.tail=bucket: above 1 the mass outside of the cached entries cannot be bounded. Use "
+        "loss.tail=renormalize, which is exact on the entries kept",
+    )
 
 
 class DCKD(BasicTrainer):
@@ -67,6 +96,9 @@ class DCKD(BasicTrainer):
         elif len(names) > 1:
             shares = ", ".join(f"{share:.3g} {name}" for name, share in config.weights.items())
             said += f"; π_dpo: the mixture of {config.mixture} ({shares})"
+        if config.teacher_temperature != 1:
+            rest = ", the rest as if made of tokens like the least one kept" if config.tail == "bucket" else ""
+            said += f"; π_dpo^(1/{config.teacher_temperature}), normalized on the entries kept{rest}"
         if config.alignment == "bytes":
             kind = {"kl": "KL of matching tokens and of span probabilities", "uld": "distance of sorted probabilities"}
             said += f"; aligned by bytes: the mean is over aligned spans, of the {kind[config.span_loss]}"
@@ -125,6 +157,9 @@ class DCKD(BasicTrainer):
         if width < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
             ids, values = inside(teacher.ids, teacher.values, width)
             teacher = teacher._replace(ids=ids, values=values)
+        if self.config.teacher_temperature != 1:
+            values = tempered_entries(teacher.values, self.config.teacher_temperature, self.config.tail)
+            teacher = teacher._replace(values=values)
         halves = (slice(0, split), slice(split, None))
         chosen, rejected = (
             self.divergence(out.logits[rows], out.targets[rows], _part(teacher, rows)) for rows in halves

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dataloader import Example, Tokens
 from engine.metrics import Mean
-from functional import entropies, generalized_jsd
+from functional import entropies, tempered_jsd
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
@@ -31,12 +31,14 @@ class GKDConfig:
     on_policy: float
     beta: float
     temperature: float
+    teacher_temperature: float
     max_new_tokens: int
 
     def __post_init__(self) -> None:
         for key in ("on_policy", "beta"):
             require(0 <= getattr(self, key) <= 1, f"loss.{key}={getattr(self, key)} must be in [0, 1]")
         require(self.temperature > 0, f"loss.temperature={self.temperature} must be above 0")
+        require(self.teacher_temperature > 0, f"loss.teacher_temperature={self.teacher_temperature} must be above 0")
         require(self.max_new_tokens >= 1, f"loss.max_new_tokens={self.max_new_tokens} must be at least 1")
 
 
@@ -47,7 +49,8 @@ class GKD(BasicTrainer):
     Config = GKDConfig
     needs = Needs("responses", teacher="live")
     formula = (
-        "mean over response tokens of the generalized JSD({beta}) of teacher and student at temperature {temperature}; "
+        "mean over response tokens of the generalized JSD({beta}) of teacher (its logits over {teacher_temperature}) "
+        "and student at temperature {temperature}; "
         "responses: a share "
         "{on_policy} the student's own, the rest the data's"
     )
@@ -102,7 +105,8 @@ class GKD(BasicTrainer):
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the divergence's sum."""
         wanted = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size).logits
-        divergence = generalized_jsd(out.logits, wanted, self.config.beta, self.config.temperature)
+        config = self.config
+        divergence = tempered_jsd(out.logits, wanted, config.beta, config.temperature, config.teacher_temperature)
         tokens, real = len(divergence), batch.supervised(0)
         with torch.no_grad():
             spread = entropies(out.logits).sum()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataloader import Sequences, Tokens, collate
 from engine.metrics import Mean
-from functional import entropies, token_logps
+from functional import entropies, tempered_token_logps, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -39,6 +39,7 @@ class OPDConfig(RolloutConfig):
     min_coverage: float
     discount: float
     clip: float
+    teacher_temperature: float
     is_online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
     has_rewards = False
     verifier = None
@@ -49,6 +50,7 @@ class OPDConfig(RolloutConfig):
         one_of("loss.alignment", self.alignment, ("ids", "bytes"))
         require(0 <= self.min_coverage <= 1, f"loss.min_coverage={self.min_coverage} must be in [0, 1]")
         require(0 <= self.discount <= 1, f"loss.discount={self.discount} must be in [0, 1]")
+        require(self.teacher_temperature > 0, f"loss.teacher_temperature={self.teacher_temperature} must be above 0")
         require(0 < self.clip < 1, f"loss.clip={self.clip} must be in (0, 1)")
 
 
@@ -94,7 +96,9 @@ class OPD(RolloutTrainer):
     def objective(self) -> str:
         """Return the formula with the run's numbers, and how another tokenizer's teacher is asked."""
         by_bytes = "; y_s are spans of text that both tokenizers have, each token of one gets its reward"
-        return super().objective() + (by_bytes if self.aligns_bytes else "")
+        sharp = self.config.teacher_temperature
+        tempered = f"; the teacher's logits are divided by {sharp}" if sharp != 1 else ""
+        return super().objective() + tempered + (by_bytes if self.aligns_bytes else "")
 
     def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
         """Return the teacher."""
@@ -112,7 +116,7 @@ class OPD(RolloutTrainer):
         batch = self.batch_of(items)
         response = batch.sequences.response
         asked = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size)
-        logps = self.token_logps_of(self.policy, batch.sequences), token_logps(asked.logits, asked.targets)
+        logps = self.token_logps_of(self.policy, batch.sequences), self._teacher_logps(asked)
         own, teacher = (by_row(values.float(), response) for values in logps)
         notes = torch.stack([own, distillation_advantages(own, teacher, self.config.discount)], dim=-1).cpu().numpy()
         lengths = response.sum(dim=1).tolist()
@@ -121,6 +125,10 @@ class OPD(RolloutTrainer):
             for i, (item, length) in enumerate(zip(items, lengths, strict=True))
         ]
 
+    def _teacher_logps(self, asked: ResponseLogits) -> Tensor:
+        """Return the teacher's log-probability of each sampled token, at its temperature."""
+        return tempered_token_logps(asked.logits, asked.targets, self.config.teacher_temperature)
+
     def _noted_by_bytes(self, items: list[Item]) -> list[Item]:
         teacher, tokenizer = self.frozen_models["teacher"], self.frozen_tokenizers["teacher"]
         between, batch = translation(self.tokenizer, tokenizer), self.batch_of(items)
@@ -128,7 +136,7 @@ class OPD(RolloutTrainer):
         check_coverage(found, self.config.min_coverage)
         sequences = Sequences(*(part.to(batch.sequences.ids.device) for part in collate(asked, tokenizer.pad_token_id)))
         out = teacher_logits(teacher, sequences, len(tokenizer))
-        flat = token_logps(out.logits, out.targets), self.token_logps_of(self.policy, batch.sequences)
+        flat = self._teacher_logps(out), self.token_logps_of(self.policy, batch.sequences)
         lengths = [sum(tokens.response) for tokens in asked], batch.sequences.response.sum(dim=1).tolist()
         rows = zip(*(f.float().cpu().split(n) for f, n in zip(flat, lengths, strict=True)), items, found, strict=True)
         return [item._replace(notes=self._notes(own.numpy(), theirs.numpy(), a)) for theirs, own, item, a in rows]

@@ -232,8 +232,20 @@ def dckd_tokens(world: World, sequence, entry) -> list[float]:
             ranks = [*zip(top, other, strict=True), (1 - sum(top), 1 - sum(other))]
             found.append(sum(abs(s - t) for s, t in ranks))
         else:
-            found.append(bucket_kl([t for _, t in there], [p[i] for i, _ in there]))
+            student, teacher = [p[i] for i, _ in there], [t for _, t in there]
+            found.append(tempered_kl(world.config, teacher, student))
     return found
+
+
+def tempered_kl(config, teacher: list[float], student: list[float]) -> float:
+    power, least, rest = 1 / config.teacher_temperature, min(teacher), 1 - sum(teacher)
+    if config.tail == "renormalize":
+        teacher, student = [t**power for t in teacher], [s / sum(student) for s in student]
+        return sum(t / sum(teacher) * math.log(t / sum(teacher) / s) for t, s in zip(teacher, student, strict=True))
+    # the rest as `rest / least` tokens of the least one's probability, or one token where it holds less
+    rest = rest / least * least**power if rest > least else rest**power
+    total = sum(t**power for t in teacher) + rest
+    return bucket_kl([t**power / total for t in teacher], student)
 
 
 def dckd_spans(world: World, sequence, entry) -> list[float]:
@@ -364,9 +376,8 @@ def gkd(world: World) -> float:
     config, losses = world.config, []
     for item in world.items:
         for before, _ in world.steps(item.sequences[0]):
-            student, teacher = (
-                tempered(world.p(model, before), config.temperature) for model in ("policy", "teacher 0")
-            )
+            student = tempered(world.p("policy", before), config.temperature)
+            teacher = tempered(world.p("teacher 0", before), config.temperature * config.teacher_temperature)
             losses.append(jsd(student, teacher, config.beta))
     return sum(losses) / len(losses)
 
