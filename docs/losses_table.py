@@ -25,6 +25,7 @@ TEACHER = {
     "": "",
     "logprob": "; teacher cache",
     "advantage": "; generations and an advantage cache",
+    "value": "; a cache of the teacher's values, or of log-probabilities",
     "live": "; live teachers",
 }
 

@@ -5,6 +5,12 @@ LOSS_CASES: dict[str, list[str]] = {
     "csft": ["C_halos_sft/sft"],
     "dckd": ["D_dckd_kl/aligned", "D_adpa_full/dckd_both_plus_sft", "D_gold_uld/uld_sorted"],
     "adpa": ["D_adpa_margin/adpa_unclamped", "D_adpa_margin/margins_full_vocab_truth"],
+    "tvkd": [
+        "D_tvkd/sum_teacher_value",
+        "D_tvkd/max",
+        "D_tvkd/shipped_config_entropy",
+        "D_tvkd/sum_teacher_and_student_value_gamma0.9",
+    ],
     "dpo": [
         "B_adpa_dpo_family/sigmoid",
         "B_trl_dpo_logits/sigmoid",

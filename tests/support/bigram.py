@@ -30,6 +30,7 @@ PATHS = {
     "dckd": ["loss.teacher_cache=none"],
     "adpa": ["loss.generations=none", "loss.advantages=none"],
     "gkd": ["loss.teacher=none"],
+    "tvkd": ["loss.teacher_cache=none"],
     "opd": ["loss.teacher=none"],
     "ppo": ["loss.verifier=worlds.shop:check"],
     "grpo": ["loss.verifier=worlds.shop:check"],
@@ -117,6 +118,14 @@ def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
         drawn = [[entries(side, rng, False) for side in (e.chosen, e.rejected)] for e in examples()]
         drawn = [[on_spans(entry, rng) if by_bytes else entry for entry in both] for both in drawn]
         return [Item((e.chosen, e.rejected), tuple(both)) for e, both in zip(examples(), drawn, strict=True)]
+    if name == "tvkd":
+        wide = trainer.config.value != "logits"
+        drawn = [[entries(side, rng, False) for side in (e.chosen, e.rejected)] for e in examples()]
+        first = lambda entry: Entry(entry.ids[:, :1], 3 * entry.values[:, :1], entry.tail)  # noqa: E731
+        return [
+            Item((e.chosen, e.rejected), tuple(entry if wide else first(entry) for entry in both))
+            for e, both in zip(examples(), drawn, strict=True)
+        ]
     if name == "adpa":
         return [Item((e.chosen, e.rejected), (None, entries(e.rejected, rng, True))) for e in examples()]
     if (

@@ -260,6 +260,46 @@ def dckd_spans(world: World, sequence, entry) -> list[float]:
     return found
 
 
+def state_value(world: World, before: int, ids, logps) -> float:
+    config = world.config
+    if config.value == "logits":
+        return config.shaping_weight * float(logps[0])
+    teacher = [math.exp(float(x)) for x in logps]
+    student = [world.p("policy", before)[int(i)] for i in ids]
+    teacher, student = [*teacher, 1 - sum(teacher)], [*student, 1 - sum(student)]
+    weight, other, sharp = config.shaping_weight, config.student_weight, config.value_temperature
+    if config.value == "lse":
+        total = sum((t**weight * s**other) ** (1 / sharp) for t, s in zip(teacher, student, strict=True))
+        return sharp * math.log(total)
+    top = sorted((weight * math.log(t) for t in teacher), reverse=True)
+    entropy = -sum(s * math.log(s) for s in student)
+    return {
+        "max": top[0],
+        "margin": top[0] - top[1],
+        "student_entropy": entropy,
+        "student_expectation": -entropy,
+    }[config.value]
+
+
+def tvkd(world: World) -> float:
+    config, losses = world.config, []
+    for item, pair in zip(world.items, world.pairs(), strict=True):
+        scores = []
+        for side, entry in zip((pair.w, pair.l), item.entries, strict=True):
+            steps = world.steps(side)
+            values = [
+                state_value(world, before, *found)
+                for (before, _), *found in zip(steps, entry.ids, entry.values, strict=True)
+            ]
+            later = values[1:]
+            if config.form == "shaped":
+                scores.append(config.beta * world.ratio(side) + config.discount * sum(later) - sum(values[:-1]))
+            else:
+                scores.append(world.logp("policy", side) - config.discount * sum(later))
+        losses.append(-LOG_SIGMOID(scores[0] - scores[1]))
+    return sum(losses) / len(losses) + config.nll_weight * world.nll()
+
+
 def regularized(world: World, before: int, ids, advantages, teacher_logps) -> float:
     """By way of the optimum: tau T (log Z - KL(pi || pi*)), pi* normalized by hand."""
     config, rest_of = world.config, lambda p, least: max(1 - sum(p), least)
@@ -404,6 +444,7 @@ TWINS: dict[str, Callable[[World], float]] = {
     "csft": World.nll,
     "dckd": dckd,
     "adpa": adpa,
+    "tvkd": tvkd,
     "dpo": paired(dpo),
     "cdpo": paired(dpo),
     "robust-dpo": paired(robust),
