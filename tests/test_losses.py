@@ -34,6 +34,7 @@ OPTIONS = {
         "loss.divergence=alpha loss.alpha=0.3",
         "loss.margin=0.4 loss.nll_weight=0.2",
         "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4",
+        "loss.ld_alpha=0.4",
     ],
     "tvkd": [
         "loss.value=lse loss.shaping_weight=0.7 loss.value_temperature=2.0 loss.discount=0.9 loss.nll_weight=0.2",
@@ -73,7 +74,7 @@ PLAIN = {"sppo-hard": "loss.beta=0.1"}  # its default asks for log-ratios of 500
 CASES = [(name, PLAIN.get(name, "")) for name in LOSSES] + [
     (name, option) for name, options in OPTIONS.items() for option in options
 ]
-LAID_OUT = ("adpa", "tvkd", "dckd", "gkd")  # whose options are held against other layouts, too
+LAID_OUT = ("adpa", "dpo", "tvkd", "dckd", "gkd")  # whose options are held against other layouts, too
 # Where a gradient is stopped, the slope of the value is not the gradient: tests of their own hold these.
 STOPPED = [
     (n, o) for n, o in CASES if (n in ("tdpo", "ra-dpo") and "variant=1" not in o) or (n == "aot" and "unpaired" in o)

@@ -3,6 +3,8 @@
 B pairs of a micro-batch.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,7 @@ class BCO(WholeBatchTrainer):
     """Unit: pairs. The shift is the mean reward of all pairs seen so far, this global batch included."""
 
     config: BetaConfig
-    Config = BetaConfig
+    Config: ClassVar[type] = BetaConfig
     formula = (
         "mean over pairs of −log σ({beta}u − δ) − log σ(δ − {beta}v), δ the running mean of the rewards "
         "{beta}u and {beta}v"

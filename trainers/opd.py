@@ -8,7 +8,7 @@ whole distribution.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class OPD(RolloutTrainer):
 
     VERSION = 2
     config: OPDConfig
-    Config = OPDConfig
+    Config: ClassVar[type] = OPDConfig
     needs = Needs("prompts", teacher="live")
     formula = (
         "mean over tokens of the student's responses of max(−Aρ, −A·clip(ρ, 1 ± {clip})), ρ = π_θ/π_old, "
@@ -118,12 +118,16 @@ class OPD(RolloutTrainer):
         asked = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size)
         logps = self.token_logps_of(self.policy, batch.sequences), self._teacher_logps(asked)
         own, teacher = (by_row(values.float(), response) for values in logps)
-        notes = torch.stack([own, distillation_advantages(own, teacher, self.config.discount)], dim=-1).cpu().numpy()
+        notes = torch.stack([own, self.advantages(own, teacher)], dim=-1).cpu().numpy()
         lengths = response.sum(dim=1).tolist()
         return [
             item._replace(notes=np.ascontiguousarray(notes[i, :length]))
             for i, (item, length) in enumerate(zip(items, lengths, strict=True))
         ]
+
+    def advantages(self, own: Tensor, teacher: Tensor) -> Tensor:
+        """Return the advantages of rows [B, T] of both models' log-probabilities, 0 behind a response."""
+        return distillation_advantages(own, teacher, self.config.discount)
 
     def _teacher_logps(self, asked: ResponseLogits) -> Tensor:
         """Return the teacher's log-probability of each sampled token, at its temperature."""

@@ -16,6 +16,7 @@ LOSS_CASES: dict[str, list[str]] = {
         "B_trl_dpo_logits/sigmoid",
         "B_trl_dpo_logits/wpo",
         "B_trl_dpo_logits/js",
+        "B_trl_dpo_logits/ld_dpo",
         "C_halos_paired/dpo_humanline",
     ],
     "cdpo": ["B_adpa_dpo_family/sigmoid__label_smoothing", "C_halos_paired/cdpo"],
@@ -42,7 +43,7 @@ LOSS_CASES: dict[str, list[str]] = {
     "tdpo": ["C_radpo/tdpo1", "C_radpo/tdpo2"],
     "ra-dpo": ["C_radpo/ra_dpo1_cl0.95_nosplit", "C_radpo/ra_dpo2_cl0.99_nosplit", "C_radpo/ra_dpo2_cl0.95_split"],
     "kto": ["C_halos_kto/kto_weighted", "B_trl_kto/kto_weighted", "C_halos_kto/kto_humanline"],
-    "kto-zero": ["C_radpo_kto/kto_zero"],
+    "kto-zero": ["C_radpo_kto/kto_zero", "B_trl_kto/apo_zero_unpaired"],
     "bradley-terry": ["C_halos_bradley_terry/bt", "B_reward_pair/pairwise_margin"],
     "ppo": ["C_halos_ppo/halos", "C_halos_ppo/halos_wide", "C_halos_ppo/halos_humanline"],
     "grpo": ["C_halos_grpo/grpo", "C_halos_grpo/grpo_wide", "C_halos_grpo/grpo_humanline"],
@@ -55,7 +56,10 @@ LOSS_CASES: dict[str, list[str]] = {
     "opd": [
         "D_opd_minillm/opd_per_token_advantage",
         "D_opd_minillm/opd_discounted_future_sum",
+        "D_opd_minillm/minillm_advantage_gamma1.0_noln",
         "D_opd_minillm/opd_policy_gradient_loss",
     ],
+    "iw-opd": ["D_opd_minillm/iw_opd_gamma0.0", "D_opd_minillm/iw_opd_gamma1.0"],
+    "mpo": ["B_trl_dpo_logits/mpo_mix"],
     "reward-weighted-distill": ["C_halos_sft/sft", "D_gkd_jsd/gjsd_beta0.0_T1.0"],
 }

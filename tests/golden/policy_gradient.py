@@ -6,6 +6,7 @@ from torch import Tensor
 from functional import generalized_jsd, token_logps
 from tests.golden.common import Outputs, Skip, Variant, gradient, response_tokens
 from trainers.grpo import group_advantages, grpo_losses, reference_kl
+from trainers.iw_opd import prefix_weights
 from trainers.opd import distillation_advantages
 from trainers.policy_gradient import clipped_losses, discounted_sums
 from trainers.ppo import gae, value_losses, whitened
@@ -116,6 +117,17 @@ def opd(variant: Variant) -> Outputs:
             return {"reverse_kl": divergence}
         loss = divergence[mask].mean()
         return {"loss": loss, "grad_student_logits": gradient(loss, student)}
+    if name.startswith("iw_opd"):
+        plain = distillation_advantages(own, teacher, 0.0)
+        weights = prefix_weights(plain, params["iw_opd_gamma"], params["iw_opd_epsilon"])
+        logps = token_logps(student[mask], inputs["completion_ids"][mask])
+        outputs: Outputs = {"loss": -(logps * (weights * plain)[mask]).mean()}
+        if "grad_student_logits" in variant["outputs"]:  # of ours at ratio 1, see opd_policy_gradient_loss
+            ours = clipped_losses(logps - logps.detach(), (weights * plain)[mask], 0.2).mean()
+            outputs["grad_student_logits"] = gradient(ours, student)
+        return outputs
+    if name in ("minillm_advantage_gamma1.0_noln", "minillm_advantage_gamma0.0_ln"):  # where quirk 31 changes nothing
+        return {"advantages": distillation_advantages(own, teacher, params["gamma"])}
     if name.startswith("minillm_advantage"):
         raise Skip("quirk 31: gamma to the absolute position, padding unmasked")
     raise Skip(f"not a method of ours: {name.split('_beta')[0]}")

@@ -11,7 +11,7 @@ from functional import full_kl, gather_logps, log_collision, row_sums, token_log
 from tests.golden.common import Outputs, Skip, Variant, forward_pair, gradient, response_tokens
 from trainers.aot import partners
 from trainers.bco import bco_loss
-from trainers.dpo import divergence_score, dpo_loss, wpo_weights
+from trainers.dpo import divergence_score, dpo_loss, shared_length_weights, wpo_weights
 from trainers.kto import kto_loss
 from trainers.log_ratio import (
     apo_down_loss,
@@ -24,6 +24,7 @@ from trainers.log_ratio import (
     robust_dpo_loss,
     sppo_loss,
 )
+from trainers.mpo import mpo_loss
 from trainers.paired import humanline, logistic_loss
 from trainers.reference_free import log_odds, orpo_loss, simpo_loss, slic_loss
 from trainers.token_level import cvar, quantile, reference_risk, tdpo_loss
@@ -147,21 +148,26 @@ def b_trl_dpo(variant: Variant) -> Outputs:
     params, inputs, name = variant["params"], variant["inputs"], variant["name"]
     if name == "sigmoid_label_smoothing_ignored":
         raise Skip("quirk 22: label_smoothing is ignored by sigmoid")
-    if name in ("mpo_mix", "ld_dpo"):
-        raise Skip(f"{NOT_OURS}: {name}")
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     policy = inputs["policy_logits"].requires_grad_()
     sums, tokens = [], None
     for logits in (policy, inputs["reference_logits"]):
         flat, targets, rows = response_tokens(logits, labels)
         logps = token_logps(flat, targets)
+        if "ld_alpha" in params:
+            logps = shared_length_weights(rows, len(labels) // 2, params["ld_alpha"]) * logps
         sums += row_sums(logps, rows, len(labels)).chunk(2)
         tokens = tokens or row_sums(torch.ones_like(logps), rows, len(labels)).chunk(2)
     c, r, rc, rr = sums
     u, v = c - rc, r - rr
     assert tokens is not None
     kind = params["loss_type"]
-    if kind == "sft":
+    if name == "mpo_mix":  # quirk 19: its bco_pair has no shift
+        flat, targets, rows = response_tokens(policy, labels)
+        nll = -token_logps(flat, targets)[rows < len(labels) // 2].mean()
+        weights = params["loss_weights"]
+        loss = mpo_loss(u, v, params["beta"], 0.0, *weights[:2]).mean() + weights[2] * nll
+    elif kind == "sft":
         flat, targets, rows = response_tokens(policy, labels)
         logps = token_logps(flat, targets)
         loss = -logps[rows < len(labels) // 2].mean()
@@ -307,7 +313,7 @@ def kto_outputs(
     _, other, other_rows = token_ratios(inputs, "KL_", other_labels)
     ratio_sums = row_sums(humanline(ratios, clip(params)), rows, len(labels))
     point = row_sums(humanline(other, clip(params)), other_rows, len(other_labels)).mean().clamp_min(0).detach()
-    if variant["name"].startswith("kto_zero"):
+    if variant["name"].startswith(("kto_zero", "apo_zero")):
         point = torch.zeros_like(point)
     weights = params["desirable_weight"], params["undesirable_weight"]
     return kto_loss(ratio_sums, desirable.bool(), point, params["beta"], *weights), point, ratio_sums
@@ -335,8 +341,6 @@ def halos_kto(variant: Variant) -> Outputs:
 
 def trl_kto(variant: Variant) -> Outputs:
     inputs = variant["inputs"]
-    if variant["name"] == "apo_zero_unpaired":
-        raise Skip(f"{NOT_OURS}: apo_zero_unpaired")
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     other = inputs["KL_input_ids"].masked_fill(inputs["KL_completion_mask"] == 0, -100)
     losses, _, _ = kto_outputs(variant, labels, other, inputs["label"])

@@ -32,10 +32,11 @@ PATHS = {
     "gkd": ["loss.teacher=none"],
     "tvkd": ["loss.teacher_cache=none"],
     "opd": ["loss.teacher=none"],
+    "iw-opd": ["loss.teacher=none"],
     "ppo": ["loss.verifier=worlds.shop:check"],
     "grpo": ["loss.verifier=worlds.shop:check"],
 }
-FIGURES = {"ppo": 5, "grpo": 3, "opd": 2}  # columns that a rollout notes of each token
+FIGURES = {"ppo": 5, "grpo": 3, "opd": 2, "iw-opd": 2}  # columns that a rollout notes of each token
 
 
 class Bigram(torch.nn.Module):

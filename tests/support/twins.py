@@ -35,14 +35,15 @@ class World:
     def logp(self, model: str, sequence) -> float:
         return sum(math.log(self.p(model, before)[token]) for before, token in self.steps(sequence))
 
-    def ratio(self, sequence) -> float:
+    def ratio(self, sequence, shared: int = 99) -> float:
         bounds = (
             (self.config.log_epsilon_P, self.config.log_epsilon_R)
             if getattr(self.config, "humanline", False)
             else (-9e9, 9e9)
         )
-        parts = (math.log(self.p("policy", b)[t] / self.p("reference", b)[t]) for b, t in self.steps(sequence))
-        return sum(min(max(part, bounds[0]), bounds[1]) for part in parts)
+        parts = [math.log(self.p("policy", b)[t] / self.p("reference", b)[t]) for b, t in self.steps(sequence)]
+        parts = [min(max(part, bounds[0]), bounds[1]) for part in parts]
+        return sum(parts[:shared]) + getattr(self.config, "ld_alpha", 1.0) * sum(parts[shared:])
 
     def mean(self, sequence, value: Callable) -> float:
         return value(sequence) / len(self.steps(sequence))
@@ -55,8 +56,14 @@ class World:
         found = []
         for item in self.items:
             w, l = item.sequences  # noqa: E741
+            shared = min(len(self.steps(w)), len(self.steps(l)))
             pair = SimpleNamespace(
-                w=w, l=l, u=self.ratio(w), v=self.ratio(l), c=self.logp("policy", w), r=self.logp("policy", l)
+                w=w,
+                l=l,
+                u=self.ratio(w, shared),
+                v=self.ratio(l, shared),
+                c=self.logp("policy", w),
+                r=self.logp("policy", l),
             )
             pair.rc, pair.rr = self.logp("reference", w), self.logp("reference", l)
             pair.mc, pair.mr = pair.c / len(self.steps(w)), pair.r / len(self.steps(l))
@@ -134,6 +141,13 @@ def bco(world: World) -> float:
     shift = sum(beta * (p.u + p.v) for p in pairs) / (2 * len(pairs))
     losses = [-LOG_SIGMOID(beta * p.u - shift) - LOG_SIGMOID(-(beta * p.v - shift)) for p in pairs]
     return sum(losses) / len(losses) + world.config.nll_weight * world.nll()
+
+
+def mpo(world: World) -> float:
+    config, pairs = world.config, world.pairs()
+    preference = sum(-LOG_SIGMOID(config.beta * (p.u - p.v)) for p in pairs) / len(pairs)
+    quality = bco(world) - config.nll_weight * world.nll()
+    return config.preference_weight * preference + config.quality_weight * quality + config.nll_weight * world.nll()
 
 
 def orpo(pair, config) -> float:
@@ -455,6 +469,7 @@ TWINS: dict[str, Callable[[World], float]] = {
     "hinge": paired(lambda p, c: max(0.0, 1 - c.beta * (p.u - p.v))),
     "aot": aot,
     "bco": bco,
+    "mpo": mpo,
     "sppo-hard": paired(lambda p, c: (p.u - 0.5 / c.beta) ** 2 + (p.v + 0.5 / c.beta) ** 2),
     "apo-zero": paired(lambda p, c: 1 - SIGMOID(c.beta * p.u) + SIGMOID(c.beta * p.v)),
     "apo-down": paired(lambda p, c: SIGMOID(c.beta * p.u) + 1 - SIGMOID(c.beta * (p.u - p.v))),
@@ -470,6 +485,7 @@ TWINS: dict[str, Callable[[World], float]] = {
     "ppo": ppo,
     "grpo": grpo,
     "opd": opd,
+    "iw-opd": opd,
     "gkd": gkd,
     "reward-weighted-distill": reward_weighted,
 }
