@@ -66,6 +66,7 @@ OPTIONS = {
         "loss.beta=0.3 loss.temperature=2.0",
         "loss.beta=0.4 loss.teacher_temperature=0.3",
     ],
+    "distillm2": ["loss.alpha=0", "loss.alpha=0.6 loss.teacher_weight=0.2"],
     "reward-weighted-distill": [
         f"loss.teachers=[a,b] loss.kl_weight=0.7 loss.divergence={name}" for name in ("forward", "reverse", "jsd")
     ],

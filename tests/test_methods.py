@@ -18,7 +18,7 @@ LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Where a default is meant for large models or long runs, a value at which 20 steps of a tiny one move.
 SETTINGS = {"sppo-hard": ["loss.beta=0.05"], "adpa": ["loss.gamma=0.5"], "gkd": ["loss.on_policy=0"]}
 # Those that learn from rewards have another aim than a falling loss: test_rollouts.py shows that they reach it.
-REWARDED = {"ppo", "grpo", "opd", "iw-opd", "reward-weighted-distill"}
+REWARDED = {"ppo", "grpo", "opd", "iw-opd", "gopd", "reward-weighted-distill"}
 # Options with another objective, which has to fall, too.
 OTHERS = [
     ("adpa", ["loss.objective=regularized", "loss.sft_weight=0"]),
@@ -39,6 +39,7 @@ def test_twenty_steps_lower_the_objective(name, options, chain):
         "dckd": [f"loss.teacher_cache={chain['base']}/cache/CACHE"],
         "adpa": [f"loss.generations={chain['generations']}", f"loss.advantages={chain['base']}/adv/CACHE"],
         "gkd": [f"loss.teacher={chain['base']}/teacher/FINAL"],
+        "distillm2": [f"loss.teacher={chain['base']}/teacher/FINAL"],
         "tvkd": [f"loss.teacher_cache={chain['base']}/cache/CACHE", "loss.value=lse", "loss.value_temperature=2.0"],
     }
     run = [

@@ -115,8 +115,7 @@ class OPD(RolloutTrainer):
             return self._noted_by_bytes(items)
         batch = self.batch_of(items)
         response = batch.sequences.response
-        asked = teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size)
-        logps = self.token_logps_of(self.policy, batch.sequences), self._teacher_logps(asked)
+        logps = self.token_logps_of(self.policy, batch.sequences), self.teacher_logps(batch)
         own, teacher = (by_row(values.float(), response) for values in logps)
         notes = torch.stack([own, self.advantages(own, teacher)], dim=-1).cpu().numpy()
         lengths = response.sum(dim=1).tolist()
@@ -129,8 +128,12 @@ class OPD(RolloutTrainer):
         """Return the advantages of rows [B, T] of both models' log-probabilities, 0 behind a response."""
         return distillation_advantages(own, teacher, self.config.discount)
 
-    def _teacher_logps(self, asked: ResponseLogits) -> Tensor:
-        """Return the teacher's log-probability of each sampled token, at its temperature."""
+    def teacher_logps(self, batch: Batch) -> Tensor:
+        """Return the teacher's log-probability of each sampled token [N]."""
+        return self.tempered_logps(teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size))
+
+    def tempered_logps(self, asked: ResponseLogits) -> Tensor:
+        """Return a teacher's log-probability of each sampled token [N], at loss.teacher_temperature."""
         return tempered_token_logps(asked.logits, asked.targets, self.config.teacher_temperature)
 
     def _noted_by_bytes(self, items: list[Item]) -> list[Item]:
@@ -140,7 +143,7 @@ class OPD(RolloutTrainer):
         check_coverage(found, self.config.min_coverage)
         sequences = Sequences(*(part.to(batch.sequences.ids.device) for part in collate(asked, tokenizer.pad_token_id)))
         out = teacher_logits(teacher, sequences, len(tokenizer))
-        flat = self._teacher_logps(out), self.token_logps_of(self.policy, batch.sequences)
+        flat = self.tempered_logps(out), self.token_logps_of(self.policy, batch.sequences)
         lengths = [sum(tokens.response) for tokens in asked], batch.sequences.response.sum(dim=1).tolist()
         rows = zip(*(f.float().cpu().split(n) for f, n in zip(flat, lengths, strict=True)), items, found, strict=True)
         return [item._replace(notes=self._notes(own.numpy(), theirs.numpy(), a)) for theirs, own, item, a in rows]

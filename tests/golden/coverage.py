@@ -60,6 +60,8 @@ LOSS_CASES: dict[str, list[str]] = {
         "D_opd_minillm/opd_policy_gradient_loss",
     ],
     "iw-opd": ["D_opd_minillm/iw_opd_gamma0.0", "D_opd_minillm/iw_opd_gamma1.0"],
+    "gopd": ["D_opd_minillm/opd_per_token_advantage"],
+    "distillm2": ["D_gkd_jsd/gjsd_beta0.0_T1.0", "D_gkd_jsd/gjsd_beta1.0_T1.0"],
     "mpo": ["B_trl_dpo_logits/mpo_mix"],
     "reward-weighted-distill": ["C_halos_sft/sft", "D_gkd_jsd/gjsd_beta0.0_T1.0"],
 }

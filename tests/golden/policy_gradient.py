@@ -5,6 +5,8 @@ from torch import Tensor
 
 from functional import generalized_jsd, token_logps
 from tests.golden.common import Outputs, Skip, Variant, gradient, response_tokens
+from trainers.distillm2 import skew_kl
+from trainers.gopd import scaled_logps
 from trainers.grpo import group_advantages, grpo_losses, reference_kl
 from trainers.iw_opd import prefix_weights
 from trainers.opd import distillation_advantages
@@ -82,6 +84,9 @@ def gkd_jsd(variant: Variant) -> Outputs:
     tokens = generalized_jsd(
         student[on], inputs["teacher_logits"][on], params["beta"], params.get("temperature", 1.0), chunk=4
     )
+    if params["beta"] in (0.0, 1.0) and params.get("temperature", 1.0) == 1:  # loss=distillm2 at alpha 0
+        reverse = params["beta"] == 1.0
+        torch.testing.assert_close(skew_kl(student[on], inputs["teacher_logits"][on], 0.0, reverse, 3), tokens)
     number = params.get("num_items_in_batch", len(student) if name.endswith("no_labels") else int(on.sum()))
     loss = (
         tokens.sum() if params.get("reduction") == "sum" else tokens.sum() / max(1, number)
@@ -97,6 +102,7 @@ def opd(variant: Variant) -> Outputs:
     mask = inputs["mask"].bool()
     own, teacher = (inputs[f"{who}_token_logps"] * mask for who in ("student", "teacher"))
     if name in ("opd_per_token_advantage", "opd_discounted_future_sum"):
+        teacher = scaled_logps(teacher, own - 1.0, 1.0)  # loss=gopd at reward_scale 1 is the case, whatever pi_ref
         advantages = distillation_advantages(own, teacher, params["discount"])
         if name == "opd_per_token_advantage":
             return {"advantages": advantages, "mean_reverse_kl_estimate": -advantages[mask].mean()}

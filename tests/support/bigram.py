@@ -33,10 +33,12 @@ PATHS = {
     "tvkd": ["loss.teacher_cache=none"],
     "opd": ["loss.teacher=none"],
     "iw-opd": ["loss.teacher=none"],
+    "gopd": ["loss.teacher=none", "loss.reference_teacher=none"],
+    "distillm2": ["loss.teacher=none"],
     "ppo": ["loss.verifier=worlds.shop:check"],
     "grpo": ["loss.verifier=worlds.shop:check"],
 }
-FIGURES = {"ppo": 5, "grpo": 3, "opd": 2, "iw-opd": 2}  # columns that a rollout notes of each token
+FIGURES = {"ppo": 5, "grpo": 3, "opd": 2, "iw-opd": 2, "gopd": 2}  # columns that a rollout notes of each token
 
 
 class Bigram(torch.nn.Module):

@@ -436,6 +436,20 @@ def gkd(world: World) -> float:
     return sum(losses) / len(losses)
 
 
+def distillm2(world: World) -> float:
+    config, total = world.config, 0.0
+    for slot, weight in ((0, config.teacher_weight), (1, config.student_weight)):
+        found = []
+        for item in world.items:
+            for before, _ in world.steps(item.sequences[slot]):
+                first, second = world.p("teacher 0", before), world.p("policy", before)
+                first, second = (first, second) if slot == 0 else (second, first)
+                pairs = [(a, config.alpha * a + (1 - config.alpha) * b) for a, b in zip(first, second, strict=True)]
+                found.append(sum(a * math.log(a / m) for a, m in pairs))
+        total += weight * sum(found) / len(found)
+    return total
+
+
 def reward_weighted(world: World) -> float:
     config, total = world.config, 0.0
     weights = [math.exp(item.label / config.reward_temperature) for item in world.items]
@@ -486,6 +500,8 @@ TWINS: dict[str, Callable[[World], float]] = {
     "grpo": grpo,
     "opd": opd,
     "iw-opd": opd,
+    "gopd": opd,
+    "distillm2": distillm2,
     "gkd": gkd,
     "reward-weighted-distill": reward_weighted,
 }
