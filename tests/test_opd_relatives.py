@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.bigram import items_of, trainer_of
-from trainers.iw_opd import prefix_weights
+from trainers.opd import prefix_weights
 
 
 def test_weights_fall_with_the_share_of_the_disagreement_that_lies_before():

@@ -2,7 +2,8 @@
 
 Its expectation is minus the reverse KL of MiniLLM (arXiv 2306.08543) and on-policy distillation (2306.13649); with a
 discount the later tokens' rewards count, too. One number a token is asked of the teacher, where loss=gkd needs its
-whole distribution.
+whole distribution. Its relatives: loss=iw-opd weighs tokens by the drift before them, loss=gopd scales the reward
+against a reference teacher.
 """
 
 from collections import Counter
@@ -188,3 +189,103 @@ class OPD(RolloutTrainer):
             "response_tokens": Mean(tokens, real.sum()),
             **metrics,
         }
+
+
+@dataclass(frozen=True)
+class IWOPDConfig(OPDConfig):
+    """Values of config/loss/iw-opd.yaml."""
+
+    amplification: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.amplification >= 0, f"loss.amplification={self.amplification} must not be negative")
+        require(
+            self.alignment == "ids",
+            f"loss.alignment={self.alignment}: loss=iw-opd weighs a token by those before it, of one tokenizer. "
+            "Use loss=opd",
+        )
+        require(
+            self.discount == 0,
+            f"loss.discount={self.discount}: loss=iw-opd weighs each token's own advantage. Leave it at 0, or "
+            "use loss=opd",
+        )
+
+
+def prefix_weights(advantages: Tensor, amplification: float, epsilon: float = 1e-8) -> Tensor:
+    """Return 1 + gamma (1 - share of sum |A| that lies before t) of rows [B, T]; zeros behind a row change nothing."""
+    size = advantages.abs()
+    before = size.cumsum(dim=1) - size
+    return 1.0 + amplification * (1.0 - before / size.sum(dim=1, keepdim=True).clamp_min(epsilon))
+
+
+class IWOPD(OPD):
+    """Importance-weighted on-policy distillation (2606.22600): early tokens count more where a prefix drifts.
+
+    A token's advantage is multiplied by w_t = 1 + gamma (1 - sum_{s<t} |A_s| / sum_s |A_s|): 1 + gamma at the first,
+    toward 1 as the disagreement is used up. No gradient goes through w. The weights are those of TRL's trainer, whose
+    golden numbers hold; the clipped ratio is that of loss=opd. Unit: tokens. Slot: the student's response.
+    """
+
+    config: IWOPDConfig
+    Config = IWOPDConfig
+    formula = (
+        "mean over tokens of the student's responses of max(−wAρ, −wA·clip(ρ, 1 ± {clip})), ρ = π_θ/π_old, "
+        "A_t = log π_teacher/π_old(y_t), w_t = 1 + {amplification}(1 − Σ_s<t |A_s| / Σ_s |A_s|)"
+    )
+    source = "2606.22600"
+
+    def advantages(self, own: Tensor, teacher: Tensor) -> Tensor:
+        """Return the weighted advantages of rows [B, T]."""
+        with torch.no_grad():
+            plain = distillation_advantages(own, teacher, 0.0)
+            return prefix_weights(plain, self.config.amplification) * plain
+
+
+@dataclass(frozen=True)
+class GOPDConfig(OPDConfig):
+    """Values of config/loss/gopd.yaml."""
+
+    reference_teacher: Place
+    reward_scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.reward_scale >= 0, f"loss.reward_scale={self.reward_scale} must not be negative")
+        require(
+            self.alignment == "ids",
+            f"loss.alignment={self.alignment}: loss=gopd compares two teachers at the student's own token ids",
+        )
+
+
+def scaled_logps(teacher: Tensor, reference: Tensor, scale: float) -> Tensor:
+    """Return lambda log pi_T + (1 - lambda) log pi_ref of each token [N]; the reward is this less log pi_theta."""
+    return scale * teacher + (1.0 - scale) * reference
+
+
+class GOPD(OPD):
+    """Generalized on-policy distillation (2602.12125): maximize E[lambda log pi_T / pi_ref] - KL(pi_theta || pi_ref).
+
+    A sampled token's reward is lambda (log pi_T - log pi_ref) - (log pi_theta - log pi_ref): that of loss=opd with
+    lambda log pi_T + (1 - lambda) log pi_ref for a teacher. lambda = 1 is loss=opd, above 1 the policy goes beyond the
+    teacher. loss=adpa loss.objective=regularized loss.kl_weight=1/lambda has the same optimum.
+    Unit: tokens. Slot: the student's response.
+    """
+
+    config: GOPDConfig
+    Config = GOPDConfig
+    formula = (
+        "mean over tokens of the student's responses of max(−Aρ, −A·clip(ρ, 1 ± {clip})), ρ = π_θ/π_old, "
+        "A_t = Σ_s≥t {discount}^(s−t) ({reward_scale} log π_T/π_ref − log π_old/π_ref)(y_s)"
+    )
+    source = "2602.12125"
+
+    def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
+        """Return the teacher and the model that it started from."""
+        return {**super().frozen_model_folders(), "reference_teacher": (self.config.reference_teacher, "lm")}
+
+    def teacher_logps(self, batch: Batch) -> Tensor:
+        """Return the scaled teachers' log-probability of each sampled token [N]."""
+        model = self.frozen_models["reference_teacher"]
+        reference = self.tempered_logps(teacher_logits(model, batch.sequences, self.vocab_size))
+        return scaled_logps(super().teacher_logps(batch), reference, self.config.reward_scale)

@@ -27,8 +27,7 @@ from teacher.cache import Reader
 from teacher.lookup import check_held, identity_of, open_cache, stored_entry
 from teacher.quantities import Entry
 from trainers.batches import Batch, Item, checked, pair_of
-from trainers.dpo import dpo_loss
-from trainers.paired import BetaConfig, PairedTrainer
+from trainers.paired import BetaConfig, PairedTrainer, logistic_loss
 
 VALUES = ("logits", "lse", "max", "margin", "student_entropy", "student_expectation")
 OF_STUDENT = ("student_entropy", "student_expectation")
@@ -197,11 +196,11 @@ class TVKD(PairedTrainer):
         if config.form == "shaped":
             chosen, rejected = potentials(values, out.rows, 2 * size, config.discount).split(size)
             shaping = chosen - rejected
-            losses = dpo_loss(config.beta * pairs.chosen_ratio + shaping, config.beta * pairs.rejected_ratio, 1.0)
+            losses = logistic_loss(config.beta * (pairs.chosen_ratio - pairs.rejected_ratio) + shaping)
         else:
             chosen, rejected = value_rewards(logps, values, out.rows, 2 * size, config.discount).split(size)
             shaping = (chosen - pairs.chosen) - (rejected - pairs.rejected)
-            losses = dpo_loss(chosen, rejected, 1.0)
+            losses = logistic_loss(chosen - rejected)
         sums = {"preference": torch.where(real > 0, losses, 0.0).sum()}
         if config.nll_weight:
             sums["nll"] = -config.nll_weight * logps[out.rows < size].sum()

@@ -6,10 +6,8 @@ from torch import Tensor
 from functional import generalized_jsd, token_logps
 from tests.golden.common import Outputs, Skip, Variant, gradient, response_tokens
 from trainers.distillm2 import skew_kl
-from trainers.gopd import scaled_logps
 from trainers.grpo import group_advantages, grpo_losses, reference_kl
-from trainers.iw_opd import prefix_weights
-from trainers.opd import distillation_advantages
+from trainers.opd import distillation_advantages, prefix_weights, scaled_logps
 from trainers.policy_gradient import clipped_losses, discounted_sums
 from trainers.ppo import gae, value_losses, whitened
 

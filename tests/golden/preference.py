@@ -10,7 +10,7 @@ from torch import Tensor
 from functional import full_kl, gather_logps, log_collision, row_sums, token_logps, topk_kl
 from tests.golden.common import Outputs, Skip, Variant, forward_pair, gradient, response_tokens
 from trainers.aot import partners
-from trainers.bco import bco_loss
+from trainers.bco import bco_loss, mpo_loss
 from trainers.dpo import divergence_score, dpo_loss, shared_length_weights, wpo_weights
 from trainers.kto import kto_loss
 from trainers.log_ratio import (
@@ -24,7 +24,6 @@ from trainers.log_ratio import (
     robust_dpo_loss,
     sppo_loss,
 )
-from trainers.mpo import mpo_loss
 from trainers.paired import humanline, logistic_loss
 from trainers.reference_free import log_odds, orpo_loss, simpo_loss, slic_loss
 from trainers.token_level import cvar, quantile, reference_risk, tdpo_loss
