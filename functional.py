@@ -152,16 +152,21 @@ def topk_kl(
     -inf is padding and counts nowhere.
     Source: ADPA, arXiv 2502.17927, section 3.1.
     """
-    if tail == "renormalize" and ids.shape[-1] == 1:
-        raise ValueError("tail='renormalize' with one entry is identically zero; use tail='bucket' or a larger top_k")
-    if tail not in ("bucket", "renormalize", "truncate"):
-        raise ValueError(f"tail={tail!r} is not known; choose bucket, renormalize or truncate")
+    check_tail(tail, ids.shape[-1])
 
     def kl(part: Tensor, part_ids: Tensor, teacher: Tensor) -> Tensor:
         student = _gather(part, part_ids)
         return _entries_kl(student, teacher.to(student.dtype), tail)
 
     return chunked(kl, logits, (ids, teacher_logps), chunk)
+
+
+def check_tail(tail: str, k: int) -> None:
+    """Refuse a way with the remaining mass that is none, or that makes the divergence of K entries nothing."""
+    if tail == "renormalize" and k == 1:
+        raise ValueError("tail='renormalize' with one entry is identically zero; use tail='bucket' or a larger top_k")
+    if tail not in ("bucket", "renormalize", "truncate"):
+        raise ValueError(f"tail={tail!r} is not known; choose bucket, renormalize or truncate")
 
 
 def support_mass(logits: Logits, ids: Tensor, teacher_logps: Tensor) -> Tensor:
@@ -231,6 +236,52 @@ def expected_advantage(logits: Logits, ids: Tensor, advantages: Tensor, chunk: i
         return (probabilities * values.to(probabilities.dtype)).sum(-1)
 
     return chunked(expected, logits, (ids, advantages), chunk)
+
+
+def _watched(function: Callable[[], Tensor], like: Tensor) -> Tensor:
+    """Return what is only looked at, without gradient; a backward pass, which runs a chunk again, gets zeros."""
+    return torch.zeros_like(like) if torch.is_grad_enabled() else function()
+
+
+def distillation_scores(
+    logits: Logits,
+    targets: Tensor,
+    ids: Tensor,
+    teacher_logps: Tensor,
+    tail: str = "bucket",
+    chunk: int | None = None,
+) -> Tensor:
+    """Return token_logps, topk_kl and support_mass of each token [N, 3] in one pass over the logits.
+
+    The mass has no gradient.
+    """
+    check_tail(tail, ids.shape[-1])
+
+    def scores(part: Tensor, part_targets: Tensor, part_ids: Tensor, teacher: Tensor) -> Tensor:
+        found = _gather(part, torch.cat([part_targets.unsqueeze(-1), part_ids], dim=-1))
+        student = found[:, 1:]
+        kl = _entries_kl(student, teacher.to(student.dtype), tail)
+        mass = _watched(lambda: student.exp().masked_fill(teacher == -math.inf, 0.0).sum(-1), kl)
+        return torch.stack([found[:, 0], kl, mass], dim=-1)
+
+    return chunked(scores, logits, (targets, ids, teacher_logps), chunk)
+
+
+def advantage_scores(
+    logits: Logits, ids: Tensor, advantages: Tensor, present: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Return expected_advantage, the mass at the entries that are `present` [N, K], and the entropy of each token.
+
+    [N, 3], in one pass over the logits; mass and entropy have no gradient.
+    """
+
+    def scores(part: Tensor, part_ids: Tensor, values: Tensor, there: Tensor) -> Tensor:
+        probabilities = _gather(part, part_ids).exp()
+        expected = (probabilities * values.to(probabilities.dtype)).sum(-1)
+        mass = _watched(lambda: probabilities.masked_fill(~there, 0.0).sum(-1), expected)
+        return torch.stack([expected, mass, _watched(lambda: _entropy(part), expected)], dim=-1)
+
+    return chunked(scores, logits, (ids, advantages, present), chunk, held=2)
 
 
 def chunked_risk(
@@ -358,3 +409,48 @@ def weighted_logps(teachers: Sequence[Logits], weights: Sequence[float], of_logp
         total = own if total is None else total + own if of_logps else torch.logaddexp(total, own)
     assert total is not None, "there is a teacher"
     return total
+
+
+def tempered_entries(teacher_logps: Tensor, temperature: float, tail: str) -> Tensor:
+    """Return a teacher's entries [N, K] at another temperature, of log-probabilities [N, K] with -inf where there is
+    none.
+
+    tail `renormalize`: p_i^(1/T) over their sum, exact. `bucket`: the rest is one event of which nobody knows how it is
+    shared out. It is taken to be made of tokens as probable as the least one kept (or to be one token, where it holds
+    less): the most that it can have at T < 1, so that each entry is a lower bound. At T = 1 nothing changes; at T > 1
+    the rest would be bounded from nowhere above, which is refused.
+    """
+    if tail not in ("bucket", "renormalize") or (tail == "bucket" and temperature > 1):
+        raise ValueError(f"entries cannot be tempered by {temperature} with tail={tail!r}")
+    power, absent = 1.0 / temperature, teacher_logps == -math.inf
+    wide = teacher_logps.double()
+    raised = wide * power
+    if tail == "bucket":
+        rest = (1.0 - wide.exp().sum(-1, keepdim=True)).clamp_min(1e-12).log()
+        least = wide.masked_fill(absent, math.inf).amin(-1, keepdim=True)
+        raised = torch.cat([raised, rest + (power - 1.0) * torch.minimum(rest, least)], dim=-1)
+    else:
+        raised = raised.masked_fill(absent.all(-1, keepdim=True), 0.0)  # no entry: no number to divide by
+    normalized = raised - raised.logsumexp(-1, keepdim=True)
+    return normalized[:, : teacher_logps.shape[-1]].masked_fill(absent, -math.inf)
+
+
+def tempered_token_logps(logits: Logits, targets: Tensor, temperature: float, chunk: int | None = None) -> Tensor:
+    """Return log of softmax(logits / temperature) at each token [N]."""
+    if temperature == 1:
+        return token_logps(logits, targets, chunk)
+    ids = targets.unsqueeze(-1)
+    return chunked(lambda part, at: _gather(_wide(part) / temperature, at), logits, (ids,), chunk, held=2).squeeze(-1)
+
+
+def tempered_jsd(
+    logits: Logits, teacher_logits: Logits, beta: float, temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Return generalized_jsd [N] to softmax(teacher_logits / teacher_temperature); `temperature` divides both sides."""
+    if teacher_temperature == 1:
+        return generalized_jsd(logits, teacher_logits, beta, temperature)
+
+    def jsd(part: Tensor, other: Tensor) -> Tensor:
+        return _jsd(part, _wide(other) / teacher_temperature, beta, temperature)
+
+    return chunked(jsd, logits, (teacher_logits,), None, held=9)

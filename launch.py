@@ -75,7 +75,7 @@ def settings_of(raw: dict[str, Any]) -> Settings:
     check_loss(raw["loss"])
     method = method_class(raw["loss"].get("trainer", ""))
     settings = with_loss(settings, method.Config)
-    check_needs(settings, method.needs, raw["loss"]["name"], method.head)
+    check_needs(settings, method.needs.under(raw["loss"]), raw["loss"]["name"], method.head)
     return settings
 
 

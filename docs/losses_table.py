@@ -25,8 +25,18 @@ TEACHER = {
     "": "",
     "logprob": "; teacher cache",
     "advantage": "; generations and an advantage cache",
+    "value": "; a cache of the teacher's values, or of log-probabilities",
     "live": "; live teachers",
 }
+
+
+CORE = ("sft", "dpo", "dckd", "adpa")
+REWARD_BASED = ("bradley-terry", "ppo", "grpo", "reward-weighted-distill")
+GROUPS = ("Core: the stages of ADPA+", "Preference losses", "Distillation", "Reward-based")
+HEAD = (
+    "| loss | minimized (values: the defaults) | needs | source | cost | golden cases |",
+    "|---|---|---|---|---|---|",
+)
 
 
 def passes(name: str) -> int:
@@ -45,22 +55,34 @@ def passes(name: str) -> int:
     return counted
 
 
+def group_of(name: str) -> str:
+    """Return the group that a loss is listed in."""
+    if name in CORE:
+        return "Core: the stages of ADPA+"
+    if name in REWARD_BASED:
+        return "Reward-based"
+    return "Distillation" if type(trainer_of(name)).needs.teacher else "Preference losses"
+
+
+def row(name: str, sft: int) -> str:
+    """Return a loss's line."""
+    trainer = trainer_of(name)
+    method = type(trainer)
+    teacher = "; two live teachers" if name == "gopd" else TEACHER[method.needs.teacher]
+    needs = DATA[method.needs.data] + REFERENCE[trainer.needs.reference] + teacher
+    cases = ", ".join(f"`{case}`" for case in LOSS_CASES[name])
+    formula = trainer.objective().removeprefix("L = ").replace("|", "\\|")
+    return f"| `{name}` | {formula} | {needs} | {method.source} | {passes(name) / sft:.2f} | {cases} |"
+
+
 def table() -> str:
-    """Return the table in Markdown."""
+    """Return the tables in Markdown, one a group."""
     names = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
-    sft = passes("sft")
-    rows = [
-        "| loss | minimized (values: the defaults) | needs | source | cost | golden cases |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in names:
-        trainer = trainer_of(name)
-        method = type(trainer)
-        needs = DATA[method.needs.data] + REFERENCE[method.needs.reference] + TEACHER[method.needs.teacher]
-        cases = ", ".join(f"`{case}`" for case in LOSS_CASES[name])
-        formula = trainer.objective().removeprefix("L = ").replace("|", "\\|")
-        rows.append(f"| `{name}` | {formula} | {needs} | {method.source} | {passes(name) / sft:.2f} | {cases} |")
-    return "\n".join(rows)
+    sft, found = passes("sft"), []
+    for group in GROUPS:
+        found += ["" if found else None, f"**{group}**", "", *HEAD]
+        found += [row(name, sft) for name in names if group_of(name) == group]
+    return "\n".join(line for line in found if line is not None)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ milliseconds; importing one (method_class) loads torch.
 
 import ast
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,15 @@ class Needs(NamedTuple):
     # responses | pairs | feedback (pairs, or responses with a label) | prompts (or rewarded responses) | rewards
     data: str
     reference: str = ""  # "" | logps (of the response tokens; may be cached) | distributions (a live model)
-    teacher: str = ""  # "" | logprob | advantage (the quantity of the teacher cache) | live (a model in memory)
+    # "" | logprob | advantage | value (the quantity of the teacher cache) | live (a model in memory)
+    teacher: str = ""
+    # (key, value) pairs of the loss section under which the reference is needed; none: always
+    reference_if: tuple[tuple[str, str], ...] = ()
+
+    def under(self, loss: Mapping[str, Any]) -> "Needs":
+        """Return what is needed with these values of the loss section."""
+        needed = all(loss.get(key) == value for key, value in self.reference_if)
+        return self._replace(reference=self.reference if needed else "", reference_if=())
 
 
 def find_method(trainer: str, root: Path = ROOT) -> Found:
@@ -51,6 +60,11 @@ def needs_of(trainer: str, root: Path = ROOT) -> Needs:
         raise ValueError(f"loss.trainer={trainer} has no `needs = Needs(...)`, as the methods of trainers/ have")
     given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     return Needs(*(ast.literal_eval(argument) for argument in call.args), **given)
+
+
+def needs_under(loss: Mapping[str, Any], root: Path = ROOT) -> Needs:
+    """Return what a method needs with the values of its loss section."""
+    return needs_of(loss["trainer"], root).under(loss)
 
 
 def head_of(trainer: str, root: Path = ROOT) -> str | None:

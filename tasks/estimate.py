@@ -20,7 +20,7 @@ from estimate.shape import shape_of
 from estimate.tables import comparison, cost_table, single, table
 from pipeline.plan import Stage
 from settings.artifacts import write_json
-from settings.methods import needs_of
+from settings.methods import needs_under
 from settings.needs import Needs
 from settings.paths import found as find
 from settings.schema import Settings, settings_from
@@ -181,7 +181,7 @@ def report(
 
 def training(settings: Settings, model: Model) -> dict[str, Any]:
     """Estimate task=train."""
-    run, config, needs = settings.run, settings.model, needs_of(settings.raw["loss"]["trainer"])
+    run, config, needs = settings.run, settings.model, needs_under(settings.raw["loss"])
     setup = setup_of(settings, needs)
     check_batch(settings, setup.devices)
     lengths = counting.training_lengths(settings, needs)
@@ -287,7 +287,7 @@ def measured_speed(settings: Settings) -> float:
     """Time the real model on its largest micro-batch; return tokens a second of all devices, as if they did not
     wait.
     """
-    needs = needs_of(settings.raw["loss"]["trainer"])
+    needs = needs_under(settings.raw["loss"])
     from estimate.speed import tokens_per_second
 
     setup = setup_of(settings, needs)

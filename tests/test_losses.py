@@ -14,14 +14,35 @@ from trainers.kto import mismatched, partners
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Options that change the numbers, each against the same twin.
 BYTES = "loss.alignment=bytes loss.teacher_tokenizer=none"
+REGULARIZED = "loss.objective=regularized"
 OPTIONS = {
-    "dckd": [BYTES, f"{BYTES} loss.span_loss=uld", f"{BYTES} loss.span_loss=gold loss.hybrid_weights=[1.0,0.5]"],
+    "adpa": [
+        REGULARIZED,
+        f"{REGULARIZED} loss.rest_advantage=tails loss.advantage_floor=0.3 loss.kl_weight=0.7",
+        f"{REGULARIZED} loss.kl_reference=teacher loss.sft_weight=0 loss.kl_weight=2.0",
+        f"{REGULARIZED} loss.kl_reference=start loss.kl_weight=2.0 loss.target_temperature=0.3",
+    ],
+    "dckd": [
+        BYTES,
+        f"{BYTES} loss.span_loss=uld",
+        f"{BYTES} loss.span_loss=gold loss.hybrid_weights=[1.0,0.5]",
+        "loss.teacher_temperature=0.3 loss.sft_weight=0",
+        "loss.tail=renormalize loss.teacher_temperature=2.0",
+    ],
     "dpo": [
         "loss.divergence=js",
         "loss.divergence=forward_kl",
         "loss.divergence=alpha loss.alpha=0.3",
         "loss.margin=0.4 loss.nll_weight=0.2",
         "loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4",
+        "loss.ld_alpha=0.4",
+    ],
+    "tvkd": [
+        "loss.value=lse loss.shaping_weight=0.7 loss.value_temperature=2.0 loss.discount=0.9 loss.nll_weight=0.2",
+        "loss.value=max loss.humanline=true loss.log_epsilon_P=-0.3 loss.log_epsilon_R=0.4",
+        "loss.form=released loss.value=lse loss.student_weight=1.0 loss.discount=0.9",
+        *(f"loss.form=released loss.value={kind}" for kind in ("logits", "margin", "student_entropy")),
+        "loss.form=released loss.value=student_expectation",
     ],
     "aot": ["loss.variant=unpaired", "loss.label_smoothing=0.2"],
     "tdpo": ["loss.variant=1"],
@@ -45,8 +66,12 @@ OPTIONS = {
         "loss.teacher={x:a,y:b} loss.mixture=log_probabilities loss.temperature=2.0",
         "loss.beta=0",
         "loss.beta=1",
+        "loss.beta=0",
+        "loss.beta=1",
         "loss.beta=0.3 loss.temperature=2.0",
+        "loss.beta=0.4 loss.teacher_temperature=0.3",
     ],
+    "distillm2": ["loss.alpha=0", "loss.alpha=0.6 loss.teacher_weight=0.2"],
     "reward-weighted-distill": [
         f"loss.teachers=[a,b] loss.kl_weight=0.7 loss.divergence={name}" for name in ("forward", "reverse", "jsd")
     ],
@@ -55,6 +80,7 @@ PLAIN = {"sppo-hard": "loss.beta=0.1"}  # its default asks for log-ratios of 500
 CASES = [(name, PLAIN.get(name, "")) for name in LOSSES] + [
     (name, option) for name, options in OPTIONS.items() for option in options
 ]
+LAID_OUT = ("adpa", "dpo", "tvkd", "dckd", "gkd")  # whose options are held against other layouts, too
 # Where a gradient is stopped, the slope of the value is not the gradient: tests of their own hold these.
 STOPPED = [
     (n, o) for n, o in CASES if (n in ("tdpo", "ra-dpo") and "variant=1" not in o) or (n == "aot" and "unpaired" in o)
@@ -130,9 +156,9 @@ def test_ra_dpo_at_level_1_is_tdpo():
     torch.testing.assert_close(gradient_of(risk, items)[1], gradient_of(mean, items)[1])
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_accumulation_order_and_fillers_change_nothing(name):
-    trainer = trainer_of(name)
+@pytest.mark.parametrize("name, options", [*((name, "") for name in LOSSES), *(c for c in CASES if c[0] in LAID_OUT)])
+def test_accumulation_order_and_fillers_change_nothing(name, options):
+    trainer = trainer_of(name, *options.split())
     items = items_of(trainer, name)
     loss, gradient = gradient_of(trainer, items)
     for other, parts in ((items, len(items)), (items[::-1], 2), ([*items, items[0].filler(), items[1].filler()], 1)):

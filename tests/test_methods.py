@@ -18,7 +18,12 @@ LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Where a default is meant for large models or long runs, a value at which 20 steps of a tiny one move.
 SETTINGS = {"sppo-hard": ["loss.beta=0.05"], "adpa": ["loss.gamma=0.5"], "gkd": ["loss.on_policy=0"]}
 # Those that learn from rewards have another aim than a falling loss: test_rollouts.py shows that they reach it.
-REWARDED = {"ppo", "grpo", "opd", "reward-weighted-distill"}
+REWARDED = {"ppo", "grpo", "opd", "iw-opd", "gopd", "reward-weighted-distill"}
+# Options with another objective, which has to fall, too.
+OTHERS = [
+    ("adpa", ["loss.objective=regularized", "loss.sft_weight=0"]),
+    ("adpa", ["loss.objective=regularized", "loss.kl_reference=start", "loss.target_temperature=0.3"]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +32,15 @@ def chain(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in REWARDED])
-def test_twenty_steps_lower_the_objective(name, chain):
+@pytest.mark.parametrize("name, options", [*((name, []) for name in LOSSES if name not in REWARDED), *OTHERS])
+def test_twenty_steps_lower_the_objective(name, options, chain):
+    folder = f"falls_{name}_{len(options)}"
     paths = {
         "dckd": [f"loss.teacher_cache={chain['base']}/cache/CACHE"],
         "adpa": [f"loss.generations={chain['generations']}", f"loss.advantages={chain['base']}/adv/CACHE"],
         "gkd": [f"loss.teacher={chain['base']}/teacher/FINAL"],
+        "distillm2": [f"loss.teacher={chain['base']}/teacher/FINAL"],
+        "tvkd": [f"loss.teacher_cache={chain['base']}/cache/CACHE", "loss.value=lse", "loss.value_temperature=2.0"],
     }
     run = [
         f"cache_dir={chain['base']}",
@@ -41,7 +49,7 @@ def test_twenty_steps_lower_the_objective(name, chain):
         f"datasets.local.train={chain['data']}",
         chain["start"],
         f"loss={name}",
-        f"exp_name=falls_{name}",
+        f"exp_name={folder}",
         "lr=1e-3",
         "n_steps=20",
         "log_every=5",
@@ -49,12 +57,13 @@ def test_twenty_steps_lower_the_objective(name, chain):
         "model.batch_size=22",
         *paths.get(name, []),
         *SETTINGS.get(name, []),
+        *options,
     ]
     launch.run_task(composed(*run))
-    rows = rows_of(Path(chain["base"]) / f"falls_{name}" / "metrics.jsonl")
+    rows = rows_of(Path(chain["base"]) / folder / "metrics.jsonl")
     assert rows[-1]["loss/train"] < rows[0]["loss/train"] - 1e-4  # every step sees all 22 rows
     assert all(torch.isfinite(torch.tensor(row["grad_norm"])) for row in rows)
-    objective = (Path(chain["base"]) / f"falls_{name}" / "objective.txt").read_text()
+    objective = (Path(chain["base"]) / folder / "objective.txt").read_text()
     assert objective.startswith(f"loss={name}: L = ") and "{" not in objective
 
 

@@ -2,8 +2,10 @@
 
 L = w_sft NLL(y_w) - gamma mean_t sum_{a in top k} pi_theta(a|s_t) A(s_t, a), on the student's own responses, with
 A = log pi_dpo - log pi_ref from the verified advantage cache. Linear in pi_theta: entropy and mass are watched.
+objective=regularized puts E_pi[A] - tau KL(pi || base) in the place of the sum (trainers/regularized_advantage.py).
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from dataloader import Example, Tokens, generated_sequences, prompt_key
 from engine.metrics import Mean
-from forward.chunks import nothing
-from functional import entropies, expected_advantage, inside, row_sums, support_mass, token_logps
+from forward.chunks import Logits, nothing
+from functional import advantage_scores, gather_logps, inside, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -25,6 +27,7 @@ from teacher.lookup import Stored, StoredSum, generations_by_prompt, open_cache,
 from teacher.mixture import named, shares
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, checked, supervised_sequence
+from trainers.regularized_advantage import BASES, Regularized, Regularizer, regularized_advantage
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,15 @@ class ADPAConfig:
     generations: Place
     advantages: Places
     advantage_weights: Any
+    objective: str
     gamma: float
     sft_weight: float
     reduction: str
-    advantage_floor: float
+    advantage_floor: float | None
+    kl_weight: float
+    kl_reference: str
+    target_temperature: float
+    rest_advantage: str
 
     def __post_init__(self) -> None:
         folders = named(self.advantages)
@@ -51,10 +59,35 @@ class ADPAConfig:
             "a mapping",
         )
         self.weights  # noqa: B018 (refused here, before a model loads)
+        require(
+            self.objective == "expected" or len(folders) == 1,
+            f"loss.objective={self.objective} takes one advantage cache, and loss.advantages has {len(folders)}: the "
+            "base of a KL is one teacher's",
+        )
+        one_of("loss.objective", self.objective, ("expected", "regularized"))
         one_of("loss.reduction", self.reduction, ("token_mean", "sequence_sum"))
+        one_of("loss.kl_reference", self.kl_reference, BASES)
+        one_of("loss.rest_advantage", self.rest_advantage, ("zero", "tails"))
         require(self.gamma >= 0, f"loss.gamma={self.gamma} must not be negative")
         require(self.sft_weight >= 0, f"loss.sft_weight={self.sft_weight} must not be negative")
-        require(0 <= self.advantage_floor < 1, f"loss.advantage_floor={self.advantage_floor} must be in [0, 1)")
+        require(0 <= self.floor < 1, f"loss.advantage_floor={self.advantage_floor} must be in [0, 1)")
+        require(
+            self.kl_weight > 0,
+            f"loss.kl_weight={self.kl_weight} must be above 0; the objective without a KL is loss.objective=expected",
+        )
+        require(self.target_temperature > 0, f"loss.target_temperature={self.target_temperature} must be above 0")
+
+    @property
+    def is_regularized(self) -> bool:
+        """Tell whether the advantage stands beside a KL to a base."""
+        return self.objective == "regularized"
+
+    @property
+    def floor(self) -> float:
+        """Return the floor on the teacher's probability; where none is set, 0.01 of the regularized objective (in the
+        small world .904 with a floor, .868 without) and 0 of the paper's.
+        """
+        return (0.01 if self.is_regularized else 0.0) if self.advantage_floor is None else self.advantage_floor
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -112,11 +145,24 @@ class ADPA(BasicTrainer):
     VERSION = 2
     config: ADPAConfig
     Config = ADPAConfig
-    needs = Needs("responses", teacher="advantage")
+    needs = Needs(
+        "responses",
+        reference="distributions",
+        teacher="advantage",
+        reference_if=(("objective", "regularized"), ("kl_reference", "start")),
+    )
+    cache_beta = 1.0  # the factor that the cached advantages carry
     formula = (
         "{sft_weight} NLL(y_w) − {gamma} · {reduction} of Σ_a π_θ(a|s_t) A(s_t, a) on ŷ, A = log π_dpo/π_ref on the "
         "teacher's top k, "
-        "positive A dropped where π_dpo(a) < {advantage_floor}"
+        "positive A dropped where π_dpo(a) < {floor}"
+    )
+    regularized_formula = (
+        "{sft_weight} NLL(y_w) − {gamma} · {reduction} of E_π[A + {kl_weight} log b] + "
+        "{kl_weight}·{target_temperature} "
+        "H(π) on ŷ, whose optimum is (b exp(A/{kl_weight}))^(1/{target_temperature}), on the teacher's top k and the "
+        "rest (its A: {rest_advantage}), b of the {kl_reference}, A = log π_dpo/π_ref, positive A dropped where "
+        "π_dpo(a) < {floor}"
     )
     source = "2502.17927"
 
@@ -124,7 +170,9 @@ class ADPA(BasicTrainer):
         """Return the formula with the run's numbers, and the weights of several caches."""
         names = list(named(self.config.advantages))
         parts = ", ".join(f"{w:.3g} {name}" for name, w in zip(names, self.config.weights, strict=True))
-        return super().objective() + (f"; A: the sum of {parts}" if len(names) > 1 else "")
+        formula = self.regularized_formula if self.config.is_regularized else self.formula
+        said = "L = " + formula.format(**vars(self.config), floor=self.config.floor)
+        return said + (f"; A: the sum of {parts}" if len(names) > 1 else "")
 
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Join rows with the responses generated for the very ids of their prompts, and these with their advantages."""
@@ -136,6 +184,7 @@ class ADPA(BasicTrainer):
         generations = generated_sequences(self.config.generations, self.tokenizer, run.tokens_dir, run.num_proc)
         numbers = generations_by_prompt(generations, examples, self.config.generations)
         deals = dealt([prompt_key(example.prompt) for example in examples], numbers)
+        self.cache_beta = readers[0].meta.beta
 
         def item(number: int) -> Item:
             deal = deals[number]
@@ -164,27 +213,56 @@ class ADPA(BasicTrainer):
         metrics = {"nll/chosen": Mean(nll.detach(), split)}
         if batch.teacher is None:
             return {**sums, "advantage": nothing(logits)}, metrics
-        ids, advantages = batch.teacher.ids, batch.teacher.values
-        if logits.shape[-1] < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
-            ids, advantages = inside(ids, advantages, logits.shape[-1], nothing=0.0)
-        if self.config.advantage_floor > 0:
-            assert batch.teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
-            advantages = floored(advantages, batch.teacher.teacher_logps, self.config.advantage_floor)
-        expected = expected_advantage(logits, ids, advantages)
-        sums["advantage"] = -self.config.gamma * expected.sum()
+        found = self._regularized(logits, batch) if self.config.is_regularized else self._expected(logits, batch)
+        sums["advantage"] = -self.config.gamma * found.objective.sum()
         tokens, lengths = (
-            len(expected),
-            row_sums(torch.ones_like(expected.detach()), out.rows[split:] - batch.num_items, batch.num_items),
+            len(found.objective),
+            row_sums(torch.ones_like(found.mass), out.rows[split:] - batch.num_items, batch.num_items),
         )
-        with torch.no_grad():
-            logps = batch.teacher.teacher_logps
-            assert logps is not None, "an advantage cache carries the aligned teacher's log-probs"
-            mass = support_mass(logits, *inside(batch.teacher.ids, logps, logits.shape[-1])).sum()
-            entropy = entropies(logits).sum()
+        watched = {
+            "advantage": found.advantage,
+            "entropy": found.entropy,
+            "mass_in_support": found.mass,
+        }
+        if self.config.is_regularized:
+            watched |= {"kl/target": found.to_target, "kl/base": found.to_base}
         return sums, {
             **metrics,
-            "advantage": Mean(expected.detach().sum(), tokens),
-            "entropy": Mean(entropy, tokens),
-            "mass_in_support": Mean(mass, tokens),
+            **{name: Mean(values.sum(), tokens) for name, values in watched.items()},
             "response_tokens": Mean(lengths.sum(), (lengths > 0).sum()),
         }
+
+    def _expected(self, logits: Logits, batch: Batch) -> Regularized:
+        """Return the paper's objective of each generated token; it has neither target nor base."""
+        teacher = batch.teacher
+        assert teacher is not None
+        assert teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
+        ids, advantages = teacher.ids, teacher.values
+        if logits.shape[-1] < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
+            ids, advantages = inside(ids, advantages, logits.shape[-1], nothing=0.0)
+        if self.config.floor > 0:
+            advantages = floored(advantages, teacher.teacher_logps, self.config.floor)
+        present = inside(teacher.ids, teacher.teacher_logps, logits.shape[-1])[1] > -math.inf
+        expected, mass, entropy = advantage_scores(logits, ids, advantages, present).unbind(-1)
+        zero = torch.zeros_like(mass)
+        return Regularized(expected, expected.detach(), zero, zero, mass, entropy)
+
+    def _regularized(self, logits: Logits, batch: Batch) -> Regularized:
+        """Return the objective of each generated token with a KL to the base."""
+        teacher, config = batch.teacher, self.config
+        assert teacher is not None
+        assert teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
+        ids, teacher_logps = inside(teacher.ids, teacher.teacher_logps, logits.shape[-1])
+        start = None
+        if self.needs.reference:
+            rows = slice(batch.num_tokens(0), None)
+            start = gather_logps(self.reference_logits(batch)[rows], ids)
+        how = Regularizer(
+            config.kl_weight,
+            config.kl_reference,
+            config.target_temperature,
+            self.cache_beta,
+            config.floor,
+            config.rest_advantage == "tails",
+        )
+        return regularized_advantage(logits, ids, teacher.values, teacher_logps, start, how)

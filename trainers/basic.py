@@ -39,7 +39,7 @@ class BasicTrainer:
 
     VERSION: ClassVar[int] = 2  # raise it when a method's numbers change: pipelines then run its stages again
     Config: ClassVar[type]  # the dataclass of config/loss/NAME.yaml
-    needs: ClassVar[Needs]
+    needs: Needs
     formula: ClassVar[str]  # what is minimized, with the config's keys in {braces}
     source: ClassVar[str]  # arXiv number or author
     # What the model ends in: lm | reward | value (a causal model that also estimates what is to come).
@@ -48,6 +48,7 @@ class BasicTrainer:
     def __init__(self, settings: Settings, tokenizer: Any, placement: Placement) -> None:
         self.settings, self.run_config, self.model_config = settings, settings.run, settings.model
         self.config: Any = settings.loss
+        self.needs = self.needs.under(vars(self.config))
         self.tokenizer, self.placement, self.processes = tokenizer, placement, placement.processes
         self.vocab_size = len(tokenizer)
         world_size, accum = self.processes.world_size, settings.model.gradient_accumulation_steps

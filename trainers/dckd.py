@@ -14,8 +14,18 @@ from torch import Tensor
 
 from dataloader import Example, TopK
 from engine.metrics import Mean
-from forward.chunks import Logits, nothing
-from functional import event_kl, hybrid_distance, inside, row_sums, sorted_distance, support_mass, token_logps, topk_kl
+from forward.chunks import nothing
+from functional import (
+    distillation_scores,
+    event_kl,
+    hybrid_distance,
+    inside,
+    row_sums,
+    sorted_distance,
+    support_mass,
+    tempered_entries,
+    token_logps,
+)
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
@@ -32,6 +42,7 @@ class DCKDConfig(CachedTeachersConfig):
     chosen_weight: float
     rejected_weight: float
     tail: str
+    teacher_temperature: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,12 +51,31 @@ class DCKDConfig(CachedTeachersConfig):
             self.alignment == "ids" or self.tail == "bucket",
             f"loss.tail={self.tail}: a span is one event and its complement, so loss.alignment=bytes needs tail=bucket",
         )
+        check_teacher_temperature(self.teacher_temperature, self.tail, self.alignment)
         for key in ("sft_weight", "chosen_weight", "rejected_weight"):
             require(getattr(self, key) >= 0, f"loss.{key}={getattr(self, key)} must not be negative")
         require(
             self.sft_weight + self.chosen_weight + self.rejected_weight > 0,
             "every weight of loss=dckd is 0: set loss.sft_weight, loss.chosen_weight or loss.rejected_weight",
         )
+
+
+def check_teacher_temperature(temperature: float, tail: str, alignment: str) -> None:
+    """Refuse to temper what is not known well enough: a truncated distribution has lost how its rest is shared out."""
+    said = f"loss.teacher_temperature={temperature}"
+    require(temperature > 0, f"{said} must be above 0")
+    if temperature == 1:
+        return
+    require(
+        alignment == "ids",
+        f"{said} with loss.alignment=bytes: of a span the cache has one probability, of several tokens. Leave it at 1",
+    )
+    require(tail != "truncate", f"{said} with loss.tail=truncate: nobody knows the sum to divide by. Use renormalize")
+    require(
+        temperature < 1 or tail == "renormalize",
+        f"{said} with loss.tail=bucket: above 1 the mass outside of the cached entries cannot be bounded. Use "
+        "loss.tail=renormalize, which is exact on the entries kept",
+    )
 
 
 class DCKD(BasicTrainer):
@@ -72,6 +102,9 @@ class DCKD(BasicTrainer):
         elif len(names) > 1:
             shares = ", ".join(f"{share:.3g} {name}" for name, share in config.weights.items())
             said += f"; π_dpo: the mixture of {config.mixture} ({shares})"
+        if config.teacher_temperature != 1:
+            rest = ", the rest as if made of tokens like the least one kept" if config.tail == "bucket" else ""
+            said += f"; π_dpo^(1/{config.teacher_temperature}), normalized on the entries kept{rest}"
         if config.alignment == "bytes":
             kind = {
                 "kl": "KL of matching tokens and of span probabilities",
@@ -139,23 +172,17 @@ class DCKD(BasicTrainer):
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the three weighted sums, and the student's mass in the teacher's support."""
-        split = batch.num_tokens(0)
-        nll = -token_logps(out.logits[:split], out.targets[:split]).sum()
+        split, config = batch.num_tokens(0), self.config
         if batch.teacher is None:  # a filler, or held-out rows without a cache; the graph stays whole
-            return {"nll": self.config.sft_weight * nll, "kl_chosen": nll * 0, "kl_rejected": nothing(out.logits)}, {}
-        width, counts = out.logits.shape[-1], self.counts(batch)
-        teacher = batch.teacher
-        if width < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
-            ids, values = inside(teacher.ids, teacher.values, width)
-            teacher = teacher._replace(ids=ids, values=values)
-        halves = (slice(0, split), slice(split, None))
+            nll = -token_logps(out.logits[:split], out.targets[:split]).sum()
+            return {"nll": config.sft_weight * nll, "kl_chosen": nll * 0, "kl_rejected": nothing(out.logits)}, {}
+        counts, teacher = self.counts(batch), self._known(batch.teacher, out.logits.shape[-1])
+        logps, divergences, mass = self.scores(out, teacher)
+        nll = -logps[:split].sum()
         chosen, rejected = (
-            self.divergence(out.logits[rows], out.targets[rows], _part(teacher, rows)) for rows in halves
+            divergences[rows].sum() + self._of_spans(logps[rows], _part(teacher, rows))
+            for rows in (slice(0, split), slice(split, None))
         )
-        lacking = teacher.ids < 0  # span_loss=gold: tokens that the student has not
-        held = teacher.ids.clamp_min(0), teacher.values.masked_fill(lacking, -math.inf)
-        mass = support_mass(out.logits.detach(), *held).sum()
-        config = self.config
         sums = {
             "nll": config.sft_weight * nll,
             "kl_chosen": config.chosen_weight * chosen,
@@ -165,27 +192,44 @@ class DCKD(BasicTrainer):
             "kl/chosen": Mean(chosen.detach(), counts["kl_chosen"]),
             "kl/rejected": Mean(rejected.detach(), counts["kl_rejected"]),
             "nll/chosen": Mean(nll.detach(), split),
-            "mass_in_support": Mean(mass, len(teacher.values)),
+            "mass_in_support": Mean(mass.sum(), len(teacher.values)),
         }
 
-    def divergence(self, logits: Logits, targets: Tensor, teacher: TopK) -> Tensor:
-        """Return the sum of the divergences at the tokens of logits [n, V], and of those of spans of several tokens."""
-        if self.config.span_loss == "uld":
-            return sorted_distance(logits, teacher.values).sum()
-        if self.config.span_loss == "gold":
-            weights = self.config.hybrid_weights or self.hybrid_weights
-            assert weights is not None, "items() knows how many of the teacher's ids match"
-            beta = self.config.hybrid_beta
-            total = hybrid_distance(logits, teacher.ids, teacher.values, self.shared, beta, weights).sum()
+    def _known(self, teacher: TopK, width: int) -> TopK:
+        """Return the teacher's entries at its temperature, of ids that a head of `width` rows has."""
+        if width < self.vocab_size:  # a head with fewer rows than the tokenizer has ids
+            ids, values = inside(teacher.ids, teacher.values, width)
+            teacher = teacher._replace(ids=ids, values=values)
+        if self.config.teacher_temperature != 1:
+            values = tempered_entries(teacher.values, self.config.teacher_temperature, self.config.tail)
+            teacher = teacher._replace(values=values)
+        return teacher
+
+    def scores(self, out: ResponseLogits, teacher: TopK) -> tuple[Tensor, Tensor, Tensor]:
+        """Return of each response token [N] its log-probability, its divergence, and the mass in the support."""
+        config, logits = self.config, out.logits
+        if config.span_loss == "kl":
+            found = distillation_scores(logits, out.targets, teacher.ids, teacher.values, config.tail)
+            logps, divergences, mass = found.unbind(-1)
+            return logps, divergences, mass.detach()
+        if config.span_loss == "uld":
+            divergences = sorted_distance(logits, teacher.values)
         else:
-            total = topk_kl(logits, teacher.ids, teacher.values, tail=self.config.tail).sum()
-        if teacher.spans is None:
-            return total
-        logps = _logps_of(teacher)
+            weights = config.hybrid_weights or self.hybrid_weights
+            assert weights is not None, "items() knows how many of the teacher's ids match"
+            divergences = hybrid_distance(logits, teacher.ids, teacher.values, self.shared, config.hybrid_beta, weights)
+        lacking = teacher.ids < 0  # span_loss=gold: tokens that the student has not
+        held = teacher.ids.clamp_min(0), teacher.values.masked_fill(lacking, -math.inf)
+        return token_logps(logits, out.targets), divergences, support_mass(logits.detach(), *held)
+
+    def _of_spans(self, logps: Tensor, teacher: TopK) -> Tensor:
+        """Return the sum of the divergences of spans of several tokens, from log-probabilities [n] of the tokens."""
+        if teacher.spans is None or self.config.span_loss == "uld":
+            return logps.new_zeros(())
+        wanted = _logps_of(teacher)
         inside_one = teacher.spans >= 0
-        numbers = teacher.spans[inside_one] - (teacher.spans[inside_one].min() if len(logps) else 0)
-        own = token_logps(logits, targets)[inside_one]
-        return total + event_kl(row_sums(own, numbers, len(logps)), logps).sum()
+        numbers = teacher.spans[inside_one] - (teacher.spans[inside_one].min() if len(wanted) else 0)
+        return event_kl(row_sums(logps[inside_one], numbers, len(wanted)), wanted).sum()
 
 
 def _part(teacher: TopK, rows: slice) -> TopK:

@@ -1,7 +1,8 @@
 """Direct preference optimization (arXiv 2305.18290, eq. 7) with its options.
 
 Label smoothing makes it cDPO; other f-divergences in place of reverse KL (2309.16240); WPO's weights (2406.11827);
-log-ratios averaged over tokens; a margin that the chosen response has to win by.
+log-ratios averaged over tokens; a margin that the chosen response has to win by; LD-DPO's weight on what the longer
+response has beyond the shorter one's length (2409.06411).
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from functional import log_collision, row_sums, token_logps
 from models import ResponseLogits
 from settings.schema import one_of, require
 from trainers.batches import Batch
-from trainers.paired import BetaConfig, PairedTrainer, Pairs, logistic_loss
+from trainers.paired import BetaConfig, PairedTrainer, Pairs, humanline, logistic_loss, pairs_of
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "alpha", "js")
 
@@ -29,12 +30,14 @@ class DPOConfig(BetaConfig):
     wpo: str
     length_normalized: bool
     margin: float
+    ld_alpha: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.label_smoothing < 0.5, f"loss.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
         one_of("loss.divergence", self.divergence, DIVERGENCES)
         require(self.alpha > 0, f"loss.alpha={self.alpha} must be above 0 (toward 0: reverse KL, 1: forward KL)")
+        require(0 <= self.ld_alpha <= 1, f"loss.ld_alpha={self.ld_alpha} must be in [0, 1] (1: DPO)")
         one_of("loss.wpo", self.wpo, ("off", "clamped", "unclamped"))
 
 
@@ -58,6 +61,18 @@ def divergence_score(ratio: Tensor, divergence: str, alpha: float = 1.0) -> Tens
     return -torch.exp(-alpha * ratio) / alpha
 
 
+def shared_length_weights(rows: Tensor, size: int, ld_alpha: float) -> Tensor:
+    """Return LD-DPO's weight of each token [N] of 2 * size sequences, chosen first: 1 within the shorter response's
+    length, ld_alpha beyond it (2409.06411, eq. 9).
+    """
+    ones = torch.ones_like(rows)
+    lengths = torch.zeros(2 * size, dtype=rows.dtype, device=rows.device).index_add(0, rows, ones)
+    starts = lengths.cumsum(0) - lengths
+    place = torch.arange(len(rows), device=rows.device) - starts[rows]
+    shared = torch.minimum(*lengths.split(size)).repeat(2)
+    return torch.where(place < shared[rows], 1.0, ld_alpha)
+
+
 def wpo_weights(alignment: Tensor, clamp: bool) -> Tensor:
     """Return exp(alignment) [B] (WPO, 2406.11827); `clamp` bounds it by 1, as its authors' code does.
 
@@ -77,7 +92,7 @@ class DPO(PairedTrainer):
         "{margin}), "
         "u = log π_θ/π_0 of y_w, v of y_l, f of {divergence}"
     )
-    source = "2305.18290; label smoothing: Mitchell 2023; f: 2309.16240; WPO: 2406.11827"
+    source = "2305.18290; label smoothing: Mitchell 2023; f: 2309.16240; WPO: 2406.11827; LD-DPO: 2409.06411"
 
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
         """Return dpo_loss of the scores."""
@@ -87,6 +102,16 @@ class DPO(PairedTrainer):
             ratios = [ratio / count.clamp_min(1) for ratio, count in zip(ratios, tokens, strict=True)]
         chosen, rejected = (divergence_score(ratio, config.divergence, config.alpha) for ratio in ratios)
         return dpo_loss(chosen, rejected, config.beta, config.label_smoothing, config.margin)
+
+    def pairs(self, logps: Tensor, rows: Tensor, batch: Batch) -> Pairs:
+        """Sum token log-probabilities [N] and their ratios to the reference; tokens beyond the shared length count
+        ld_alpha in the ratios.
+        """
+        if self.config.ld_alpha == 1:
+            return super().pairs(logps, rows, batch)
+        ratios = humanline(logps - self.reference_logps(batch).to(logps), self.config)
+        weights = shared_length_weights(rows, batch.num_items, self.config.ld_alpha)
+        return pairs_of(logps, weights.to(ratios) * ratios, rows, batch.num_items)
 
     @torch.no_grad()
     def weights(self, out: ResponseLogits, batch: Batch) -> Tensor | None:
@@ -104,4 +129,5 @@ class DPO(PairedTrainer):
         text, config = super().objective(), self.config
         text += "; u and v averaged over tokens" if config.length_normalized else ""
         text += f"; alpha = {config.alpha}" if config.divergence == "alpha" else ""
+        text += f"; tokens beyond the shorter response count {config.ld_alpha} (LD-DPO)" if config.ld_alpha != 1 else ""
         return text + (f"; pairs weighted by WPO ({config.wpo})" if config.wpo != "off" else "")

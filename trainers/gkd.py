@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataloader import Example, Tokens
 from engine.metrics import Mean
-from functional import entropies, generalized_jsd
+from functional import entropies, tempered_jsd
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
@@ -34,6 +34,7 @@ class GKDConfig:
     on_policy: float
     beta: float
     temperature: float
+    teacher_temperature: float
     max_new_tokens: int
 
     def __post_init__(self) -> None:
@@ -41,6 +42,7 @@ class GKDConfig:
         for key in ("on_policy", "beta"):
             require(0 <= getattr(self, key) <= 1, f"loss.{key}={getattr(self, key)} must be in [0, 1]")
         require(self.temperature > 0, f"loss.temperature={self.temperature} must be above 0")
+        require(self.teacher_temperature > 0, f"loss.teacher_temperature={self.teacher_temperature} must be above 0")
         require(self.max_new_tokens >= 1, f"loss.max_new_tokens={self.max_new_tokens} must be at least 1")
 
 
@@ -51,7 +53,8 @@ class GKD(BasicTrainer):
     Config = GKDConfig
     needs = Needs("responses", teacher="live")
     formula = (
-        "mean over response tokens of the generalized JSD({beta}) of teacher and student at temperature {temperature}; "
+        "mean over response tokens of the generalized JSD({beta}) of teacher (its logits over {teacher_temperature}) "
+        "and student at temperature {temperature}; "
         "responses: a share "
         "{on_policy} the student's own, the rest the data's"
     )
@@ -112,7 +115,7 @@ class GKD(BasicTrainer):
         config = self.config
         who = config.teacher, config.teacher_weights, config.mixture
         wanted = mixed_logits(self.frozen_models, batch.sequences, self.vocab_size, *who).logits
-        divergence = generalized_jsd(out.logits, wanted, self.config.beta, self.config.temperature)
+        divergence = tempered_jsd(out.logits, wanted, config.beta, config.temperature, config.teacher_temperature)
         tokens, real = len(divergence), batch.supervised(0)
         with torch.no_grad():
             spread = entropies(out.logits).sum()

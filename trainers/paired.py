@@ -5,7 +5,7 @@ Letters: B pairs, N response tokens of a batch (flat, row after row). A method a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ def pairs_of(logps: Tensor, ratios: Tensor, rows: Tensor, size: int) -> Pairs:
 class PairedTrainer(BasicTrainer):
     """Unit: pairs (the NLL term: chosen tokens). Slots: chosen, rejected. A method defines `losses`."""
 
-    needs: ClassVar[Needs] = Needs("pairs", reference="logps")
+    needs: Needs = Needs("pairs", reference="logps")
 
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
         """Return the loss of each pair [B]."""

@@ -323,6 +323,7 @@ ADAPTERS: dict[str, Callable[[Variant], Outputs]] = {
     "D_dckd_kl": d_dckd,
     "D_adpa_margin": d_margin,
     "D_adpa_full": d_adpa_full,
+    "D_tvkd": preference.d_tvkd,
     "F_grad_accum": grad_accum,
     "F_lr_schedules": lr_schedules,
     "F_optimizers": optimizers,
@@ -336,8 +337,6 @@ def outputs_of(stem: str, variant: Variant) -> Outputs:
         raise Skip("tokenization of a reference (SmolLM2's tokenizer is not in the case)")
     if family == "B_dlla_dpo":
         raise Skip("quirk 50: token means over the prompt, a step without ratio, clip or value function")
-    if family == "D_tvkd":
-        raise Skip(f"not a method of ours: {family}")
     if family not in ADAPTERS:
         raise Skip(f"method not built yet: {family}")
     if family == "D_adpa_margin" and variant["name"] == "adpa_unclamped":

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from functional import generalized_jsd, token_logps
 from tests.golden.common import Outputs, Skip, Variant, gradient, response_tokens
+from trainers.distillm2 import skew_kl
 from trainers.grpo import group_advantages, grpo_losses, reference_kl
-from trainers.opd import distillation_advantages
+from trainers.opd import distillation_advantages, prefix_weights, scaled_logps
 from trainers.policy_gradient import clipped_losses, discounted_sums
 from trainers.ppo import gae, value_losses, whitened
 
@@ -81,6 +82,9 @@ def gkd_jsd(variant: Variant) -> Outputs:
     tokens = generalized_jsd(
         student[on], inputs["teacher_logits"][on], params["beta"], params.get("temperature", 1.0), chunk=4
     )
+    if params["beta"] in (0.0, 1.0) and params.get("temperature", 1.0) == 1:  # loss=distillm2 at alpha 0
+        reverse = params["beta"] == 1.0
+        torch.testing.assert_close(skew_kl(student[on], inputs["teacher_logits"][on], 0.0, reverse, 3), tokens)
     number = params.get("num_items_in_batch", len(student) if name.endswith("no_labels") else int(on.sum()))
     loss = (
         tokens.sum() if params.get("reduction") == "sum" else tokens.sum() / max(1, number)
@@ -96,6 +100,7 @@ def opd(variant: Variant) -> Outputs:
     mask = inputs["mask"].bool()
     own, teacher = (inputs[f"{who}_token_logps"] * mask for who in ("student", "teacher"))
     if name in ("opd_per_token_advantage", "opd_discounted_future_sum"):
+        teacher = scaled_logps(teacher, own - 1.0, 1.0)  # loss=gopd at reward_scale 1 is the case, whatever pi_ref
         advantages = distillation_advantages(own, teacher, params["discount"])
         if name == "opd_per_token_advantage":
             return {"advantages": advantages, "mean_reverse_kl_estimate": -advantages[mask].mean()}
@@ -116,6 +121,17 @@ def opd(variant: Variant) -> Outputs:
             return {"reverse_kl": divergence}
         loss = divergence[mask].mean()
         return {"loss": loss, "grad_student_logits": gradient(loss, student)}
+    if name.startswith("iw_opd"):
+        plain = distillation_advantages(own, teacher, 0.0)
+        weights = prefix_weights(plain, params["iw_opd_gamma"], params["iw_opd_epsilon"])
+        logps = token_logps(student[mask], inputs["completion_ids"][mask])
+        outputs: Outputs = {"loss": -(logps * (weights * plain)[mask]).mean()}
+        if "grad_student_logits" in variant["outputs"]:  # of ours at ratio 1, see opd_policy_gradient_loss
+            ours = clipped_losses(logps - logps.detach(), (weights * plain)[mask], 0.2).mean()
+            outputs["grad_student_logits"] = gradient(ours, student)
+        return outputs
+    if name in ("minillm_advantage_gamma1.0_noln", "minillm_advantage_gamma0.0_ln"):  # where quirk 31 changes nothing
+        return {"advantages": distillation_advantages(own, teacher, params["gamma"])}
     if name.startswith("minillm_advantage"):
         raise Skip("quirk 31: gamma to the absolute position, padding unmasked")
     raise Skip(f"not a method of ours: {name.split('_beta')[0]}")

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional import full_kl, log_collision, row_sums, token_logps
+from functional import full_kl, gather_logps, log_collision, row_sums, token_logps, topk_kl
 from tests.golden.common import Outputs, Skip, Variant, forward_pair, gradient, response_tokens
 from trainers.aot import partners
-from trainers.bco import bco_loss
-from trainers.dpo import divergence_score, dpo_loss, wpo_weights
+from trainers.bco import bco_loss, mpo_loss
+from trainers.dpo import divergence_score, dpo_loss, shared_length_weights, wpo_weights
 from trainers.kto import kto_loss
 from trainers.log_ratio import (
     apo_down_loss,
@@ -27,6 +27,7 @@ from trainers.log_ratio import (
 from trainers.paired import humanline, logistic_loss
 from trainers.reference_free import log_odds, orpo_loss, simpo_loss, slic_loss
 from trainers.token_level import cvar, quantile, reference_risk, tdpo_loss
+from trainers.tvkd import OF_STUDENT, event_values, value_rewards, with_rest
 
 NOT_OURS = "not a method of ours"
 
@@ -146,21 +147,26 @@ def b_trl_dpo(variant: Variant) -> Outputs:
     params, inputs, name = variant["params"], variant["inputs"], variant["name"]
     if name == "sigmoid_label_smoothing_ignored":
         raise Skip("quirk 22: label_smoothing is ignored by sigmoid")
-    if name in ("mpo_mix", "ld_dpo"):
-        raise Skip(f"{NOT_OURS}: {name}")
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     policy = inputs["policy_logits"].requires_grad_()
     sums, tokens = [], None
     for logits in (policy, inputs["reference_logits"]):
         flat, targets, rows = response_tokens(logits, labels)
         logps = token_logps(flat, targets)
+        if "ld_alpha" in params:
+            logps = shared_length_weights(rows, len(labels) // 2, params["ld_alpha"]) * logps
         sums += row_sums(logps, rows, len(labels)).chunk(2)
         tokens = tokens or row_sums(torch.ones_like(logps), rows, len(labels)).chunk(2)
     c, r, rc, rr = sums
     u, v = c - rc, r - rr
     assert tokens is not None
     kind = params["loss_type"]
-    if kind == "sft":
+    if name == "mpo_mix":  # quirk 19: its bco_pair has no shift
+        flat, targets, rows = response_tokens(policy, labels)
+        nll = -token_logps(flat, targets)[rows < len(labels) // 2].mean()
+        weights = params["loss_weights"]
+        loss = mpo_loss(u, v, params["beta"], 0.0, *weights[:2]).mean() + weights[2] * nll
+    elif kind == "sft":
         flat, targets, rows = response_tokens(policy, labels)
         logps = token_logps(flat, targets)
         loss = -logps[rows < len(labels) // 2].mean()
@@ -185,6 +191,69 @@ def b_trl_dpo(variant: Variant) -> Outputs:
     outputs = {"loss": loss}
     if "grad_logits" in variant["outputs"]:
         outputs["grad_logits"] = gradient(loss, policy)
+    return outputs
+
+
+TVKD_KINDS = {
+    "entropy": "student_entropy",
+    "sum": "lse",
+    "max": "max",
+    "expectation": "student_expectation",
+    "margin": "margin",
+}
+
+
+def tvkd_side(variant: Variant, flat: Tensor, targets: Tensor, side: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log pi(y_t) [N] by events, the values [N], and those behind the last token of each row [B].
+
+    Quirk of the case: a label outside of the cached ids has the probability of the whole rest, and behind a row that is
+    not full comes a padding state of 1e-8 in every event, of the student, too; its entropy is 0.
+    """
+    params, inputs = variant["params"], variant["inputs"]
+    entries = [entry for row in inputs[f"teacher_{side}_cache"] for entry in row]
+    ids = torch.tensor([e["indices"] for e in entries])
+    teacher = torch.tensor([[*e["values"], e["remaining_probs_sum"]] for e in entries], dtype=torch.float64).log()
+    student = with_rest(gather_logps(flat, ids))
+    found = ids == targets[:, None]
+    place = torch.where(found.any(-1), found.long().argmax(-1), ids.shape[-1])
+    weights = params["qadapter_alpha"], params["qadapter_alpha_1"], params["qadapter_alpha_tilde"]
+    kind = TVKD_KINDS[params.get("qadapter_softvalue_type", "sum")]
+    nothing = torch.full((1, teacher.shape[-1]), 1e-8, dtype=torch.float64).log()
+    behind = event_values(kind, nothing, nothing, *weights)
+    full = inputs[f"{side}_labels"][:, -1] != -100
+    terminal = torch.zeros(len(full), dtype=torch.float64) if kind in OF_STUDENT else torch.where(full, 0.0, behind)
+    return student.gather(1, place[:, None])[:, 0], event_values(kind, teacher, student, *weights), terminal
+
+
+def d_tvkd(variant: Variant) -> Outputs:
+    params, inputs = variant["params"], variant["inputs"]
+    form = params.get("qadapter_loss_type", "")
+    if form in ("full_dpo", "adv", "tpkd_ref"):
+        raise Skip(f"quirk 15: a form of the code's that no paper states: {form}")
+    chosen, rejected, nll, logits = forward_pair(inputs)
+    size, rewards = len(chosen), []
+    for i, side in enumerate(("chosen", "rejected")):
+        labels = inputs[f"{side}_labels"]
+        flat, targets, rows = response_tokens(logits[i * size : (i + 1) * size, : labels.shape[1]], labels)
+        logps, values, terminal = tvkd_side(variant, flat, targets, side)
+        if form == "tpkd":  # quirk 15: the shifted values are computed and not used
+            rewards.append(params["tpkd_beta"] * row_sums(logps, rows, size))
+        else:
+            rewards.append(value_rewards(logps, values, rows, size, params.get("qadapter_gamma", 1.0), terminal))
+    loss = params["distillation_weight"] * params["qadapter_distil_weight"] * dpo_loss(*rewards, 1.0).mean()
+    if "dpo_weight" in params:
+        u, v = chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"]
+        loss = loss + params["dpo_weight"] * dpo_loss(u, v, params["beta"]).mean()
+    for i, side in enumerate(("chosen", "rejected")):
+        if f"{side}_distil_weight" in params:
+            entries = [entry for row in inputs[f"teacher_{side}_cache"] for entry in row]
+            ids, probabilities = (torch.tensor([e[key] for e in entries]) for key in ("indices", "values"))
+            labels = inputs[f"{side}_labels"]
+            flat, _, _ = response_tokens(logits[i * size : (i + 1) * size, : labels.shape[1]], labels)
+            loss = loss + params[f"{side}_distil_weight"] * topk_kl(flat, ids, probabilities.double().log()).mean()
+    outputs = {"loss": loss}
+    if "grad_all_logits" in variant["outputs"]:
+        outputs["grad_all_logits"] = gradient(loss, logits)
     return outputs
 
 
@@ -243,7 +312,7 @@ def kto_outputs(
     _, other, other_rows = token_ratios(inputs, "KL_", other_labels)
     ratio_sums = row_sums(humanline(ratios, clip(params)), rows, len(labels))
     point = row_sums(humanline(other, clip(params)), other_rows, len(other_labels)).mean().clamp_min(0).detach()
-    if variant["name"].startswith("kto_zero"):
+    if variant["name"].startswith(("kto_zero", "apo_zero")):
         point = torch.zeros_like(point)
     weights = params["desirable_weight"], params["undesirable_weight"]
     return kto_loss(ratio_sums, desirable.bool(), point, params["beta"], *weights), point, ratio_sums
@@ -271,8 +340,6 @@ def halos_kto(variant: Variant) -> Outputs:
 
 def trl_kto(variant: Variant) -> Outputs:
     inputs = variant["inputs"]
-    if variant["name"] == "apo_zero_unpaired":
-        raise Skip(f"{NOT_OURS}: apo_zero_unpaired")
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     other = inputs["KL_input_ids"].masked_fill(inputs["KL_completion_mask"] == 0, -100)
     losses, _, _ = kto_outputs(variant, labels, other, inputs["label"])

@@ -30,11 +30,15 @@ PATHS = {
     "dckd": ["loss.teacher_cache=none"],
     "adpa": ["loss.generations=none", "loss.advantages=none"],
     "gkd": ["loss.teacher=none"],
+    "tvkd": ["loss.teacher_cache=none"],
     "opd": ["loss.teacher=none"],
+    "iw-opd": ["loss.teacher=none"],
+    "gopd": ["loss.teacher=none", "loss.reference_teacher=none"],
+    "distillm2": ["loss.teacher=none"],
     "ppo": ["loss.verifier=worlds.shop:check"],
     "grpo": ["loss.verifier=worlds.shop:check"],
 }
-FIGURES = {"ppo": 5, "grpo": 3, "opd": 2}  # columns that a rollout notes of each token
+FIGURES = {"ppo": 5, "grpo": 3, "opd": 2, "iw-opd": 2, "gopd": 2}  # columns that a rollout notes of each token
 
 
 class Bigram(torch.nn.Module):
@@ -120,6 +124,14 @@ def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
             lacking = lambda e: e._replace(ids=np.where(rng.random(e.ids.shape) < 0.4, -1, e.ids))  # noqa: E731
             drawn = [[lacking(entry) for entry in both] for both in drawn]
         return [Item((e.chosen, e.rejected), tuple(both)) for e, both in zip(examples(), drawn, strict=True)]
+    if name == "tvkd":
+        wide = trainer.config.value != "logits"
+        drawn = [[entries(side, rng, False) for side in (e.chosen, e.rejected)] for e in examples()]
+        first = lambda entry: Entry(entry.ids[:, :1], 3 * entry.values[:, :1], entry.tail)  # noqa: E731
+        return [
+            Item((e.chosen, e.rejected), tuple(entry if wide else first(entry) for entry in both))
+            for e, both in zip(examples(), drawn, strict=True)
+        ]
     if name == "adpa":
         return [Item((e.chosen, e.rejected), (None, entries(e.rejected, rng, True))) for e in examples()]
     if (

@@ -35,14 +35,15 @@ class World:
     def logp(self, model: str, sequence) -> float:
         return sum(math.log(self.p(model, before)[token]) for before, token in self.steps(sequence))
 
-    def ratio(self, sequence) -> float:
+    def ratio(self, sequence, shared: int = 99) -> float:
         bounds = (
             (self.config.log_epsilon_P, self.config.log_epsilon_R)
             if getattr(self.config, "humanline", False)
             else (-9e9, 9e9)
         )
-        parts = (math.log(self.p("policy", b)[t] / self.p("reference", b)[t]) for b, t in self.steps(sequence))
-        return sum(min(max(part, bounds[0]), bounds[1]) for part in parts)
+        parts = [math.log(self.p("policy", b)[t] / self.p("reference", b)[t]) for b, t in self.steps(sequence)]
+        parts = [min(max(part, bounds[0]), bounds[1]) for part in parts]
+        return sum(parts[:shared]) + getattr(self.config, "ld_alpha", 1.0) * sum(parts[shared:])
 
     def mean(self, sequence, value: Callable) -> float:
         return value(sequence) / len(self.steps(sequence))
@@ -55,8 +56,14 @@ class World:
         found = []
         for item in self.items:
             w, l = item.sequences  # noqa: E741
+            shared = min(len(self.steps(w)), len(self.steps(l)))
             pair = SimpleNamespace(
-                w=w, l=l, u=self.ratio(w), v=self.ratio(l), c=self.logp("policy", w), r=self.logp("policy", l)
+                w=w,
+                l=l,
+                u=self.ratio(w, shared),
+                v=self.ratio(l, shared),
+                c=self.logp("policy", w),
+                r=self.logp("policy", l),
             )
             pair.rc, pair.rr = self.logp("reference", w), self.logp("reference", l)
             pair.mc, pair.mr = pair.c / len(self.steps(w)), pair.r / len(self.steps(l))
@@ -134,6 +141,13 @@ def bco(world: World) -> float:
     shift = sum(beta * (p.u + p.v) for p in pairs) / (2 * len(pairs))
     losses = [-LOG_SIGMOID(beta * p.u - shift) - LOG_SIGMOID(-(beta * p.v - shift)) for p in pairs]
     return sum(losses) / len(losses) + world.config.nll_weight * world.nll()
+
+
+def mpo(world: World) -> float:
+    config, pairs = world.config, world.pairs()
+    preference = sum(-LOG_SIGMOID(config.beta * (p.u - p.v)) for p in pairs) / len(pairs)
+    quality = bco(world) - config.nll_weight * world.nll()
+    return config.preference_weight * preference + config.quality_weight * quality + config.nll_weight * world.nll()
 
 
 def orpo(pair, config) -> float:
@@ -234,7 +248,8 @@ def dckd_tokens(world: World, sequence, entry) -> list[float]:
         elif world.config.span_loss == "gold":
             found.append(hybrid(there, p, world.config.hybrid_beta, world.config.hybrid_weights))
         else:
-            found.append(bucket_kl([t for _, t in there], [p[i] for i, _ in there]))
+            student, teacher = [p[i] for i, _ in there], [t for _, t in there]
+            found.append(tempered_kl(world.config, teacher, student))
     return found
 
 
@@ -253,6 +268,17 @@ def hybrid(there: list[tuple[int, float]], p: list[float], beta: float, weights:
     return weights[0] * divergence + weights[1] * distance
 
 
+def tempered_kl(config, teacher: list[float], student: list[float]) -> float:
+    power, least, rest = 1 / config.teacher_temperature, min(teacher), 1 - sum(teacher)
+    if config.tail == "renormalize":
+        teacher, student = [t**power for t in teacher], [s / sum(student) for s in student]
+        return sum(t / sum(teacher) * math.log(t / sum(teacher) / s) for t, s in zip(teacher, student, strict=True))
+    # the rest as `rest / least` tokens of the least one's probability, or one token where it holds less
+    rest = rest / least * least**power if rest > least else rest**power
+    total = sum(t**power for t in teacher) + rest
+    return bucket_kl([t**power / total for t in teacher], student)
+
+
 def dckd_spans(world: World, sequence, entry) -> list[float]:
     """Return the divergence of each span of several tokens: that its text comes, or not."""
     if world.config.span_loss == "uld":
@@ -265,13 +291,81 @@ def dckd_spans(world: World, sequence, entry) -> list[float]:
     return found
 
 
+def state_value(world: World, before: int, ids, logps) -> float:
+    config = world.config
+    if config.value == "logits":
+        return config.shaping_weight * float(logps[0])
+    teacher = [math.exp(float(x)) for x in logps]
+    student = [world.p("policy", before)[int(i)] for i in ids]
+    teacher, student = [*teacher, 1 - sum(teacher)], [*student, 1 - sum(student)]
+    weight, other, sharp = config.shaping_weight, config.student_weight, config.value_temperature
+    if config.value == "lse":
+        total = sum((t**weight * s**other) ** (1 / sharp) for t, s in zip(teacher, student, strict=True))
+        return sharp * math.log(total)
+    top = sorted((weight * math.log(t) for t in teacher), reverse=True)
+    entropy = -sum(s * math.log(s) for s in student)
+    return {
+        "max": top[0],
+        "margin": top[0] - top[1],
+        "student_entropy": entropy,
+        "student_expectation": -entropy,
+    }[config.value]
+
+
+def tvkd(world: World) -> float:
+    config, losses = world.config, []
+    for item, pair in zip(world.items, world.pairs(), strict=True):
+        scores = []
+        for side, entry in zip((pair.w, pair.l), item.entries, strict=True):
+            steps = world.steps(side)
+            values = [
+                state_value(world, before, *found)
+                for (before, _), *found in zip(steps, entry.ids, entry.values, strict=True)
+            ]
+            later = values[1:]
+            if config.form == "shaped":
+                scores.append(config.beta * world.ratio(side) + config.discount * sum(later) - sum(values[:-1]))
+            else:
+                scores.append(world.logp("policy", side) - config.discount * sum(later))
+        losses.append(-LOG_SIGMOID(scores[0] - scores[1]))
+    return sum(losses) / len(losses) + config.nll_weight * world.nll()
+
+
+def regularized(world: World, before: int, ids, advantages, teacher_logps) -> float:
+    """By way of the optimum: tau T (log Z - KL(pi || pi*)), pi* normalized by hand."""
+    config, rest_of = world.config, lambda p, least: max(1 - sum(p), least)
+    advantages, teacher = [float(a) for a in advantages], [math.exp(float(x)) for x in teacher_logps]
+    theirs = [min(t / math.exp(a), 1.0) for t, a in zip(teacher, advantages, strict=True)]
+    kept = [0.0 if t < config.floor and a > 0 else a for t, a in zip(teacher, advantages, strict=True)]
+    tails = math.log(rest_of(teacher, 1e-3) / rest_of(theirs, 1e-3))
+    tails = 0.0 if rest_of(teacher, 1e-3) < config.floor and tails > 0 else tails
+    kept.append(tails if config.rest_advantage == "tails" else 0.0)
+    student = [world.p("policy", before)[int(i)] for i in ids]
+    base, least = {"teacher": (teacher, 1e-3), "reference_teacher": (theirs, 1e-3), "start": (None, 0)}[
+        config.kl_reference
+    ]
+    if base is None:
+        base = [world.p("reference", before)[int(i)] for i in ids]
+    base, student = [*base, rest_of(base, least)], [*student, 1 - sum(student)]
+    power = 1 / config.target_temperature
+    weights = [(b * math.exp(a / config.kl_weight)) ** power for b, a in zip(base, kept, strict=True)]
+    divergence = sum(p * math.log(p * sum(weights) / w) for p, w in zip(student, weights, strict=True))
+    return config.kl_weight / power * (math.log(sum(weights)) - divergence)
+
+
 def adpa(world: World) -> float:
     config, total, count = world.config, 0.0, 0
     for item in world.items:
         entry = item.entries[1]
-        for (before, _), ids, advantages in zip(world.steps(item.sequences[1]), entry.ids, entry.values, strict=True):
-            total += sum(world.p("policy", before)[int(i)] * float(a) for i, a in zip(ids, advantages, strict=True))
+        for (before, _), *found in zip(
+            world.steps(item.sequences[1]), entry.ids, entry.values, entry.teacher_logps, strict=True
+        ):
             count += 1
+            if config.is_regularized:
+                total += regularized(world, before, *found)
+            else:
+                p, (ids, advantages, _) = world.p("policy", before), found
+                total += sum(p[int(i)] * float(a) for i, a in zip(ids, advantages, strict=True))
     return config.sft_weight * world.nll() - config.gamma * total / count
 
 
@@ -367,9 +461,23 @@ def gkd(world: World) -> float:
     for item in world.items:
         for before, _ in world.steps(item.sequences[0]):
             student = tempered(world.p("policy", before), config.temperature)
-            teacher = tempered(mixture_of(world, before), config.temperature)
+            teacher = tempered(mixture_of(world, before), config.temperature * config.teacher_temperature)
             losses.append(jsd(student, teacher, config.beta))
     return sum(losses) / len(losses)
+
+
+def distillm2(world: World) -> float:
+    config, total = world.config, 0.0
+    for slot, weight in ((0, config.teacher_weight), (1, config.student_weight)):
+        found = []
+        for item in world.items:
+            for before, _ in world.steps(item.sequences[slot]):
+                first, second = world.p("teacher 0", before), world.p("policy", before)
+                first, second = (first, second) if slot == 0 else (second, first)
+                pairs = [(a, config.alpha * a + (1 - config.alpha) * b) for a, b in zip(first, second, strict=True)]
+                found.append(sum(a * math.log(a / m) for a, m in pairs))
+        total += weight * sum(found) / len(found)
+    return total
 
 
 def reward_weighted(world: World) -> float:
@@ -394,6 +502,7 @@ TWINS: dict[str, Callable[[World], float]] = {
     "csft": World.nll,
     "dckd": dckd,
     "adpa": adpa,
+    "tvkd": tvkd,
     "dpo": paired(dpo),
     "cdpo": paired(dpo),
     "robust-dpo": paired(robust),
@@ -404,6 +513,7 @@ TWINS: dict[str, Callable[[World], float]] = {
     "hinge": paired(lambda p, c: max(0.0, 1 - c.beta * (p.u - p.v))),
     "aot": aot,
     "bco": bco,
+    "mpo": mpo,
     "sppo-hard": paired(lambda p, c: (p.u - 0.5 / c.beta) ** 2 + (p.v + 0.5 / c.beta) ** 2),
     "apo-zero": paired(lambda p, c: 1 - SIGMOID(c.beta * p.u) + SIGMOID(c.beta * p.v)),
     "apo-down": paired(lambda p, c: SIGMOID(c.beta * p.u) + 1 - SIGMOID(c.beta * (p.u - p.v))),
@@ -419,6 +529,9 @@ TWINS: dict[str, Callable[[World], float]] = {
     "ppo": ppo,
     "grpo": grpo,
     "opd": opd,
+    "iw-opd": opd,
+    "gopd": opd,
+    "distillm2": distillm2,
     "gkd": gkd,
     "reward-weighted-distill": reward_weighted,
 }
