@@ -207,7 +207,10 @@ def explain(error: Exception) -> str:
     cause = error.__cause__
     choice = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
     if choice and choice[1] in GROUPS:
-        return f"{choice[1]}={choice[2]} is not known.{nearest(choice[2], choices(choice[1]))}"
+        known = choices(choice[1])
+        hint = nearest(choice[2], known)
+        listed = "" if "Known:" in hint else f" There are: {', '.join(sorted(known))}."
+        return f"{choice[1]}={choice[2]} is not known.{hint}{listed}"
     unknown = re.search(r"Key '([\w.]+)' is not in struct", f"{text}\n{cause}")
     if unknown:
         full = re.search(r"full_key: ([\w.]+)", f"{text}\n{cause}")

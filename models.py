@@ -131,6 +131,7 @@ def local_source(source: str) -> str:
         return str(smollm2.converted(source.removeprefix("package:")))
     path, place = Path(source).expanduser(), found(source)
     if place is not None and place.is_dir():
+        check_not_a_run(place)
         return str(place)
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source.split("/")[0]).is_dir()
     if not looks_local and path.name not in ("FINAL", "CACHE"):
@@ -143,6 +144,16 @@ def local_source(source: str) -> str:
     close = difflib.get_close_matches(missing, names, n=1, cutoff=0.7)
     hint = f"did you mean {there / close[0]}?" if close else f"{there} has {', '.join(names[:5]) or 'no folders'}"
     raise ValueError(f"no model folder {source!r}: {hint}")
+
+
+def check_not_a_run(folder: Path) -> None:
+    """Refuse the folder of a run in the place of the model in it."""
+    if any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+        return
+    if (folder / "FINAL").is_dir():
+        raise ValueError(f"{folder} is a run's folder; its model is {folder / 'FINAL'}: give that")
+    if (folder / "command.txt").is_file():
+        raise ValueError(f"{folder} is a run's folder without FINAL, the model: the run has not ended, or trained none")
 
 
 def model_source(config: ModelConfig) -> str | None:

@@ -190,9 +190,13 @@ class DatasetConfig:
     format: str = "auto"
     weight: float = 1.0
     supervise: str = "last"
+    on_error: str = "refuse"
+    special_tokens: str = "keep"
 
     def __post_init__(self) -> None:
         one_of("datasets.*.supervise", self.supervise, ("last", "all"))
+        one_of("datasets.*.on_error", self.on_error, ("refuse", "drop"))
+        one_of("datasets.*.special_tokens", self.special_tokens, ("keep", "split"))
         require(self.weight > 0, f"datasets.*.weight={self.weight} must be above 0")
 
 

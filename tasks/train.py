@@ -22,6 +22,7 @@ from settings.schema import Settings
 from teacher.precision import teacher_dtype
 from teacher.vocabulary import check_reads_ours
 from templates import turn_end
+from tokens.examples import held
 from trainers import reference
 from trainers.basic import BasicTrainer
 from trainers.batches import Item, joined
@@ -89,8 +90,8 @@ def _check_pairs(examples: Iterable[Example], loss: str) -> None:
         missing = [name for name in ("chosen", "rejected") if getattr(example, name) is None]
         if missing:
             raise ValueError(
-                f"{example.where}: loss={loss} learns from pairs, and this row has no {' and no '.join(missing)}. "
-                "Check datasets= and its format, or remove the row"
+                f"{example.where}: loss={loss} learns from pairs, and this row has no {' and no '.join(missing)}; it "
+                f"gives {held(example)}. Check datasets= and its format, or remove the row"
             )
 
 

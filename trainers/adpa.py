@@ -66,7 +66,7 @@ def dealt(
         mine = generations[prompt][seen[prompt] :: rows[prompt]]
         seen[prompt] += 1
         share = len(generations[prompt]) // rows[prompt]
-        chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
+        chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa", example)
         bare = Tokens(example.prompt, [False] * len(example.prompt))
         joined += [(chosen if k < max(1, share) else bare, generation.tokens) for k, generation in enumerate(mine)]
         joined += [] if mine else [(chosen, bare)]
@@ -90,7 +90,7 @@ class ADPA(BasicTrainer):
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Join rows with the responses generated for the very ids of their prompts, and these with their advantages."""
         if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
-            held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ())  # noqa: E731
+            held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa", e),) * 2, ())  # noqa: E731
             return checked(len(examples), lambda i: held_out(examples[i]))
         reader = open_cache(self.config.advantages, "advantage", self.tokenizer)
         generations = generations_by_prompt(

@@ -42,7 +42,7 @@ class SFT(BasicTrainer):
             tokens = example.chosen if self.config.train_on == "chosen" else example.response
             if self.config.train_on == "auto":
                 tokens = example.response or example.chosen
-            return Item((supervised_sequence(tokens, "a response", "sft"),))
+            return Item((supervised_sequence(tokens, "a response", "sft", example),))
 
         return checked(len(examples), item)
 
