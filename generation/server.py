@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from settings.secrets import hidden, secrets_of
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -124,7 +126,7 @@ class Server:
     def _explain(self, path: str, error: urllib.error.HTTPError) -> None:
         """Raise what an HTTP status means: _Later if it may pass, else ValueError with the server's own words."""
         with error:
-            said = error.read(2000).decode("utf-8", "replace").strip()
+            said = hidden(error.read(2000).decode("utf-8", "replace").strip(), secrets_of(os.environ))
         if error.code in AGAIN:
             after = error.headers.get("Retry-After", "")
             raise _Later(f"HTTP {error.code}: {said[:300]}", float(after) if after.isdecimal() else None)

@@ -46,6 +46,9 @@ def run(settings: Settings) -> None:
         write_text(settings.run.run_dir / "objective.txt", objective + "\n")
         for line in warnings(train, test, turn_end(tokenizer).id, settings.model.max_length):
             print(line, flush=True)
+    for key in ("eval_every", "do_first_eval"):
+        if getattr(settings.run, key) and not test:
+            processes.print(f"warning: {key} does nothing: no data set has a test split (datasets.NAME.test=FILE)")
     _show(train[0], tokenizer, processes)
     items = trainer.items(train, "train")
     test_items = trainer.items(test, "test") if test else []
