@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from engine.strategy import placement_of
 from report.inspection import warnings
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
-from settings.artifacts import write_text
+from settings.artifacts import is_done, write_text
 from settings.methods import method_class
 from settings.schema import Settings
 from teacher.precision import teacher_dtype
@@ -37,6 +38,7 @@ def run(settings: Settings) -> None:
     placement = placement_of(settings.run.strategy, settings.model, processes)
     tokenizer = models.load_tokenizer(settings.model)
     trainer: BasicTrainer = method_class(settings.raw["loss"]["trainer"])(settings, tokenizer, placement)
+    check_inputs(settings, trainer)
     train, test = _examples(settings, tokenizer)
     if trainer.needs.data == "pairs":
         _check_pairs(chain(train, test), settings.raw["loss"]["name"])
@@ -73,6 +75,31 @@ def run(settings: Settings) -> None:
         del trainer, placement
         gc.collect()  # DDP and its hooks refer to each other
         processes.close()
+
+
+def check_inputs(settings: Settings, trainer: BasicTrainer) -> None:
+    """Refuse a folder or file of the model or the loss that is not there, before rows are tokenized."""
+    models.model_source(settings.model)
+    for folder, _ in trainer.frozen_model_folders().values():
+        models.local_source(folder)
+    for key in ("teacher_cache", "advantages"):
+        value = getattr(trainer.config, key, None)
+        for cache in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+            if isinstance(cache, str) and not cache.startswith(("hub:", "hf://")):
+                check_whole(Path(cache).expanduser(), f"loss.{key}")
+    file = getattr(trainer.config, "generations", None)
+    if isinstance(file, str) and not Path(file).expanduser().is_file():
+        raise ValueError(f"loss.generations={file}: no such file; task=generate writes generations.jsonl")
+
+
+def check_whole(folder: Path, key: str) -> None:
+    """Refuse a teacher cache that is not there or not finished."""
+    if is_done(folder):
+        return
+    inside = folder / "CACHE"
+    what = "is not finished (no DONE): run the same command again" if folder.is_dir() else "does not exist"
+    hint = f"is a run's folder: give {inside}" if is_done(inside) else what
+    raise ValueError(f"{key}: teacher cache {folder} {hint}")
 
 
 def _examples(settings: Settings, tokenizer: object) -> tuple[Sequence[Example], Sequence[Example]]:

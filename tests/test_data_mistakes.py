@@ -177,3 +177,23 @@ def test_a_run_in_the_place_of_its_model_is_refused_with_the_model_named(tmp_pat
     (tmp_path / "run" / "command.txt").touch()
     with pytest.raises(ValueError, match="without FINAL, the model: the run has not ended"):
         models.local_source(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["loss=dckd", "loss.teacher_cache={}/none"], "loss.teacher_cache: teacher cache .*none does not exist"),
+        (["loss=dckd", "loss.teacher_cache={}/run"], "is a run's folder: give .*run/CACHE"),
+        (["loss=adpa", "loss.advantages={}/run/CACHE", "loss.generations={}/none"], "loss.generations=.*none: no such"),
+        (["loss=sft", "model.load_from={}/none"], "no model folder"),
+    ],
+)
+def test_inputs_are_looked_for_before_rows_are_tokenized(line, words, tmp_path):
+    (tmp_path / "run" / "CACHE").mkdir(parents=True)
+    (tmp_path / "run" / "CACHE" / "DONE").touch()
+    data = written(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    run = [f"cache_dir={tmp_path}/out", "exp_name=x", "model=tiny", "datasets=[local]"]
+    inputs = [part.replace("{}", str(tmp_path)) for part in line]
+    with pytest.raises(ValueError, match=words):
+        launch.run_task(composed(*run, f"datasets.local.train={data}", *inputs))
+    assert not (tmp_path / "out" / "tokens").exists()
