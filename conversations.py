@@ -5,6 +5,7 @@ config names it (`datasets.NAME.format`).
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,16 +45,21 @@ def find_format(row: Row, where: str) -> str:
     chosen = row.get("chosen")
     if isinstance(chosen, str) and "prompt" not in row and chosen.startswith(HUMAN.rstrip(" ")):
         return "hh"
+    if isinstance(row.get("conversations"), list) and not isinstance(row.get("messages"), list):
+        return "sharegpt"
     if isinstance(row.get("messages"), list) or isinstance(chosen, list):
         return "messages"
     if "prompt" in row and (isinstance(chosen, str) or "response" in row or "chosen" not in row):
         return "strings"
+    if isinstance(row.get("instruction"), str) and ("output" in row or "chosen" in row):
+        return "alpaca"
     if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
         return "gsm8k"
     raise ValueError(
         f"{where}: cannot tell the format from the columns {sorted(row)}. Known: `messages`; `chosen` and `rejected` "
-        "lists of role/content; `prompt` with `response` (or `teacher_response`), or with `chosen` and `rejected`; "
-        f"`prompt` alone; `question` with `answer`. Other columns need a parser and its name in format: "
+        "lists of role/content; `prompt` with `response` (or `completion`, `teacher_response`), or with `chosen` "
+        "and `rejected`; `prompt` alone; `question` with `answer`; ShareGPT's `conversations` of from/value; Alpaca's "
+        f"`instruction`, `input`, `output`. Other columns need a parser and its name in format: "
         f"{', '.join(PARSERS)} are there"
     )
 
@@ -100,15 +106,46 @@ def _checked(messages: Any, what: str = "messages") -> list[Message]:
 
 
 def _message(message: Any, what: str) -> Message:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise ValueError(f"{what} must be an object with role and content, this is {message!r:.80}: correct the row")
     content = message["content"]
+    if not isinstance(message["role"], str):
+        raise ValueError(f"{what}.role must be a text, this is {message['role']!r:.80}: correct the row")
     # a turn that only calls a tool has null for its content
-    return {"role": str(message["role"]), "content": "" if content is None else _text(content, f"{what}.content")}
+    return {"role": message["role"], "content": "" if content is None else _text(content, f"{what}.content")}
 
 
 def _split_last(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"the last message must be the assistant's, its role is {messages[-1]['role']!r}")
     return messages[:-1], messages[-1:]
+
+
+def _difference(one: list[Message], other: list[Message]) -> str:
+    """Say where two prompts part."""
+    if len(one) != len(other):
+        return f"{len(one)} and {len(other)} messages before the response"
+    for i, (ours, theirs) in enumerate(zip(one, other, strict=True)):
+        if ours["role"] != theirs["role"]:
+            return f"message {i} is the {ours['role']}'s and the {theirs['role']}'s"
+        if ours["content"] != theirs["content"]:
+            start = max(0, len(os.path.commonprefix([ours["content"], theirs["content"]])) - 10)
+            told = [text["content"][start : start + 40] for text in (ours, theirs)]
+            return f"message {i} reads {told[0]!r} and {told[1]!r} from character {start} on"
+    return "they are alike"
+
+
+def oddities_of(conversation: Conversation) -> list[str]:
+    """Name what a data set should not have and can be trained on: empty messages, one role twice in a row."""
+    found = set()
+    for response in (conversation.chosen, conversation.rejected, conversation.response, []):
+        messages = [*conversation.prompt, *(response or [])]
+        for before, message in zip([None, *messages], messages, strict=False):
+            if not message["content"].strip() and message not in (response or []):  # no response is counted elsewhere
+                found.add("empty message")
+            if before is not None and before["role"] == message["role"]:
+                found.add("equal roles in a row")
+    return sorted(found)
 
 
 def _response(row: Row, column: str) -> list[Message]:
@@ -123,6 +160,11 @@ def _meta(row: Row) -> dict[str, Any]:
         "prompt",
         "response",
         "teacher_response",
+        "completion",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
         "history",
         "prompt_ids",
         "response_ids",
@@ -138,7 +180,7 @@ def _from_messages(row: Row) -> Conversation:
         prompt, chosen = _split_last(_checked(row["chosen"], "chosen"))
         other, rejected = _split_last(_checked(row["rejected"], "rejected"))
         if prompt != other:
-            raise ValueError("chosen and rejected answer different prompts")
+            raise ValueError(f"chosen and rejected answer different prompts: {_difference(prompt, other)}")
         if not prompt:
             prompt = _checked(row["prompt"], "prompt")
         return Conversation(prompt, chosen, rejected, None, _meta(row))
@@ -153,9 +195,67 @@ def _from_strings(row: Row) -> Conversation:
     prompt = _checked(row["prompt"], "prompt")
     if "chosen" in row:
         return Conversation(prompt, _response(row, "chosen"), _response(row, "rejected"), None, _meta(row))
-    column = "response" if "response" in row else "teacher_response"
-    response = None if row.get(column) is None else _response(row, column)
+    column = next((name for name in ("response", "completion") if name in row), "teacher_response")
+    response = None if row.get(column) is None else _completion(row[column], column)
     return Conversation(prompt, None, None, response, _meta(row))
+
+
+def _completion(value: Any, column: str) -> list[Message]:
+    """Take a response as a text, or as TRL's list of one assistant's message."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]):
+        return [{"role": "assistant", "content": _text(value, column)}]
+    before, response = _split_last(_checked(value, column))
+    if before:
+        raise ValueError(f"{column} must be one message of the assistant, it has {len(value)}: use `messages`")
+    return response
+
+
+# ShareGPT's names of who speaks, as its files and the tools that read them spell them
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "bot", "model", "assistant"), "assistant"),
+    "system": "system",
+}
+
+
+def _speaker_turn(turn: Any, what: str) -> Message:
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        raise ValueError(f"{what} must have `from` and `value`, this is {turn!r:.80}")
+    if turn["from"] not in SPEAKERS:
+        raise ValueError(f"{what}.from is {turn['from']!r}, known are {', '.join(SPEAKERS)}: remove the row")
+    return {"role": SPEAKERS[turn["from"]], "content": _text(turn["value"], f"{what}.value")}
+
+
+def _from_sharegpt(row: Row) -> Conversation:
+    """Take ShareGPT's conversations of from/value, with `system`, and `chosen` and `rejected` of a pair beside them."""
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"conversations must be a non-empty list of from/value, this is {turns!r:.80}: remove the row")
+    messages = [_speaker_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
+    meta = {key: value for key, value in _meta(row).items() if key != "system"}
+    if row.get("chosen") is not None:
+        chosen, rejected = ([_speaker_turn(row[side], side)] for side in ("chosen", "rejected"))
+        return Conversation(messages, chosen, rejected, None, meta)
+    if messages[-1]["role"] != "assistant":
+        return Conversation(messages, None, None, None, meta)
+    return Conversation(messages[:-1], None, None, messages[-1:], meta)
+
+
+def _from_alpaca(row: Row) -> Conversation:
+    """Take Alpaca's instruction, a line break and its input as the prompt; `system` and `history` come before it."""
+    asked = [_text(row["instruction"], "instruction")]
+    asked += [_text(row["input"], "input")] if row.get("input") else []
+    messages = [{"role": "system", "content": _text(row["system"], "system")}] if row.get("system") else []
+    for i, turn in enumerate(row.get("history") or []):
+        for role, text in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": _text(text, f"history[{i}]")})
+    messages.append({"role": "user", "content": "\n".join(asked)})
+    meta = {key: value for key, value in _meta(row).items() if key != "system"}
+    if "chosen" in row:
+        return Conversation(messages, _response(row, "chosen"), _response(row, "rejected"), None, meta)
+    return Conversation(messages, None, None, None if row["output"] is None else _response(row, "output"), meta)
 
 
 def parse_hh(text: str) -> list[Message]:
@@ -215,6 +315,8 @@ PARSERS: dict[str, Callable[[Row], Conversation]] = {
     "hh": _from_hh,
     "shp": _from_shp,
     "gsm8k": _from_gsm8k,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
     "generation": _from_generation,
 }
 

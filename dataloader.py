@@ -17,7 +17,7 @@ import tokenizers
 import transformers
 from torch import Tensor
 
-from conversations import Conversation, Message, format_of, to_conversation
+from conversations import Conversation, Message, format_of, oddities_of, to_conversation
 from forward.rows import Sequences as Sequences  # beside load_examples, for those who import the data loader
 from forward.rows import collate as collate
 from forward.rows import unsupervised as unsupervised
@@ -27,6 +27,7 @@ from settings.paths import ROOT
 from settings.schema import DatasetConfig, ModelConfig
 from templates import tokenizer_digest
 from tokens.columns import Sides
+from tokens.counted import COUNTED, DROPPED, MARKS, REASON, concerns
 from tokens.encoding import check_ids, encode_example, take_ids
 from tokens.encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
 from tokens.examples import Example, Tokens, content_key
@@ -82,8 +83,13 @@ def read_generations(path: str | Path, tokenizer: Any | None) -> list[Generation
 def _lines_of_generations(path: str | Path) -> RowSource:
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; task=generate writes generations.jsonl")
-    return open_lines(path)
+        inside = path / "generations.jsonl"
+        hint = f"give the file in it, {inside}" if inside.is_file() else "task=generate writes generations.jsonl"
+        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no file'}: {hint}")
+    source = open_lines(path)
+    if not source.size():
+        raise ValueError(f"{path} has no rows: task=generate writes one a response. Was it stopped before the first?")
+    return source
 
 
 def _generations(source: RowSource, numbers: Sequence[int], tokenizer: Any | None) -> Iterator[Generation]:
@@ -169,8 +175,6 @@ NO_TEXT = Conversation([], None, None, None, {})
 
 # ---- data sets
 
-COUNTED = ("dropped: no supervised token", "prompt shortened", "response cut", "seam tokenized apart")
-
 
 class Source(NamedTuple):
     """A split of a data set, opened, and what decides how its rows become tokens."""
@@ -179,6 +183,8 @@ class Source(NamedTuple):
     rows: RowSource
     format: str
     supervise: str
+    on_error: str
+    special_tokens: str
 
 
 class Drawn(NamedTuple):
@@ -267,7 +273,8 @@ def load_examples(
         if not count:
             raise ValueError(f"datasets.{name}.{split}={source} has no rows")
         numbers = np.asarray(drawn_rows(count, config, split, seed, name), np.int64)
-        drawn.append(Drawn(Source(source, rows, config.format, config.supervise), numbers, count))
+        read = (config.format, config.supervise, config.on_error, config.special_tokens)
+        drawn.append(Drawn(Source(source, rows, *read), numbers, count))
     drawn = limited(drawn, limit, seed)
     tables = [_table(part, tokenizer, model, store_in, num_proc) for part in drawn]
     return _mixed(drawn, tables, split, model)
@@ -334,6 +341,8 @@ def _table(drawn: Drawn, tokenizer: Any, model: ModelConfig, store_in: Path | No
             "max_prompt_length": model.max_prompt_length,
             "format": source.format,
             "supervise": source.supervise,
+            "on_error": source.on_error,
+            "special_tokens": source.special_tokens,
             "code": code_digest(),
         }
         every = store_in / digest_of(identity | {"rows": "all"})
@@ -359,26 +368,51 @@ def _encoded(source: Source, numbers: Sequence[int], tokenizer: Any, model: Mode
     """Tokenize the rows of these numbers. `own`: the tokenizer's digest."""
     fmt = format_of(source.format, next(source.rows.pick([0])), source.name)
     for number, row in zip(numbers, source.rows.pick(numbers), strict=True):
-        counts: Counter[str] = Counter()
-        where = f"{source.name}, row {number + 1}"
-        conversation = to_conversation(row, fmt, where)
-        if fmt == "generation":
-            check_ids(row, where, tokenizer, own)
-            example = take_ids(row, conversation, model, counts)
-        else:
-            try:
-                example = encode_example(tokenizer, conversation, model, source.supervise, counts)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+        where, counts = f"{source.name}, row {number + 1}", Counter[str]()
+        try:
+            example, conversation = _example(row, fmt, where, source, tokenizer, model, own, counts)
+        except ValueError as error:
+            if fmt == "generation":  # ids that mean something else are no bad row
+                raise
+            if source.on_error == "refuse":
+                raise ValueError(f"{error}. To go on without such rows: datasets.NAME.on_error=drop") from error
+            counts, example = Counter({DROPPED: 1}), None
+            conversation = Conversation([{"role": "user", "content": ""}], None, None, None, {REASON: str(error)})
         yield Record(number, example, [counts[what] for what in COUNTED], conversation)
+
+
+def _example(
+    row: dict[str, Any],
+    fmt: str,
+    where: str,
+    source: Source,
+    tokenizer: Any,
+    model: ModelConfig,
+    own: str,
+    counts: Counter[str],
+) -> tuple[Example | None, Conversation]:
+    """Tokenize a row; ValueError with its place where it cannot be read."""
+    conversation = to_conversation(row, fmt, where)
+    if fmt == "generation":
+        check_ids(row, where, tokenizer, own)
+        return take_ids(row, conversation, model, counts), conversation
+    counts.update(oddities_of(conversation))
+    try:
+        return encode_example(
+            tokenizer, conversation, model, source.supervise, counts, source.special_tokens
+        ), conversation
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _mixed(drawn: list[Drawn], tables: list[Rows], split: str, model: ModelConfig) -> Sequence[Example]:
     """Lay the used rows of all sources in the order of the mix, print what was cut, and leave out what was dropped."""
-    counts, parts, places = np.zeros(len(COUNTED), np.int64), [], []
+    counts, parts, places, forged = np.zeros(len(COUNTED), np.int64), [], [], 0
     for i, (part, rows) in enumerate(zip(drawn, tables, strict=True)):
         place = np.searchsorted(rows.table.numbers, part.numbers)
-        counts += rows.table.counts[place].sum(axis=0, dtype=np.int64)
+        own = rows.table.counts[place].sum(axis=0, dtype=np.int64)
+        counts += own
+        forged += int(own[COUNTED.index(MARKS)]) if part.source.special_tokens == "keep" else 0
         parts.append(np.full(len(place), i, np.int32))
         places.append(place)
     names = [part.source.name for part in drawn]
@@ -389,8 +423,12 @@ def _mixed(drawn: list[Drawn], tables: list[Rows], split: str, model: ModelConfi
     examples = Examples(tables, names, every.parts[keeps], every.places[keeps])
     dropped = np.flatnonzero(~keeps)
     report = ", ".join(f"{n} {what}" for what, n in zip(COUNTED, counts, strict=True) if n)
-    report += f"; the first one dropped: {every[dropped[0]].where}" if len(dropped) else ""
+    if len(dropped):
+        first = every[dropped[0]]
+        report += f"; the first one dropped: {first.conversation.meta.get(REASON, first.where)}"
     print(f"{split}: {len(examples)} of {len(every)} rows" + (f" ({report})" if report else ""), flush=True)
+    for line in concerns(counts, forged, len(every), split, model):
+        print(line, flush=True)
     if not len(examples):
         conversation = every[dropped[0]].conversation
         response = conversation.chosen or conversation.response or [{"content": ""}]

@@ -26,7 +26,7 @@ environment.prepare(os.environ)  # before anything imports torch
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,6 +38,7 @@ from settings.methods import config_fields, method_class
 from settings.needs import check_needs
 from settings.paths import CONFIG
 from settings.schema import Settings, require, settings_from, with_loss
+from settings.secrets import check_no_secret, hidden, secrets_of
 from settings.tasks import TASKS, check_task, counted
 from settings.typed import check_keys, nearest
 
@@ -146,17 +147,33 @@ def _difference(raw: dict[str, Any], stored: Path) -> str | None:
 
 def run_task(raw: dict[str, Any]) -> None:
     """Run one task into its folder; DONE is written last."""
+    check_no_secret(raw, [], os.environ)
     settings = settings_of(raw)
     task = TASKS[settings.run.task]
     if task.has_folder and not open_run_dir(settings):
         print(f"already done: {settings.run.run_dir} (to run it again, remove that folder)")
         return
-    importlib.import_module(f"tasks.{settings.run.task}").run(settings)
+    try:
+        importlib.import_module(f"tasks.{settings.run.task}").run(settings)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(what_is_left(settings)) from None
     if not task.is_done_once:
         return
     if os.environ.get("RANK", "0") == "0":
         mark_done(settings.run.run_dir)
         print(f"done: {settings.run.run_dir}", flush=True)
+
+
+def what_is_left(settings: Settings) -> str:
+    """Say what the same command does after an interruption."""
+    if settings.run.task != "train":
+        return "the same command goes on from what is kept"
+    kept = [folder.name for folder in settings.run.run_dir.glob("checkpoint-*") if is_done(folder)]
+    newest = max(kept, key=lambda name: int("0" + "".join(filter(str.isdigit, name))), default=None)
+    if newest:
+        return f"the same command goes on from {newest}"
+    why = "save_every=0 keeps none" if not settings.run.save_every else f"save_every={settings.run.save_every}"
+    return f"there is no checkpoint yet ({why}): the same command begins anew"
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
@@ -172,6 +189,7 @@ def run(config: DictConfig) -> None:
     plain: dict[str, Any] = {str(k): v for k, v in raw.items()}
     plain["datasets"] = plain.get("datasets") or {}
     environment.check(os.environ, plain)
+    check_no_secret(plain, sys.argv[1:], os.environ)
     varied = job_folder()
     if varied:
         plain["run_count"] = f"{plain['run_count']}/{varied}" if plain["run_count"] else varied
@@ -205,15 +223,30 @@ def explain(error: Exception) -> str:
     """Word a user's mistake in one message."""
     text = str(error).strip()
     cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: {text.splitlines()[0]}. A value with blanks, commas, brackets, = or quotes is quoted "
+            f"for the program and for the shell: {_quoted(str(error.override))}"
+        )
     choice = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
     if choice and choice[1] in GROUPS:
-        return f"{choice[1]}={choice[2]} is not known.{nearest(choice[2], choices(choice[1]))}"
+        known = choices(choice[1])
+        hint = nearest(choice[2], known)
+        listed = "" if "Known:" in hint else f" There are: {', '.join(sorted(known))}."
+        return f"{choice[1]}={choice[2]} is not known.{hint}{listed}"
     unknown = re.search(r"Key '([\w.]+)' is not in struct", f"{text}\n{cause}")
     if unknown:
         full = re.search(r"full_key: ([\w.]+)", f"{text}\n{cause}")
         key = full.group(1) if full else unknown.group(1)
         return f"unknown key {key!r}.{nearest(key.rsplit('.', 1)[-1], known_keys(key))}"
     return text if not isinstance(error, OSError) else f"{error.strerror or text}: {error.filename or ''}".rstrip(": ")
+
+
+def _quoted(override: str) -> str:
+    """Write an override so that neither the shell nor Hydra reads anything into its value."""
+    key, _, value = override.partition("=")
+    inner = value.strip("'\"").replace("\\", "\\\\").replace("'", "\\'")
+    return shlex.quote(f"{key}='{inner}'")
 
 
 def known_keys(key: str) -> list[str]:
@@ -232,21 +265,23 @@ def _keys_of(file: Path, below: str) -> list[str]:
     return [str(name) for name in node if name != "defaults"] if OmegaConf.is_dict(node) else []
 
 
+def from_command_line() -> None:
+    """Compose and run what was typed."""
+    sys.argv[1:] = as_sweep(sys.argv[1:])
+    composed()
+
+
 def guarded(work: Callable[[], None]) -> None:
     """Do the work, and show a user's mistake as one message instead of a traceback (debug=true shows both)."""
     try:
         work()
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the same command goes on from the newest checkpoint, or begins anew where there is none "
-            "(save_every=0)",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as stopped:
+        print(f"\ninterrupted; {str(stopped) or 'the same command goes on where this one stopped'}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if "debug=true" in sys.argv or "++debug=true" in sys.argv:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        print(f"error: {hidden(explain(error), secrets_of(os.environ))}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -256,5 +291,4 @@ if __name__ == "__main__":
         print(help_text(str(__doc__), sys.argv[1:]))
         sys.exit()
     sys.path.append(os.getcwd())  # a verifier or a method of one's own lies where the command is typed
-    sys.argv[1:] = as_sweep(sys.argv[1:])
-    guarded(composed)
+    guarded(from_command_line)

@@ -86,6 +86,7 @@ def local_source(source: str) -> str:
         return str(smollm2.converted(source.removeprefix("package:")))
     path, place = Path(source).expanduser(), found(source)
     if place is not None and place.is_dir():
+        check_not_a_run(place)
         return str(place)
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source.split("/")[0]).is_dir()
     if not looks_local and path.name not in ("FINAL", "CACHE"):
@@ -100,10 +101,37 @@ def local_source(source: str) -> str:
     raise ValueError(f"no model folder {source!r}: {hint}")
 
 
+def check_not_a_run(folder: Path) -> None:
+    """Refuse the folder of a run in the place of the model in it."""
+    if any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+        return
+    if (folder / "FINAL").is_dir():
+        raise ValueError(f"{folder} is a run's folder; its model is {folder / 'FINAL'}: give that")
+    if (folder / "command.txt").is_file():
+        raise ValueError(f"{folder} is a run's folder without FINAL, the model: the run has not ended, or trained none")
+
+
 def model_source(config: ModelConfig) -> str | None:
     """Return where the weights come from: from_checkpoint, load_from or name_or_path; None if they are built."""
     source = config.from_checkpoint or config.load_from or config.name_or_path
-    return local_source(source) if source else None
+    if not source:
+        return None
+    found_there = local_source(source)
+    check_no_pickles(found_there, config)
+    return found_there
+
+
+def check_no_pickles(source: str, config: ModelConfig) -> None:
+    """Refuse a folder whose weights are pickles, unless model.pickled_weights says to read them."""
+    folder = Path(source)
+    if config.pickled_weights or not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}"))
+    if pickles:
+        raise ValueError(
+            f"{folder} has its weights as pickles ({pickles[0]}), which can hold code. Have them saved as safetensors, "
+            "or read them with model.pickled_weights=true where you trust who wrote them"
+        )
 
 
 def start_of(config: ModelConfig) -> ModelConfig:
@@ -140,6 +168,17 @@ def _loaded(load: Callable[..., Any], source: str, what: str, **options: Any) ->
         raise ValueError(f"cannot load the {what} from the {place} {source!r}: {reason}") from error
 
 
+@cache
+def _say_no_template(source: str) -> None:
+    """Say once what conversations look like to a model whose tokenizer brings no template."""
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: the tokenizer of {source} has no chat template: conversations are written as 'user: ...', "
+            "'assistant: ...'. Is it a base model? Take one with model.tokenizer_name_or_path where it is not meant",
+            flush=True,
+        )
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """Load the tokenizer, with a default chat template and a padding token where it has none."""
     named = config.tokenizer_name_or_path
@@ -152,6 +191,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {source!r} has no end-of-sequence token, so no response would ever end")
     if not tokenizer.chat_template:
+        _say_no_template(source)
         tokenizer.chat_template = DEFAULT_TEMPLATE
     if tokenizer.pad_token_id is None:  # padding is masked by position, so sharing eos is harmless
         tokenizer.pad_token = tokenizer.eos_token
@@ -202,6 +242,8 @@ def load_model(
     """
     check_attention(config.attn_implementation)
     folder = local_source(source) if source else model_source(config)
+    if source and folder:
+        check_no_pickles(folder, config)
     dtype = dtype or torch.float32
     with torch.device("meta") if empty else nullcontext():
         if folder is None:
@@ -237,6 +279,8 @@ def _from_folder(config: ModelConfig, source: str, dtype: torch.dtype, head: str
     options: dict[str, Any] = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     if head == "reward":
         options["num_labels"] = 1
+    if not config.pickled_weights:
+        options["use_safetensors"] = True
     with seeded(config.build_seed):
         load = _auto_class(head).from_pretrained
         model, report = _loaded(load, source, "model", dtype=dtype, output_loading_info=True, **options)

@@ -6,6 +6,7 @@ A tokenizer comes from `models.load_tokenizer`, which pins the day that a templa
 import copy
 import hashlib
 import json
+import re
 from datetime import date
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -88,6 +89,15 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     """
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
+
+
+@lru_cache(maxsize=8)
+def special_texts(tokenizer: Any) -> re.Pattern[str] | None:
+    """Return what finds a tokenizer's special tokens in a text; None if it has none."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+    kept = sorted((name for name in names if name.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, kept))) if kept else None
 
 
 @lru_cache(maxsize=8)

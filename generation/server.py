@@ -10,6 +10,7 @@ import os
 import queue
 import random
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import deque
@@ -17,12 +18,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from settings.secrets import hidden, secrets_of
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 KEY = "OPENAI_API_KEY"
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another try
 LONGEST_PAUSE = 60.0  # seconds
+MAX_BYTES = 1 << 30  # of an answer; the log-probabilities of a long response are hundreds of MB
+PIECE = 1 << 16
 
 
 class _Later(Exception):
@@ -58,6 +63,7 @@ class Server:
     ) -> None:
         self.base_url, self.timeout, self.retries = base_url.rstrip("/"), timeout, retries
         self.section, self.key = section, key
+        self.max_bytes = MAX_BYTES
         self.stopped = threading.Event()
         self.opener = urllib.request.build_opener(_Stay)
 
@@ -87,9 +93,11 @@ class Server:
         request = urllib.request.Request(self.base_url + path, data=body, headers=headers)
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                return json.load(response)
+                return json.loads(self._read(path, response))
         except urllib.error.HTTPError as error:
             self._explain(path, error)
+        except Refused:
+            raise
         except TimeoutError as error:
             raise _Later(f"no answer within {self.section}.timeout={self.timeout:g} s") from error
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
@@ -98,10 +106,27 @@ class Server:
             raise _Later(f"the answer is no JSON ({error})") from error
         raise AssertionError("not reached")
 
+    def _read(self, path: str, response: http.client.HTTPResponse) -> bytes:
+        """Read an answer: all of it within the time limit, however slowly it drips, and no more than is sane."""
+        parts, size, deadline = [], 0, time.monotonic() + self.timeout
+        while part := response.read1(PIECE):
+            parts.append(part)
+            size += len(part)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            if size > self.max_bytes:
+                message = (
+                    f"{self.base_url}{path} answers with more than {self.max_bytes:,} bytes: is it the right server?"
+                )
+                raise Refused(message, 200, "")
+        if response.length:  # the connection ended early
+            raise http.client.IncompleteRead(b"", response.length)
+        return b"".join(parts)
+
     def _explain(self, path: str, error: urllib.error.HTTPError) -> None:
         """Raise what an HTTP status means: _Later if it may pass, else ValueError with the server's own words."""
         with error:
-            said = error.read(2000).decode("utf-8", "replace").strip()
+            said = hidden(error.read(2000).decode("utf-8", "replace").strip(), secrets_of(os.environ))
         if error.code in AGAIN:
             after = error.headers.get("Retry-After", "")
             raise _Later(f"HTTP {error.code}: {said[:300]}", float(after) if after.isdecimal() else None)

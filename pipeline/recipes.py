@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.composing import merged
 from settings.schema import require, typed
-from settings.typed import nearest
+from settings.typed import check_name, nearest
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -51,6 +51,9 @@ class PipelineConfig:
     refresh_every: int | None = None  # steps of a round; null: no stage does
 
     def __post_init__(self) -> None:
+        check_name("pipeline.name", self.name)
+        for stage in self.stages:
+            check_name("pipeline.stages: the name of a stage", str(stage))
         every = self.refresh_every
         require(every is None or every >= 1, f"pipeline.refresh_every={every} must be at least 1 step (or null)")
         require(self.parallel >= 1, f"pipeline.parallel={self.parallel} must be at least 1")

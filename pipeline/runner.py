@@ -22,6 +22,7 @@ from pipeline.plan import Stage, build_plan
 from pipeline.warm import Process, WarmStart
 from settings.artifacts import is_done, write_bytes, write_json, write_text
 from settings.paths import ROOT
+from settings.typed import check_name
 
 TAIL_LINES = 20  # of a failed stage's log
 GRACE_SECONDS = 10.0  # between SIGINT and SIGKILL
@@ -75,8 +76,12 @@ def run_pipeline(config: dict[str, Any], overrides: list[str], costs: Costs | No
 def run_folder(config: dict[str, Any], overrides: list[str]) -> Path:
     """Return the folder of the pipeline's own run; without a name of its own it is called like the pipeline."""
     named = any(o.lstrip("+").startswith("exp_name=") for o in overrides)
-    run_dir = Path(config["cache_dir"]).expanduser() / (config["exp_name"] if named else config["pipeline"]["name"])
-    return run_dir / config["run_count"] if config.get("run_count") else run_dir
+    name, count = config["exp_name"] if named else config["pipeline"]["name"], config.get("run_count")
+    for key, value in (("exp_name", name), ("run_count", count)):
+        if value:
+            check_name(key, str(value), levels=True)
+    run_dir = Path(config["cache_dir"]).expanduser() / name
+    return run_dir / count if count else run_dir
 
 
 def print_plan(stages: list[Stage]) -> None:

@@ -37,8 +37,30 @@ def fixed_keys(arguments: list[str]) -> list[str] | None:
     return [o.key_or_group for o in overrides if not o.is_sweep_override()]
 
 
+def _check_once(arguments: list[str]) -> None:
+    """Refuse a key that varies and is also given one value: the jobs would share a folder."""
+    seen: dict[str, str] = {}
+    for argument in arguments:
+        if "=" not in argument or argument.startswith("-"):
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            return  # Hydra words it when it gets there
+        key = override.key_or_group
+        first = seen.setdefault(key, argument)
+        if first is not argument and (override.is_sweep_override() or is_swept(first)):
+            raise ValueError(f"{key} stands twice on a sweep's command line, {first} and {argument}: leave one out")
+
+
+def is_swept(argument: str) -> bool:
+    """Tell whether an override has several values."""
+    return OverridesParser.create().parse_override(argument).is_sweep_override()
+
+
 def with_fixed_keys(arguments: list[str]) -> list[str]:
     """Return a sweep's command line with the keys that do not vary named for Hydra."""
+    _check_once(arguments)
     fixed = fixed_keys(arguments)
     if fixed is None:
         return arguments

@@ -70,6 +70,7 @@ class Reader:
         self.tokenizer, self.model = tokenizer, model
         self.uncut = replace(model, max_length=UNCUT, max_prompt_length=UNCUT - 1)
         self.supervise = {s: d.supervise for d in datasets.values() for s in (d.train, d.test) if s}
+        self.special_tokens = {s: d.special_tokens for d in datasets.values() for s in (d.train, d.test) if s}
         self.special, self.end = special_texts(tokenizer), turn_end(tokenizer).id
 
     def facts(self, example: Example) -> Facts:
@@ -99,8 +100,9 @@ class Reader:
     def whole(self, example: Example) -> Example | None:
         """Tokenize a row's text without limits; only its prompt where it has no response."""
         conversation = example.conversation
-        supervise = self.supervise.get(example.where.rpartition(", row ")[0], "last")
-        return encode_example(self.tokenizer, conversation, self.uncut, supervise, Counter())
+        source = example.where.rpartition(", row ")[0]
+        supervise, special = self.supervise.get(source, "last"), self.special_tokens.get(source, "keep")
+        return encode_example(self.tokenizer, conversation, self.uncut, supervise, Counter(), special)
 
     def shown(self, example: Example) -> list[ShownRow]:
         """Decode the sequences of a row, the part that was cut at their end."""

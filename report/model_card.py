@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+_WORD = re.compile(r"[\w./=, -]+")  # nothing in it means anything in Markdown
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, or a name alone
 
 
@@ -46,9 +47,9 @@ class Facts(NamedTuple):
 def card(facts: Facts) -> str:
     """Return the model card as Markdown with YAML front matter."""
     front = yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n# {facts.name}\n\n" + "\n".join(
+    return f"---\n{front}---\n\n# {plain(facts.name)}\n\n" + "\n".join(
         [
-            f"Trained with prefdistill, `loss={facts.loss}`.\n",
+            f"Trained with prefdistill, {code(f'loss={facts.loss}')}.\n",
             _objective(facts),
             _base(facts),
             _data(facts),
@@ -57,6 +58,30 @@ def card(facts: Facts) -> str:
             _repeat(facts),
         ]
     )
+
+
+def plain(text: str) -> str:
+    """Return a text as Markdown that shows it: no mark-up, link or line break of its own."""
+    return (
+        re.sub(r"([\\`*_{}\[\]()<>#+!|~&$-])", r"\\\1", " ".join(text.split())) if not _WORD.fullmatch(text) else text
+    )
+
+
+def code(text: str) -> str:
+    """Return a text as inline code, whatever backticks it holds."""
+    fence = "`" * (_longest(text) + 1)
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}"
+
+
+def block(language: str, text: str) -> str:
+    """Return a text as a block of code that nothing in it ends."""
+    fence = "`" * max(3, _longest(text) + 1)
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
+
+
+def _longest(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def front_matter(facts: Facts) -> dict[str, Any]:
@@ -74,11 +99,11 @@ def front_matter(facts: Facts) -> dict[str, Any]:
 
 
 def _objective(facts: Facts) -> str:
-    return f"## Objective\n\n```text\n{facts.objective.strip()}\n```\n"
+    return f"## Objective\n\n{block('text', facts.objective)}\n"
 
 
 def _base(facts: Facts) -> str:
-    start = f"`{facts.base}`" if facts.base else "new weights (`model.build`)"
+    start = code(facts.base) if facts.base else "new weights (`model.build`)"
     return f"## Started from\n\n{start}, digest `{facts.base_digest}` (weights and config.json).\n"
 
 
@@ -92,24 +117,24 @@ def _data(facts: Facts) -> str:
         for split, place in (("train", source.train), ("test", source.test)):
             if place:
                 digest = f", sha256 `{source.digests[split][:16]}`" if split in source.digests else ""
-                lines.append(f"- {source.name}, {split}: `{place}`{digest}")
+                lines.append(f"- {plain(source.name)}, {split}: {code(place)}{digest}")
     return "## Data\n\n" + "\n".join(lines) + "\n"
 
 
 def _metrics(facts: Facts) -> str:
     if not facts.metrics:
         return "## Last metrics\n\nNone were written.\n"
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(facts.metrics.items()))
+    rows = "\n".join(f"| {plain(name)} | {value:.6g} |" for name, value in sorted(facts.metrics.items()))
     return f"## Last metrics\n\n| metric | value |\n|---|---|\n{rows}\n"
 
 
 def _settings(facts: Facts) -> str:
     text = yaml.safe_dump(dict(facts.settings), sort_keys=False, allow_unicode=True)
-    return f"## Settings\n\n```yaml\n{text}```\n"
+    return f"## Settings\n\n{block('yaml', text)}\n"
 
 
 def _repeat(facts: Facts) -> str:
     commit = f"Commit `{facts.commit}`." if facts.commit else "The code was no git checkout: its commit is not known."
-    command = f"```bash\n{facts.command.strip()}\n```" if facts.command else "The command was not stored."
+    command = block("bash", facts.command) if facts.command else "The command was not stored."
     versions = ", ".join(f"{name} {number}" for name, number in facts.versions.items()) or "not stored"
     return f"## To do it again\n\n{command}\n\n{commit} Versions: {versions}.\n"

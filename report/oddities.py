@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from conversations import Conversation, Message, key_of
 from report.inspection import Facts, Finding, found
+from templates import special_texts as special_texts
 
 COMMON = 50  # a span that stands in more test prompts than this is boilerplate and tells nothing
 REPEATED = 20  # characters of a prompt from which on a response that begins with it is odd
@@ -37,7 +38,8 @@ SCRIPTS = {
 ODDITIES = {
     "special tokens written in content": (
         "high",
-        "the tokenizer reads them as its own marks, so a turn ends or begins where the text only says so; remove them",
+        "the tokenizer reads them as its own marks, so a turn ends or begins where the text only says so; remove "
+        "them, or set datasets.NAME.special_tokens=split",
     ),
     "responses that begin with their prompt": ("middle", "a model learns to repeat the question; strip it"),
     "empty system messages": ("low", "the template writes an empty turn; drop the message"),
@@ -46,14 +48,6 @@ ODDITIES = {
     "responses in another script than their prompt": ("low", "translations look so; otherwise a wrong language"),
     "responses that speak as an AI": ("low", 'they begin with "as an AI" or alike; refusals, mostly'),
 }
-
-
-def special_texts(tokenizer: object) -> re.Pattern[str] | None:
-    """Return what finds a tokenizer's special tokens in a text; None if it has none."""
-    added = tokenizer.added_tokens_decoder.values()  # type: ignore[attr-defined]
-    names = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)  # type: ignore[attr-defined]
-    kept = sorted((name for name in names if name.strip()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, kept))) if kept else None
 
 
 def script_of(text: str) -> str | None:

@@ -21,6 +21,8 @@ from settings.schema import JudgeConfig, require
 
 SCORE = re.compile(r"\W*score\W*?:\s*(\d+)\s*(?:/\s*10)?\W*", re.IGNORECASE)
 VERDICT = re.compile(r"\W*verdict\W*?:\W*(a|b|tie)\W*", re.IGNORECASE)
+MAX_LINE = 200  # characters of a line that may be a verdict: what SCORE takes grows with the square of it
+MAX_CHARACTERS_A_TOKEN = 50  # of a judge's response: a server that sends more than it was asked for is not read on
 POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
@@ -48,7 +50,8 @@ def parsed(kind: str, text: str) -> float:
 
     Raises Unparsed if it is neither.
     """
-    found = (SCORE if kind == "score" else VERDICT).fullmatch(last_line(text))
+    line = last_line(text)
+    found = (SCORE if kind == "score" else VERDICT).fullmatch(line) if len(line) <= MAX_LINE else None
     if found is None:
         raise Unparsed(f"the judge's response ends with {last_line(text)[:120]!r}, which is no {kind}")
     if kind == "verdict":
@@ -84,6 +87,7 @@ class Judge:
         self.single = read_template(config.score_template, SCORE_PLACES, "judge.score_template")
         self.pair = read_template(config.pair_template, ("prompt", "first", "second"), "judge.pair_template")
         self.server = Server(config.base_url or "", config.timeout, config.retries, "judge")
+        self.server.max_bytes = 1 << 20 | 16 * MAX_CHARACTERS_A_TOKEN * config.max_tokens  # as JSON, with its frame
         self.model = served_model(self.server, config.model_name)
         self.known: dict[str, float] = {row["key"]: row["value"] for row in resumed_rows(store)}
         self.skipped: Counter[str] = Counter()
@@ -135,7 +139,8 @@ class Judge:
         }
         response = self.server.call("/chat/completions", payload)
         try:
-            return key, str(response["choices"][0]["message"]["content"] or "")
+            text = str(response["choices"][0]["message"]["content"] or "")
+            return key, text[-MAX_CHARACTERS_A_TOKEN * self.config.max_tokens :]  # the verdict is its last line
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{self.server.base_url}/chat/completions answers without a message: {str(response)[:300]}"

@@ -8,13 +8,17 @@ majority.
 import hashlib
 import importlib
 import inspect
+import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from conversations import Conversation, Message
 
+SECONDS = 30.0  # that a verifier may take for one response; SECONDS in its own module is another limit
 Verifier = Callable[..., float]  # (prompt, response) or (prompt, response, meta)
 Vote = Callable[[str], str | None]
 
@@ -60,12 +64,47 @@ def takes_meta(verifier: Callable[..., float]) -> bool:
     return len(inspect.signature(verifier).parameters) >= 3
 
 
+class _TooLong(BaseException):
+    """The time is over; no Exception, as a verifier may catch those."""
+
+
+@contextmanager
+def limited(function: Callable[..., Any], response: str) -> Iterator[None]:
+    """Stop a verifier or vote that takes too long: ValueError. Regular expressions are stopped, too.
+
+    The clock is a signal, which only the main thread gets; nobody calls verifiers from another one.
+    """
+    seconds = float(getattr(sys.modules[function.__module__], "SECONDS", SECONDS))
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except _TooLong:
+        raise ValueError(
+            f"{function.__module__}:{function.__name__} took more than {seconds:g} s for one response of "
+            f"{len(response):,} characters, {response[:80]!r}. Make it faster on such text, or write SECONDS = "
+            f"{10 * seconds:g} into its module"
+        ) from None
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def scored(verifier: Callable[..., float], conversation: Conversation, response: str) -> float:
-    """Score one response to the prompt of a row."""
+    """Score one response to the prompt of a row; ValueError where the verifier takes more than its time."""
     prompt = prompt_text(conversation.prompt)
-    if takes_meta(verifier):
-        return float(verifier(prompt, response, conversation.meta))
-    return float(verifier(prompt, response))
+    more = (conversation.meta,) if takes_meta(verifier) else ()
+    with limited(verifier, response):
+        return float(verifier(prompt, response, *more))
 
 
 def vote_of(verifier: Callable[..., float]) -> Vote:
@@ -78,9 +117,14 @@ def vote_of(verifier: Callable[..., float]) -> Vote:
     return vote
 
 
+def _voted(vote: Vote, response: str) -> str | None:
+    with limited(vote, response):
+        return vote(response)
+
+
 def majority_response(responses: list[str], vote: Vote) -> str:
     """Return the first response with the most frequent vote, of equally frequent ones the earliest; None is no vote."""
-    votes = [vote(response) for response in responses]
+    votes = [_voted(vote, response) for response in responses]
     counts = Counter(v for v in votes if v is not None)
     if not counts:
         return responses[0]

@@ -23,7 +23,7 @@ from settings.sections import (
     WorldConfig,
 )
 from settings.teacher_sections import AuditConfig, CacheConfig
-from settings.typed import Place, check_keys, one_of, require, typed
+from settings.typed import Place, check_keys, check_name, one_of, require, typed
 
 T = TypeVar("T")
 
@@ -66,6 +66,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.exp_name), "exp_name must not be empty")
+        check_name("exp_name", self.exp_name, levels=True)
+        if self.run_count:
+            check_name("run_count", self.run_count, levels=True)
         require(self.lr > 0, f"lr={self.lr} must be above 0")
         require(self.n_epochs >= 1, f"n_epochs={self.n_epochs} must be at least 1")
         require(self.n_steps is None or self.n_steps >= 1, f"n_steps={self.n_steps} must be at least 1 (or null)")
@@ -141,6 +144,7 @@ class ModelConfig:
     build_seed: int
     num_layers: int | None
     block_class: str | None
+    pickled_weights: bool = False  # with a default: a stored run may be older
 
     def __post_init__(self) -> None:
         for key in ("policy_dtype", "master_dtype"):
@@ -198,9 +202,13 @@ class DatasetConfig:
     format: str = "auto"
     weight: float = 1.0
     supervise: str = "last"
+    on_error: str = "refuse"
+    special_tokens: str = "keep"
 
     def __post_init__(self) -> None:
         one_of("datasets.*.supervise", self.supervise, ("last", "all"))
+        one_of("datasets.*.on_error", self.on_error, ("refuse", "drop"))
+        one_of("datasets.*.special_tokens", self.special_tokens, ("keep", "split"))
         require(self.weight > 0, f"datasets.*.weight={self.weight} must be above 0")
 
 
@@ -242,6 +250,8 @@ def settings_from(raw: dict[str, Any]) -> Settings:
     known = run_keys + [f.name for f in fields(Settings) if f.name not in ("run", "raw")] + ["pipeline", "dry_run"]
     check_keys(raw, known)
     run = _typed({k: v for k, v in raw.items() if k in run_keys}, RunConfig)
+    for name in raw["datasets"] or {}:
+        check_name("datasets.*: the name of a data set", str(name))
     check_keys(raw["wandb"], ["enabled", "mode", "project", "entity", "group"], "wandb.")
     return Settings(
         run=run,

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from settings.tasks import ESTIMATED
-from settings.typed import Code, Place, one_of, require
+from settings.typed import Code, Place, check_name, one_of, require
 
 SERVER_URL = re.compile(r"https?://[^@/]+(/[^@]*)?$")
 
@@ -117,6 +117,8 @@ class EvaluationConfig:
     lm_eval_chat_template: bool
 
     def __post_init__(self) -> None:
+        for name in self.models:
+            check_name("evaluation.models: the name of a model", str(name))
         require(
             self.opponent is None or self.opponent in self.models,
             f"evaluation.opponent={self.opponent!r} is not among evaluation.models ({', '.join(self.models)})",

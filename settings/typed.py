@@ -79,6 +79,18 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_name(key: str, name: str, levels: bool = False) -> None:
+    """Refuse a name that would leave its folder, or that nobody can read; with `levels`, it may say folders in it."""
+    parts = name.split("/") if levels else [name]
+    fits = all(part not in ("", ".", "..") and "/" not in part and "\\" not in part for part in parts)
+    require(
+        fits and name.isprintable() and not name.startswith("~") and max(len(part.encode()) for part in parts) <= 240,
+        f"{key}={name!r} must be a name{' (a/b is one in a folder of its own)' if levels else ''} of printable "
+        f"characters: no {'/ at its ends' if levels else '/'}, no . or .., at most 240 bytes. Where it lies is said by "
+        "cache_dir",
+    )
+
+
 def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a value that is not among the choices."""
     require(value in choices, f"{key}={value!r} is not known; choose one of {', '.join(choices)}")

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from engine.strategy import placement_of
 from report.inspection import warnings
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
-from settings.artifacts import write_text
+from settings.artifacts import is_done, write_text
 from settings.methods import method_class
 from settings.schema import Settings
 from teacher.precision import teacher_dtype
 from teacher.vocabulary import check_reads_ours
 from templates import turn_end
 from tokens.columns import SIDES, sides_of
+from tokens.examples import held
 from trainers import reference
 from trainers.basic import BasicTrainer
 from trainers.batches import Item, joined, num_tokens
@@ -37,6 +39,7 @@ def run(settings: Settings) -> None:
     placement = placement_of(settings.run.strategy, settings.model, processes)
     tokenizer = models.load_tokenizer(settings.model)
     trainer: BasicTrainer = method_class(settings.raw["loss"]["trainer"])(settings, tokenizer, placement)
+    check_inputs(settings, trainer)
     train, test = _examples(settings, tokenizer)
     if trainer.needs.data == "pairs":
         for part in (train, test):
@@ -47,6 +50,9 @@ def run(settings: Settings) -> None:
         write_text(settings.run.run_dir / "objective.txt", objective + "\n")
         for line in warnings(train, test, turn_end(tokenizer).id, settings.model.max_length):
             print(line, flush=True)
+    for key in ("eval_every", "do_first_eval"):
+        if getattr(settings.run, key) and not test:
+            processes.print(f"warning: {key} does nothing: no data set has a test split (datasets.NAME.test=FILE)")
     _show(train[0], tokenizer, processes)
     items = trainer.items(train, "train")
     test_items = trainer.items(test, "test") if test else []
@@ -73,6 +79,31 @@ def run(settings: Settings) -> None:
         processes.close()
 
 
+def check_inputs(settings: Settings, trainer: BasicTrainer) -> None:
+    """Refuse a folder or file of the model or the loss that is not there, before rows are tokenized."""
+    models.model_source(settings.model)
+    for folder, _ in trainer.frozen_model_folders().values():
+        models.local_source(folder)
+    for key in ("teacher_cache", "advantages"):
+        value = getattr(trainer.config, key, None)
+        for cache in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+            if isinstance(cache, str) and not cache.startswith(("hub:", "hf://")):
+                check_whole(Path(cache).expanduser(), f"loss.{key}")
+    file = getattr(trainer.config, "generations", None)
+    if isinstance(file, str) and not Path(file).expanduser().is_file():
+        raise ValueError(f"loss.generations={file}: no such file; task=generate writes generations.jsonl")
+
+
+def check_whole(folder: Path, key: str) -> None:
+    """Refuse a teacher cache that is not there or not finished."""
+    if is_done(folder):
+        return
+    inside = folder / "CACHE"
+    what = "is not finished (no DONE): run the same command again" if folder.is_dir() else "does not exist"
+    hint = f"is a run's folder: give {inside}" if is_done(inside) else what
+    raise ValueError(f"{key}: teacher cache {folder} {hint}")
+
+
 def _examples(settings: Settings, tokenizer: object) -> tuple[Sequence[Example], Sequence[Example]]:
     run = settings.run
     limits = {"train": run.n_examples, "test": run.n_eval_examples}
@@ -91,8 +122,8 @@ def _check_pairs(examples: Sequence[Example], loss: str) -> None:
     for row in np.flatnonzero(lacks.any(axis=1)).tolist():
         missing = [name for name, lacking in zip(SIDES, lacks[row], strict=False) if lacking]
         raise ValueError(
-            f"{examples[row].where}: loss={loss} learns from pairs, and this row has no {' and no '.join(missing)}. "
-            "Check datasets= and its format, or remove the row"
+            f"{examples[row].where}: loss={loss} learns from pairs, and this row has no {' and no '.join(missing)}; it "
+            f"gives {held(examples[row])}. Check datasets= and its format, or remove the row"
         )
 
 

@@ -81,7 +81,12 @@ def data_digest(keys: Iterable[bytes]) -> str:
 
 def read_meta(folder: Path, expected: Mapping[str, object]) -> dict[str, Any]:
     """Read meta.json; ValueError for another format, or if it is not what is expected."""
-    stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    try:
+        stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(folder / "meta.json", f"it cannot be read ({error})") from error
+    if not isinstance(stored, dict):
+        raise damaged(folder / "meta.json", "it holds no object")
     if stored.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format_version={stored.get('format_version')!r} of a teacher cache, this version reads "

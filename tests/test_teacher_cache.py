@@ -216,3 +216,11 @@ def test_all_of_a_meta_but_counts_and_command_is_its_identity():
 def test_the_mask_is_part_of_the_key():
     assert content_key([1, 2], [False, True]) != content_key([1, 2], [True, True])
     assert content_key([1, 2], [False, True]) == content_key(np.array([1, 2]), np.array([False, True]))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_a_meta_that_cannot_be_read_is_named(tmp_path, content):
+    folder = written(tmp_path / "c", range(2))
+    (folder / "meta.json").write_bytes(content)
+    with pytest.raises(ValueError, match="meta.json"):
+        Reader(folder)

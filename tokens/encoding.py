@@ -3,12 +3,13 @@
 A sequence is tokenized once, here; its ids then travel to the cache, the generator and the losses.
 """
 
+import re
 from collections import Counter
 from typing import Any
 
 from conversations import WAY_OUT, Conversation, Message, tokenizer_of
 from settings.schema import ModelConfig
-from templates import adds_bos, render, turn_end
+from templates import adds_bos, render, special_texts, turn_end
 from tokens.examples import Example, Tokens
 
 # ---- whose ids they are
@@ -30,8 +31,38 @@ def check_ids(row: dict[str, Any], where: str, tokenizer: Any, own: str) -> None
 # ---- tokens of one conversation
 
 
+OPEN, CLOSE = "\U0010fffd", "\U0010fffc"  # around what only spells a special token; nobody's characters
+SHIELD = re.compile(f"{OPEN}(.*?){CLOSE}", re.S)
+
+
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Tokenize a text; what stands in a shield is plain text, tokenized apart, whatever it spells."""
+    if OPEN not in text:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = []
+    for i, part in enumerate(SHIELD.split(text)):
+        if part:
+            ids += tokenizer(part, add_special_tokens=False, split_special_tokens=bool(i % 2))["input_ids"]
+    return ids
+
+
+def shielded(tokenizer: Any, messages: list[Message]) -> list[Message]:
+    """Return messages in which every text that spells a special token stands in a shield."""
+    special = special_texts(tokenizer)
+    if special is None:
+        return messages
+    for message in messages:
+        if OPEN in message["content"] or CLOSE in message["content"]:
+            raise ValueError("a text holds U+10FFFC or U+10FFFD, which special_tokens=split uses itself: remove it")
+    wrap = lambda match: f"{OPEN}{match[0]}{CLOSE}"  # noqa: E731
+    return [{**message, "content": special.sub(wrap, message["content"])} for message in messages]
+
+
+def spells_special(tokenizer: Any, conversation: Conversation) -> bool:
+    """Tell whether a text of a conversation spells one of the tokenizer's special tokens."""
+    special = special_texts(tokenizer)
+    sides = (conversation.prompt, conversation.chosen, conversation.rejected, conversation.response)
+    return special is not None and any(special.search(m["content"]) for side in sides for m in side or [])
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
@@ -139,15 +170,29 @@ def _all_turns(tokenizer: Any, messages: list[Message], counts: Counter[str]) ->
 
 
 def encode_example(
-    tokenizer: Any, conversation: Conversation, config: ModelConfig, supervise: str, counts: Counter[str]
+    tokenizer: Any,
+    conversation: Conversation,
+    config: ModelConfig,
+    supervise: str,
+    counts: Counter[str],
+    special_tokens: str = "keep",
 ) -> Example | None:
-    """Tokenize one conversation; None (counted) if a response that it has keeps no supervised token."""
-    prompt, prompt_ids = fit_prompt(tokenizer, conversation.prompt, config.max_prompt_length, counts)
+    """Tokenize one conversation; None (counted) if a response that it has keeps no supervised token.
+
+    special_tokens: `keep` reads what a text spells as the tokenizer does, `split` as plain text.
+    """
+    spells = spells_special(tokenizer, conversation)
+    counts["spells control tokens"] += spells
+
+    def safe(messages: list[Message]) -> list[Message]:
+        return shielded(tokenizer, messages) if spells and special_tokens == "split" else messages
+
+    prompt, prompt_ids = fit_prompt(tokenizer, safe(conversation.prompt), config.max_prompt_length, counts)
     encoded: list[Tokens | None] = []
     for response in (conversation.chosen, conversation.rejected, conversation.response):
         tokens = None
         if response is not None:
-            tokens = encode_response(tokenizer, prompt, prompt_ids, response, config, supervise, counts)
+            tokens = encode_response(tokenizer, prompt, prompt_ids, safe(response), config, supervise, counts)
             if tokens is None:
                 counts["dropped: no supervised token"] += 1
                 return None

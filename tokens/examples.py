@@ -66,3 +66,10 @@ class Example:
     response: Tokens | None
     conversation: Conversation
     where: str = ""
+
+
+def held(example: Example) -> str:
+    """Say what a row gives to learn from, and which columns it has beside that."""
+    found = [name for name in ("chosen", "rejected", "response") if getattr(example, name) is not None]
+    others = ", ".join(map(str, example.conversation.meta))
+    return " and ".join(["a prompt", *found]) + (f" (other columns: {others})" if others else "")

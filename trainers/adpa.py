@@ -177,7 +177,7 @@ class ADPA(BasicTrainer):
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Join rows with the responses generated for the very ids of their prompts, and these with their advantages."""
         if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
-            held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa"),) * 2, ())  # noqa: E731
+            held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa", e),) * 2, ())  # noqa: E731
             return checked(len(examples), lambda i: held_out(examples[i]))
         folders, weights, run = named(self.config.advantages).values(), self.config.weights, self.run_config
         readers = [open_cache(folder, "advantage", self.tokenizer) for folder in folders]
@@ -190,7 +190,7 @@ class ADPA(BasicTrainer):
             deal = deals[number]
             example = examples[deal.row]
             bare = Tokens(example.prompt, [False] * len(example.prompt))
-            chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa")
+            chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa", example)
             generated = bare if deal.generation == NONE else generations[deal.generation]
             entries = entries_of(readers, weights, generated) if generated.num_supervised else None
             return Item((chosen if deal.with_chosen else bare, generated), (None, entries))

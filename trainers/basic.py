@@ -412,6 +412,9 @@ class BasicTrainer:
         if folder is None:
             return 0
         state = checkpoint.state_of(folder)
+        damaged = self.gathered(checkpoint.damage(folder, state, self.processes.rank, self.processes.world_size))
+        if damaged:
+            raise ValueError(f"{damaged[0]}. {checkpoint.way_out(folder)}")
         for key, now in (("data", self.digest_of_data), ("total_steps", self.total_steps)):
             if state[key] != now:
                 raise ValueError(

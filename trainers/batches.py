@@ -18,6 +18,7 @@ from forward.rows import Sequences, collate, mapped, unsupervised
 from teacher.lookup import Stored, StoredLogps
 from teacher.quantities import Entry
 from tokens.columns import Columns, side_numbers, sides_of, taken
+from tokens.examples import held
 
 
 class Item(NamedTuple):
@@ -267,16 +268,19 @@ def _who(entry: Entry | Stored | None) -> bytes:
     return b"".join(part.tobytes() for part in (*parts, *(() if entry.span_logps is None else (entry.span_logps,))))
 
 
-def supervised_sequence(tokens: Tokens | None, what: str, method: str) -> Tokens:
-    """Return the tokens, or refuse a row that lacks what the method learns from."""
+def supervised_sequence(tokens: Tokens | None, what: str, method: str, example: Example) -> Tokens:
+    """Return the tokens, or refuse a row, by its place, that lacks what the method learns from."""
     if tokens is None:
-        raise ValueError(f"loss={method} needs {what} in every row, and one has none. Check datasets= and its format")
+        raise ValueError(
+            f"{example.where}: loss={method} needs {what} in every row, and this one gives {held(example)}. Check "
+            "datasets= and its format, or remove the row"
+        )
     return tokens
 
 
 def pair_of(example: Example, method: str) -> tuple[Tokens, Tokens]:
     """Return chosen and rejected, or refuse the row."""
     return (
-        supervised_sequence(example.chosen, "chosen", method),
-        supervised_sequence(example.rejected, "rejected", method),
+        supervised_sequence(example.chosen, "chosen", method, example),
+        supervised_sequence(example.rejected, "rejected", method, example),
     )

@@ -57,7 +57,7 @@ class CSFT(BasicTrainer):
 
         def item(number: int) -> Item:
             example, side = examples[number // len(sides)], sides[number % len(sides)]
-            tokens = supervised_sequence(getattr(example, side), side, "csft")
+            tokens = supervised_sequence(getattr(example, side), side, "csft", example)
             return Item((with_control(tokens, len(example.prompt), controls[side], self.model_config.max_length),))
 
         return checked(len(examples) * len(sides), item)

@@ -78,7 +78,7 @@ class RewardWeighted(BasicTrainer):
 
         def item(number: int) -> Item:
             example = examples[number]
-            tokens = supervised_sequence(example.response, "teacher_response", name)
+            tokens = supervised_sequence(example.response, "teacher_response", name, example)
             return Item((tokens,), label=reward_of(example), source=number)
 
         return checked(len(examples), item)

@@ -43,7 +43,7 @@ class SFT(BasicTrainer):
             tokens = example.chosen if self.config.train_on == "chosen" else example.response
             if self.config.train_on == "auto":
                 tokens = example.response or example.chosen
-            return Item((supervised_sequence(tokens, "a response", "sft"),))
+            return Item((supervised_sequence(tokens, "a response", "sft", example),))
 
         sides = sides_of(examples)
         wanted = side_numbers(len(examples), "chosen" if self.config.train_on == "chosen" else "response")

@@ -11,13 +11,14 @@ from typing import Any
 
 # As in the script of the data set's authors the first #### counts: a model cannot guess several times.
 FINAL = re.compile(r"####\s*(-?)\s*\$?\s*(-?)(\d[\d,]*(?:\.\d*)?|\.\d+)")
-MAX_CHARACTERS = 40  # of a number
+MAX_CHARACTERS = 40  # of ####, a number, and the space between: only so much is looked at, as FINAL may try its
+# three stretches of space in every way
 
 
 def final_number(response: str) -> Fraction | None:
     """Return the number after the first `####`; None where there is none."""
     start = response.find("####")
-    match = FINAL.match(response, start) if start >= 0 else None
+    match = FINAL.match(response[start : start + MAX_CHARACTERS + 1]) if start >= 0 else None
     if match is None or len(match[0]) > MAX_CHARACTERS:
         return None
     value = Fraction(match[3].replace(",", "").rstrip("."))

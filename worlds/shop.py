@@ -74,7 +74,8 @@ def _any_of(options: Iterable[str]) -> str:
     return "(" + "|".join(re.escape(option) for option in options) + ")"
 
 
-_PAIR = r"(\d+) " + _any_of(ITEMS)
+_NUMBER = r"(\d{1,9})"  # what is longer is wrong, and Python reads no number of 5,000 digits
+_PAIR = f"{_NUMBER} " + _any_of(ITEMS)
 _VERB = f"(?:{'|'.join(VERBS)})"
 PROMPT_PATTERN = re.compile(
     rf"order : {_PAIR} , {_PAIR} , {_PAIR} , for {_any_of(NAMES)} , tone {_any_of(TONES)} , reply :"
@@ -82,7 +83,7 @@ PROMPT_PATTERN = re.compile(
 REPLY_PATTERN = re.compile(
     _any_of(sum(OPENERS.values(), ()))
     + f" {_any_of((*NAMES, NO_NAME))}"
-    + rf" , {_PAIR} and {_PAIR} {_VERB} (\d+) , and {_PAIR} {_VERB} (\d+) \. "
+    + rf" , {_PAIR} and {_PAIR} {_VERB} {_NUMBER} , and {_PAIR} {_VERB} {_NUMBER} \. "
     + _any_of(sum(CLOSERS.values(), ()))
 )
 
