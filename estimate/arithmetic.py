@@ -13,7 +13,8 @@ from teacher.codec import count_dtype
 from teacher.quantities import Quantity
 from teacher.shard import RECORD, SEQUENCE
 
-CHUNK_ELEMENTS = 2**25  # of functional.py: entries of logits that are widened to float32 at a time
+LAZY = 2**23  # of forward/responses.py: logits with more entries are computed by chunks
+CHUNK_ELEMENTS = 2**25  # of forward/chunks.py: entries of logits that are widened to float32 at a time
 FLOAT32 = 4
 
 
@@ -61,12 +62,16 @@ class Work(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A padded micro-batch of one device."""
+    """A micro-batch of one device: padded rows, or one packed row of all tokens, whose columns are response tokens.
+
+    masks: entries of the attention masks of a packed row, which all blocks share; None: padded rows.
+    """
 
     rows: int
     length: int
     columns: int
     responses: int
+    masks: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -187,11 +192,12 @@ def block_activations(model: Model, master: int, compute: int) -> int:
 def activations(model: Model, batch: Batch, setup: Setup) -> tuple[int, int]:
     """Return the bytes that all blocks keep until the backward pass, and those of one block at work."""
     residual = max(setup.master, setup.compute)
-    block = (
-        batch.tokens * block_activations(model, setup.master, setup.compute)
-        + batch.tokens * batch.length * setup.compute
-    )
+    block = batch.tokens * block_activations(model, setup.master, setup.compute)
     ends = 2 * batch.tokens * model.hidden * residual  # last norm
+    if batch.masks is None:
+        block += batch.tokens * batch.length * setup.compute
+    else:
+        ends += batch.masks * setup.compute
     if setup.checkpointing:
         return batch.tokens * model.hidden * residual * model.layers + ends, block
     return block * model.layers + ends, block
@@ -217,7 +223,12 @@ def chunk_bytes(model: Model, responses: int, width: int) -> int:
 
 
 def loss_bytes(model: Model, batch: Batch, setup: Setup) -> int:
-    """Return the peak bytes of logits while the loss and its gradient are taken, a live reference's among them."""
+    """Return the peak bytes of logits while the loss and its gradient are taken, a live reference's among them.
+
+    Large logits of a packed row are computed by chunks (forward/responses.py).
+    """
+    if batch.masks is not None and batch.responses * model.vocab > LAZY:
+        return chunk_bytes(model, batch.responses, setup.compute) + CHUNK_ELEMENTS * setup.compute
     output, kept = logits_bytes(model, batch, setup.compute)
     chunk = chunk_bytes(model, batch.responses, setup.compute)
     others = max(output, kept + chunk)  # the gradient of the head's output, or the gradient beside its chunk

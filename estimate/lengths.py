@@ -168,9 +168,30 @@ def padded(items: Sequence[tuple[Slot, ...]]) -> Batch:
     return Batch(len(slots), length, columns, sum(responses for _, _, responses in slots))
 
 
+def packed(items: Sequence[tuple[Slot, ...]], share: bool) -> Batch:
+    """Return the shape of the packed row of these items (forward/packing.py); `share`: an item's slots have one prompt."""
+    length = masks = 0
+    for item in items:
+        prompts = {first for _, first, _ in item}
+        prompt = prompts.pop() if share and len(item) > 1 and len(prompts) == 1 else 0
+        rests = [n - 1 - prompt for n, _, _ in item]  # a last token predicts nothing
+        length += prompt + sum(rests)
+        masks += sum(rest * (prompt + rest) for rest in rests) if prompt else 0
+    responses = sum(number for item in items for _, _, number in item)
+    return Batch(1, length, responses, responses, masks)
+
+
+def laid(items: Sequence[tuple[Slot, ...]], packing: str) -> Batch:
+    """Return the shape of the micro-batch of these items, as model.packing lays it."""
+    return padded(items) if packing == "none" else packed(items, packing == "prompts")
+
+
 def largest(batches: Sequence[Batch]) -> Batch:
     """Return a batch as large as the largest of each number."""
-    return Batch(*(max(numbers) for numbers in zip(*batches, strict=True)))
+    rows, length, columns, responses = (max(sizes) for sizes in zip(*(batch[:4] for batch in batches), strict=True))
+    masks = [batch.masks for batch in batches]
+    largest_mask = None if None in masks else max(mask or 0 for mask in masks)
+    return Batch(rows, length, columns, responses, largest_mask)
 
 
 def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int) -> Batch:
@@ -190,7 +211,8 @@ def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int
         step = order[start : start + config.batch_size]
         costs = [sum(length for length, _, _ in lengths.items[i]) for i in step]
         for parts in deal(costs, micro, devices, config.tokens_per_micro_batch):
-            found += [padded([lengths.items[step[place]] for place in part]) for part in parts if part]
+            chosen = ([lengths.items[step[place]] for place in part] for part in parts if part)
+            found += [laid(items, config.packing_mode) for items in chosen]
     return largest(found)
 
 
@@ -208,10 +230,14 @@ def full_batch(settings: Settings, lengths: Lengths, rows: int) -> Batch:
     """Return a micro-batch of rows of max_length tokens, response tokens in their usual share."""
     length = settings.model.max_length
     share = lengths.work.responses / max(1.0, lengths.work.tokens)
-    return Batch(rows, length, length - 1, round(rows * length * share))
+    responses = round(rows * length * share)
+    if settings.model.packing_mode != "none":
+        return Batch(1, rows * length, responses, responses, 0)
+    return Batch(rows, length, length - 1, responses)
 
 
-def chunked_batch(lengths: Lengths, size: int) -> Batch | None:
-    """Return the largest batch of `size` items taken in their order, as an evaluation takes them."""
-    starts = range(0, len(lengths.items), size)
-    return largest([padded(lengths.items[i : i + size]) for i in starts]) if lengths.items else None
+def chunked_batch(lengths: Lengths, size: int, packing: str = "none") -> Batch | None:
+    """Return the largest batch of `size` items taken by length, as an evaluation takes them."""
+    ordered = sorted(lengths.items, key=lambda item: -sum(n for n, _, _ in item))
+    starts = range(0, len(ordered), size)
+    return largest([laid(ordered[i : i + size], packing) for i in starts]) if ordered else None

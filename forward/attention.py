@@ -27,26 +27,27 @@ WRAPPED = ("sdpa", "flash_attention_2", "flash_attention_3")
 def by_segments(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None, dropout: float
 ) -> Tensor:
-    """Return the attention [1, H, L, D] of queries [1, H, L, D] over keys and values [1, G, L, D], by segments."""
+    """Return the attention [1, L, H, D] of queries [1, H, L, D] over keys and values [1, G, L, D], by segments."""
     lengths, grouped = list(layout.lengths), query.shape[1] != key.shape[1]
-    parts = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     found = []
-    for own, keys, values, place in zip(*parts, layout.before, strict=True):
-        options: dict[str, Any] = {"is_causal": own.shape[2] > 1}
-        if place >= 0:
-            keys, values = (torch.cat([part[place], now], 2) for part, now in ((parts[1], keys), (parts[2], values)))
-            options = {"attn_mask": _after(own.shape[2], keys.shape[2], own.device)} if own.shape[2] > 1 else {}
-        found.append(
-            F.scaled_dot_product_attention(
-                own, keys, values, dropout_p=dropout, scale=scale, enable_gqa=grouped, **options
-            )
+    for number, (own, place) in enumerate(zip(queries, layout.before, strict=True)):
+        seen_keys, seen_values = (
+            parts[number] if place < 0 else torch.cat([parts[place], parts[number]], dim=2) for parts in (keys, values)
         )
-    return torch.cat(found, dim=2)
-
-
-def _after(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return which of the keys each of the last `queries` tokens sees [queries, keys]."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        mask = layout.mask(number, own)
+        part = F.scaled_dot_product_attention(
+            own,
+            seen_keys,
+            seen_values,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None and own.shape[2] > 1,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        found.append(part.transpose(1, 2))
+    return torch.cat(found, dim=1)
 
 
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float | None) -> Tensor:
@@ -61,7 +62,7 @@ def by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: 
     if flat_query.shape[1] != flat_key.shape[1]:
         options["enable_gqa"] = True
     found: Any = varlen_attn(flat_query, flat_key, flat_value, *starts, *longest, **options)
-    return found.transpose(0, 1).unsqueeze(0)
+    return found.unsqueeze(0)
 
 
 def attend(
@@ -78,7 +79,7 @@ def attend(
         found = by_kernel(query, key, value, layout, scaling)
     else:
         found = by_segments(query, key, value, layout, scaling, dropout)
-    return found.transpose(1, 2).contiguous(), None
+    return found.contiguous(), None
 
 
 def _wrapped(plain: Callable[..., Any]) -> Callable[..., Any]:

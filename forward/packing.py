@@ -8,7 +8,8 @@ tokens of the batch (flat, row after row), S segments.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,26 @@ class Layout:
         """Return how many tokens the last token of a segment sees."""
         place = self.before[number]
         return self.lengths[number] + (self.lengths[place] if place >= 0 else 0)
+
+    @cached_property
+    def _masks(self) -> dict[tuple[Any, ...], Tensor]:
+        return {}
+
+    def mask(self, number: int, like: Tensor) -> Tensor | None:
+        """Return what is added to a segment's attention scores [queries, keys]; made once for all layers.
+
+        None for a segment with nothing before it, or of one token, which sees all.
+        """
+        queries, keys = self.lengths[number], self.seen(number)
+        if queries == 1 or keys == queries:
+            return None
+        key = (queries, keys, like.dtype, like.device)
+        if key not in self._masks:
+            unseen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).triu(keys - queries + 1)
+            self._masks[key] = torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(
+                unseen, -torch.inf
+            )
+        return self._masks[key]
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Layout":
         """Apply a function to the tensors."""

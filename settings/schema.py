@@ -180,6 +180,12 @@ class ModelConfig:
             "no model: set model.name_or_path (a folder or hub name), model.load_from, or choose another model=GROUP",
         )
 
+    @property
+    def packing_mode(self) -> str:
+        """Return how batches are laid: `packing`, or what auto is here: compiled graphs are of fixed lengths."""
+        auto = "none" if self.compile else "prompts"
+        return auto if self.packing == "auto" else self.packing
+
     def of_folder(self, folder: str) -> "ModelConfig":
         """Return the same settings for another model: the weights, layers and tokenizer of a folder as they are."""
         return replace(

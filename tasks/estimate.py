@@ -224,7 +224,7 @@ def evaluation_batch(settings: Settings, needs: Needs) -> Batch | None:
         replace(settings, estimate=replace(settings.estimate, tokens=None)), needs, "test"
     )
     if lengths is not None and lengths.measured:
-        return counting.chunked_batch(lengths, config.eval_batch_size)
+        return counting.chunked_batch(lengths, config.eval_batch_size, config.packing_mode)
     rows = config.eval_batch_size * counting.slots_of(needs)
     return counting.full_batch(settings, lengths or counting.unknown(settings), rows)
 
@@ -238,7 +238,7 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
     lengths = counting.cache_lengths(settings)
     batch = None
     if lengths is not None and lengths.measured:
-        batch = counting.chunked_batch(lengths._replace(items=sorted(lengths.items, reverse=True)), config.batch_size)
+        batch = counting.chunked_batch(lengths, config.batch_size)
     if batch is None:
         known = lengths or counting.unknown(settings)
         batch = counting.full_batch(settings, known, config.batch_size)

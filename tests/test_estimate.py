@@ -218,8 +218,14 @@ def test_lengths_are_those_of_the_batches_that_are_trained_on(tmp_path: Path) ->
     model = models.load_model(config.model, trainable=False)
     model.get_output_embeddings().register_forward_hook(lambda _, __, out: seen.append(out.shape))
     out = models.response_logits(model, real, shape.vocab)
-    assert seen == [(batch.rows, batch.columns, shape.vocab)] and len(out.targets) == batch.responses
+    assert seen[-1] == (batch.rows, batch.columns, shape.vocab) and len(out.targets) == batch.responses
     assert real.ids.shape == (batch.rows, batch.length)
+    for packing in ("rows", "prompts"):
+        laid, row = lengths.laid(found.items, packing), collate(rows, 0, packing).packed
+        assert row is not None and (laid.rows, laid.length, laid.responses) == (*row.ids.shape, len(row.places))
+        assert laid.masks == sum(
+            n * row.layout.seen(i) for i, n in enumerate(row.layout.lengths) if row.layout.before[i] >= 0
+        )
 
 
 def test_a_sample_is_scaled_and_its_memory_is_an_upper_bound(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_row_that_lacks_a_side_or_entries_is_named(place: Path, trainer, examp
     mixed = load_examples(data, "train", trainer.tokenizer, trainer.model_config, store_in=place / "tokens")
     with pytest.raises(ValueError, match=r"alone.jsonl, row 1: loss=dpo learns from pairs, and this row has no chosen"):
         _check_pairs(mixed, "dpo")
-    with pytest.raises(ValueError, match="needs chosen in every row, and one has none"):
+    with pytest.raises(ValueError, match="needs chosen in every row, and this one gives a prompt and response"):
         trainer.items(mixed, "train")
     short = write_cache(place / "short", trainer.tokenizer, examples[: ROWS - 20])
     with pytest.raises(ValueError, match="has no entries for a sequence of"):

@@ -48,7 +48,7 @@ def loss_terms(trainer: DCKD, student: torch.nn.Module, items: list[Item], pad_t
     batch = make_batch(items, trainer.tokenizer.pad_token_id)
     if pad_to:
         widen = torch.nn.functional.pad
-        ids, attention, response = batch.sequences
+        ids, attention, response = batch.sequences[:3]
         batch = batch._replace(
             sequences=type(batch.sequences)(
                 widen(ids, (0, pad_to), value=3), widen(attention, (0, pad_to)), widen(response, (0, pad_to))

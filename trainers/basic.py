@@ -29,7 +29,7 @@ from forward.responses import response_logits, scoring
 from forward.rows import Sequences
 from functional import token_logps
 from settings.needs import Needs
-from settings.schema import ModelConfig, Settings
+from settings.schema import Settings
 from trainers.batches import Batch, Item, cost_of, items_digest, make_batch
 from trainers.value_head import VALUE_HEAD
 
@@ -58,7 +58,7 @@ class BasicTrainer:
                 f"model.gradient_accumulation_steps={accum}; a multiple of {world_size * accum} works"
             )
         self.micro_size = settings.model.batch_size // (world_size * accum)
-        self.packing = packing_of(settings.model)
+        self.packing = settings.model.packing_mode
         self.reference: torch.nn.Module | None = None
         self.frozen_models: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.aligns_bytes = False  # frozen language models may have a tokenizer of their own, kept in:
@@ -437,10 +437,3 @@ class BasicTrainer:
             model = self.placement.unwrapped(self.policy)
             export.save_model(model, self.tokenizer, self.run_config.run_dir / name, state_dict=state)
         self.processes.wait()
-
-
-def packing_of(config: ModelConfig) -> str:
-    """Return how batches are laid: model.packing, or what `auto` is for this model."""
-    if config.packing != "auto":
-        return config.packing
-    return "none" if config.compile else "prompts"

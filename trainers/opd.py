@@ -23,7 +23,7 @@ from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place, Places
 from teacher.alignment import Span, side_of
-from teacher.live import check_teachers, said, teacher_folders
+from teacher.live import check_teachers, mixed_logits, said, teacher_folders
 from teacher.precision import teacher_logits
 from teacher.spans import Aligned, Translation, aligned, check_coverage, response_ids, translation
 from tokens.encoding import fit_prompt
@@ -140,7 +140,9 @@ class OPD(RolloutTrainer):
 
     def teacher_logps(self, batch: Batch) -> Tensor:
         """Return the teacher's log-probability of each sampled token [N]."""
-        return self.tempered_logps(teacher_logits(self.frozen_models["teacher"], batch.sequences, self.vocab_size))
+        config = self.config
+        who = config.teacher, config.teacher_weights, config.mixture
+        return self.tempered_logps(mixed_logits(self.frozen_models, batch.sequences, self.vocab_size, *who))
 
     def tempered_logps(self, asked: ResponseLogits) -> Tensor:
         """Return a teacher's log-probability of each sampled token [N], at loss.teacher_temperature."""
