@@ -64,7 +64,8 @@ class Work(NamedTuple):
 class Batch(NamedTuple):
     """A micro-batch of one device: padded rows, or one packed row of all tokens, whose columns are response tokens.
 
-    masks: entries of the attention masks of a packed row, which all blocks share; None: padded rows.
+    masks: entries of the attention masks of a packed row, which all blocks share; None: padded rows. joined: keys that
+    are laid anew behind those of a shared prompt.
     """
 
     rows: int
@@ -72,6 +73,7 @@ class Batch(NamedTuple):
     columns: int
     responses: int
     masks: int | None = None
+    joined: int = 0
 
     @property
     def tokens(self) -> int:
@@ -196,7 +198,8 @@ def activations(model: Model, batch: Batch, setup: Setup) -> tuple[int, int]:
     ends = 2 * batch.tokens * model.hidden * residual  # last norm
     if batch.masks is None:
         block += batch.tokens * batch.length * setup.compute
-    else:
+    else:  # segments' mixtures are kept, and what they are joined to
+        block += (batch.tokens * model.attention + 2 * batch.joined * model.key_value) * setup.compute
         ends += batch.masks * setup.compute
     if setup.checkpointing:
         return batch.tokens * model.hidden * residual * model.layers + ends, block

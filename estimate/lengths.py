@@ -169,16 +169,18 @@ def padded(items: Sequence[tuple[Slot, ...]]) -> Batch:
 
 
 def packed(items: Sequence[tuple[Slot, ...]], share: bool) -> Batch:
-    """Return the shape of the packed row of these items (forward/packing.py); `share`: an item's slots have one prompt."""
-    length = masks = 0
+    """Return the shape of the packed row of these items; `share`: an item's slots have one prompt."""
+    length = masks = joined = 0
     for item in items:
         prompts = {first for _, first, _ in item}
         prompt = prompts.pop() if share and len(item) > 1 and len(prompts) == 1 else 0
         rests = [n - 1 - prompt for n, _, _ in item]  # a last token predicts nothing
         length += prompt + sum(rests)
-        masks += sum(rest * (prompt + rest) for rest in rests) if prompt else 0
+        if prompt:
+            masks += sum(rest * (prompt + rest) for rest in rests)
+            joined += sum(prompt + rest for rest in rests)
     responses = sum(number for item in items for _, _, number in item)
-    return Batch(1, length, responses, responses, masks)
+    return Batch(1, length, responses, responses, masks, joined)
 
 
 def laid(items: Sequence[tuple[Slot, ...]], packing: str) -> Batch:
@@ -191,7 +193,7 @@ def largest(batches: Sequence[Batch]) -> Batch:
     rows, length, columns, responses = (max(sizes) for sizes in zip(*(batch[:4] for batch in batches), strict=True))
     masks = [batch.masks for batch in batches]
     largest_mask = None if None in masks else max(mask or 0 for mask in masks)
-    return Batch(rows, length, columns, responses, largest_mask)
+    return Batch(rows, length, columns, responses, largest_mask, max(batch.joined for batch in batches))
 
 
 def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int) -> Batch:
