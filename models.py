@@ -34,6 +34,7 @@ from transformers import (
 from transformers import GenerationConfig as GenerationDefaults
 
 from assets import smollm2
+from forward.recomputing import recompute
 from forward.responses import ResponseLogits as ResponseLogits  # beside load_model, for those who import models
 from forward.responses import response_logits as response_logits
 from forward.responses import scoring as scoring
@@ -254,7 +255,7 @@ def load_model(
         keep_layers(model, config.num_layers)
     model.requires_grad_(trainable)
     if trainable and config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(model, config)
     return model.train(trainable)
 
 

@@ -131,6 +131,7 @@ class ModelConfig:
     max_length: int
     max_prompt_length: int
     activation_checkpointing: bool
+    recompute: str
     compile: bool
     batch_size: int
     gradient_accumulation_steps: int
@@ -152,6 +153,7 @@ class ModelConfig:
         one_of("model.reference_dtype", self.reference_dtype, ("auto", "float32", "float16", "bfloat16"))
         for key in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length"):
             require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")
+        one_of("model.recompute", self.recompute, ("all", "cheap"))
         one_of("model.packing", self.packing, ("auto", "none", "rows", "prompts"))
         budget = self.tokens_per_micro_batch
         require(
