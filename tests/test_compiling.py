@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 
 import launch
 import models
-from engine.compiling import check_compiler
+from engine.compiling import check_compiler, compile_blocks
+from forward.rows import collate
 from tests.support.helpers import composed, write_pairs
+from tokens.examples import Tokens
 
 # Two AdamW steps at lr 1e-3 in float32, kernels that add in another order: the largest difference measured was 4.6e-6.
 ATOL = 2e-5
@@ -48,6 +50,19 @@ def test_a_compiled_run_is_the_eager_run(tmp_path: Path, extra: list[str]):
         torch.testing.assert_close(compiled[key], value, atol=ATOL, rtol=0)
 
 
+@pytest.mark.slow
+def test_batches_of_other_lengths_do_not_compile_anew(compiled):
+    torch._dynamo.reset()
+    model = models.load_model(compiled, trainable=True)
+    compile_blocks(model, compiled)
+    graphs = []
+    for length in (10, 23, 40, 41, 55, 17):
+        rows = [Tokens(list(range(1, n)), [False] * 5 + [True] * (n - 6)) for n in (length, length - 3)]
+        models.response_logits(model, collate(rows, 0, compiled.packing_mode), 259).logits.sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[1] > 0
+
+
 @pytest.fixture
 def compiled() -> models.ModelConfig:
     return replace(launch.settings_of(composed("model=tiny")).model, compile=True)
@@ -65,8 +80,6 @@ def test_no_compiler_is_said_before_a_model_loads(monkeypatch, tmp_path, compile
 
 
 def test_a_reference_and_a_policy_keep_their_names_when_they_are_compiled(compiled):
-    from engine.compiling import compile_blocks
-
     model = models.load_model(compiled, trainable=True)
     before = list(model.state_dict())
     compile_blocks(model, compiled)
