@@ -86,8 +86,8 @@ class Through:
 
 
 def trackers(settings: Settings, resume_step: int) -> list[Sink]:
-    """Start what `tracker` names and wandb.enabled, after metrics.jsonl was cut to resume_step."""
-    names = list(dict.fromkeys([*settings.run.tracker, *(["wandb"] if settings.wandb["enabled"] else [])]))
+    """Start what is asked for, after metrics.jsonl was cut to resume_step."""
+    names = asked(settings.run.tracker, settings.wandb["enabled"])
     for name in names:
         check_installed(name)
     start: dict[str, Callable[[Settings, int], Sink]] = {
@@ -96,6 +96,11 @@ def trackers(settings: Settings, resume_step: int) -> list[Sink]:
         "trackio": trackio_tracker,
     }
     return [start[name](settings, resume_step) for name in names]
+
+
+def asked(named: list[str], wandb_enabled: bool) -> list[str]:
+    """Return the trackers of `tracker`, and wandb where wandb.enabled says so, each once."""
+    return list(dict.fromkeys([*named, *(["wandb"] if wandb_enabled else [])]))
 
 
 def check_installed(name: str) -> None:
