@@ -202,6 +202,7 @@ def page(title: str, body: str) -> str:
         "text": "Text",
         "benchmarks": "Benchmarks",
         "latency": "Latency",
+        "running": "Not finished",
         "curves": "Training",
         "responses": "Responses",
         "advantages": "Advantages",

@@ -25,6 +25,10 @@ def check_needs(settings: Settings, needs: Needs, name: str, head: str) -> None:
         f"model.from_checkpoint={model.from_checkpoint}: loss={name} needs a reference, and the model where training "
         "started is not named. Set model.load_from=FOLDER or model.name_or_path to where training started",
     )
+    require(
+        not (run.sample_every and head == "reward"),
+        f"sample_every={run.sample_every}: loss={name} trains a model that scores and writes nothing; leave it out",
+    )
     if run.sync_reference:
         key = f"sync_reference={run.sync_reference}"
         require(needs.reference != "", f"{key}: loss={name} has no reference model to move")

@@ -38,7 +38,7 @@ class RunConfig:
     cache_dir: str
     seed: int
     debug: bool
-    lr: float
+    lr: Any  # a number, or auto
     n_epochs: int
     n_steps: int | None
     n_examples: int | None
@@ -63,19 +63,34 @@ class RunConfig:
     num_proc: int | None
     first_step: int = 0  # with defaults: a stored run may be older than the two
     schedule_steps: int | None = None
+    logging: str = "bar"
+    sample_every: int = 0
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_tokens: int = 64
+    tracker: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require(bool(self.exp_name), "exp_name must not be empty")
         check_name("exp_name", self.exp_name, levels=True)
         if self.run_count:
             check_name("run_count", self.run_count, levels=True)
-        require(self.lr > 0, f"lr={self.lr} must be above 0")
+        is_number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
+        require(self.lr == "auto" or is_number, f"lr={self.lr!r} must be a number, or auto")
+        require(self.lr == "auto" or self.lr > 0, f"lr={self.lr} must be above 0")
         require(self.n_epochs >= 1, f"n_epochs={self.n_epochs} must be at least 1")
         require(self.n_steps is None or self.n_steps >= 1, f"n_steps={self.n_steps} must be at least 1 (or null)")
         for key in ("n_examples", "n_eval_examples", "schedule_steps"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"{key}={value} must be at least 1 (or null for all)")
-        for key in ("eval_every", "save_every", "log_every", "keep_last", "sync_reference", "first_step"):
+        for key in (
+            "eval_every",
+            "save_every",
+            "log_every",
+            "keep_last",
+            "sync_reference",
+            "first_step",
+            "sample_every",
+        ):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative (0 switches it off)")
         require(
             0 < self.sync_reference_rate <= 1,
@@ -87,6 +102,10 @@ class RunConfig:
             self.num_proc is None or self.num_proc >= 1,
             f"num_proc={self.num_proc} must be at least 1 (or null: as many as large data keeps busy)",
         )
+        require(self.sample_tokens >= 1, f"sample_tokens={self.sample_tokens} must be at least 1")
+        one_of("logging", self.logging, ("bar", "table"))
+        for name in self.tracker:
+            one_of("tracker", name, ("wandb", "tensorboard", "trackio"))
         one_of("optimizer", self.optimizer, ("AdamW", "Adam", "RMSprop", "SGD"))
         one_of("scheduler", self.scheduler, ("cosine", "constant", "linear"))
         one_of("strategy", self.strategy, ("auto", "none", "ddp", "fsdp", "deepspeed"))

@@ -28,6 +28,11 @@ SHOWN = (
     "eval_every",
     "do_first_eval",
     "num_proc",
+    "logging",
+    "sample_every",
+    "sample_prompts",
+    "sample_tokens",
+    "tracker",
 )
 TRAINING = (
     "seed",

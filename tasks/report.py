@@ -1,5 +1,6 @@
-"""task=report sweep=DIR: compare the runs of a sweep (task=summarize pools evaluations of the same models instead).
+"""task=report sweep=DIR: compare the runs of a sweep, or show one run, finished or not.
 
+task=summarize is another thing: it pools evaluations of the same models.
 Writes DIR/summary.md and DIR/report.html. Runs whose configurations differ in the seed alone are one row: mean and 95 %
 interval over seeds. The best value of a column is marked only where its interval lies apart from every other one.
 Losses are compared only between rows whose loss is the same: another method or another weight has another scale.
@@ -18,6 +19,7 @@ from evaluation.metrics import MORE, NEITHER, TRAINING, Metric, interval_over_se
 from report.charts import Plotted, interval_chart, read_curves
 from report.markup import section, text
 from report.page import curves_section, page
+from report.running import line_of, now, running_section, samples_of_runs, state_of
 from settings.artifacts import is_done, write_text
 from settings.schema import Settings
 from settings.tasks import counted
@@ -64,7 +66,8 @@ def read_jobs(sweep: Path) -> list[Job]:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         if isinstance(config, dict) and {"task", "seed", "loss"} <= config.keys():
             folder, done = file.parent, is_done(file.parent)
-            jobs.append(Job(folder, str(folder.relative_to(sweep)), config, done, values_of(folder) if done else {}))
+            name = sweep.name if folder == sweep else str(folder.relative_to(sweep))
+            jobs.append(Job(folder, name, config, done, values_of(folder) if done else {}))
     if not jobs:
         raise ValueError(
             f"sweep={sweep} holds no run (no config.yaml below it): give the folder of a sweep, cache_dir/exp_name"
@@ -178,7 +181,9 @@ def table(rows: list[Row], unfinished: list[Job]) -> str:
     )
     if any(len(row.jobs) < 2 for row in rows):
         written += "A run of one seed has no interval: add e.g. seed=1,2,3 to the sweep.\n"
-    return written + "".join(f"Unfinished, left out: {job.folder}\n" for job in unfinished)
+    states = [state_of(job.folder, str(job.folder), job.config, now()) for job in unfinished]
+    written = written if rows else ""
+    return written + "".join(f"Unfinished, left out of the table: {line_of(state)}\n" for state in states)
 
 
 def html(title: str, rows: list[Row], unfinished: list[Job]) -> str:
@@ -202,14 +207,15 @@ def html(title: str, rows: list[Row], unfinished: list[Job]) -> str:
             f'<div class="scroll" tabindex="0" role="region" aria-label="{text(column)}"><table class="results">'
             f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
         )
-    body += "".join(f'<p class="note">Unfinished, left out: {text(job.folder)}</p>' for job in unfinished)
-    files = {
-        f"seed_{j.config['seed']}/{r.name}": j.folder / "metrics.jsonl"
-        for r in rows
-        for j in r.jobs
-        if (j.folder / "metrics.jsonl").is_file()
-    }
-    return page(title, section("results", "Runs of the sweep", body) + curves_section(files))
+    if unfinished:
+        body += '<p class="note">Unfinished runs are left out here; where they stand is said below.</p>'
+    named = {f"seed_{j.config['seed']}/{r.name}": j.folder for r in rows for j in r.jobs}
+    named |= {f"{job.name} (unfinished)": job.folder for job in unfinished}
+    files = {name: folder / "metrics.jsonl" for name, folder in named.items()}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    running = running_section([state_of(job.folder, job.name, job.config, now()) for job in unfinished])
+    results = section("results", "Runs of the sweep", body) if rows else ""
+    return page(title, running + results + curves_section(files) + samples_of_runs(named))
 
 
 def run(settings: Settings) -> None:
@@ -219,6 +225,7 @@ def run(settings: Settings) -> None:
     rows, unfinished = rows_of(jobs), [job for job in jobs if not job.done]
     written = table(rows, unfinished)
     print(written)
-    for name, content in (("summary.md", written), ("report.html", html(f"Sweep {sweep.name}", rows, unfinished))):
+    title = f"{'Run' if len(jobs) == 1 else 'Sweep'} {sweep.name}"
+    for name, content in (("summary.md", written), ("report.html", html(title, rows, unfinished))):
         write_text(sweep / name, content)
         print(sweep / name, flush=True)

@@ -68,7 +68,7 @@ def run(settings: Settings) -> None:
     _record(settings, trainer, used, trainer.examples_seen - before)
     trainer.save_model("FINAL")
     if processes.is_main:
-        facts = facts_of(settings, trainer.objective(), trainer.head, len(train), len(test))
+        facts = facts_of(trainer.settings, trainer.objective(), trainer.head, len(train), len(test))
         write_card(settings.run.run_dir / "FINAL", facts)
         checkpoint.remove_all(settings.run.run_dir)
     if processes.world_size > 1:

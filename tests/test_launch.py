@@ -123,7 +123,7 @@ def test_the_help_shows_every_task_choice_and_key_with_its_comment():
         "estimate",
         "loss=NAME: adpa, ",
         "retries: 6",
-        "lr: 5.0e-7",
+        "lr: auto",
         "# strength of the implicit KL constraint",
     ):
         assert word in text, word

@@ -15,7 +15,7 @@ from trainers.value_head import add_value_head
 
 def test_a_slow_average_reaches_the_policy_where_a_head_lies_beside_it(tmp_path):
     """100 moves of 1 % are 63 % of the way; the value head has no counterpart in the reference."""
-    settings = launch.settings_of(composed("model=tiny"))
+    settings = launch.settings_of(composed("model=tiny", "lr=5e-7"))
     placement = Replicated(Processes(), settings.model)
     dtype = placement.reference_dtype(moving=True)
     reference = models.load_model(settings.model, dtype=dtype, trainable=False)

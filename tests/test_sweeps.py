@@ -11,7 +11,8 @@ import yaml
 import launch as launcher
 from evaluation.metrics import interval_over_seeds
 from pipeline.sweeps import as_sweep, fixed_keys, folder_name
-from tasks.report import best_rows, read_jobs, rows_of, table
+from report.running import line_of, state_of
+from tasks.report import best_rows, html, read_jobs, rows_of, table
 from tests.support.helpers import composed, launch, write_pairs
 
 
@@ -163,3 +164,30 @@ def test_the_same_seed_twice_and_an_empty_folder_are_refused(tmp_path):
         written_job(tmp_path, name, 1, 0.5, 0.5, 0.1)
     with pytest.raises(ValueError, match="stands twice"):
         rows_of(read_jobs(tmp_path))
+
+
+def test_an_unfinished_run_shows_where_it_stands_and_what_its_policy_says(tmp_path):
+    run = tmp_path / "mine"
+    written_job(tmp_path, "mine", 1, 0.75, 0.5, 0.1, done=False)
+    rows = [{"step": 4, "loss/train": 0.625, "rewards_train/accuracies": 0.75}, {"step": 5, "loss/train": 0.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
+    (run / "progress.json").write_text('{"total_steps": 40, "lr": 0.001}')
+    (run / "warnings.txt").write_text("warning: the loss has not moved\n")
+    (run / "checkpoint-4").mkdir()
+    (run / "checkpoint-4" / "DONE").touch()
+    samples = [{"step": 2, "prompt": "say ant", "response": "<script>alert(1)</script>"}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    jobs = read_jobs(run)
+    state = state_of(run, jobs[0].name, jobs[0].config, (run / "metrics.jsonl").stat().st_mtime + 65)
+    line = line_of(state)
+    assert line.startswith("mine: step 5 of 40, loss 0.5, last row 1:05 ago, goes on from step 4. warning: the loss")
+    assert "step 5 of 40" in table([], jobs) and "| run |" not in table([], jobs)
+    page = html("Run mine", [], jobs)
+    assert "step 5 of 40" in page and "say ant" in page and "<script>alert" not in page and "step 2" in page
+    assert "<svg" in page  # the curves so far
+
+
+def test_a_run_before_its_first_row_is_said(tmp_path):
+    (tmp_path / "config.yaml").write_text("{task: cache, seed: 1, loss: {}}")
+    (job,) = read_jobs(tmp_path)
+    assert line_of(state_of(tmp_path, job.name, job.config, 0.0)) == f"{tmp_path.name}: task=cache, no row yet"

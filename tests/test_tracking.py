@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.tracking import place, run_id
+from engine.tracking import asked, place, run_id
 from pipeline.warm import Process
-from tests.support.helpers import begin, rows_of, write_pairs
+from tests.support.helpers import begin, launch, rows_of, write_pairs
 
 
 def records(path: Path) -> list:
@@ -96,3 +96,22 @@ def test_a_training_row_and_the_evaluation_of_the_same_step_have_places_of_their
         {"step": 2, "loss/train": 1.0},
     ]
     assert [place(row) for row in rows] == [1, 2, 3, 4]
+
+
+def test_wandb_is_asked_for_by_either_key_and_once():
+    assert asked([], False) == [] and asked([], True) == ["wandb"]
+    assert asked(["tensorboard", "wandb"], True) == ["tensorboard", "wandb"]
+
+
+@pytest.mark.slow
+def test_rows_go_to_tensorboard(tmp_path: Path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    data = write_pairs(tmp_path / "pairs.jsonl", 16)
+    given = ["loss=sft", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}"]
+    run = launch(*given, "exp_name=boards", "n_steps=4", "log_every=1", "model.batch_size=8", "tracker=[tensorboard]")
+    assert run.returncode == 0, run.stderr[-2000:]
+    board = reading.EventAccumulator(str(tmp_path / "boards" / "tensorboard"))
+    board.Reload()
+    sent = [(event.step, event.value) for event in board.Scalars("loss/train")]
+    rows = rows_of(tmp_path / "boards" / "metrics.jsonl")
+    assert sent == [(row["step"], pytest.approx(row["loss/train"])) for row in rows if "loss/train" in row]

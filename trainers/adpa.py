@@ -165,6 +165,7 @@ class ADPA(BasicTrainer):
         "π_dpo(a) < {floor}"
     )
     source = "2502.17927"
+    kind = "preference"
 
     def objective(self) -> str:
         """Return the formula with the run's numbers, and the weights of several caches."""

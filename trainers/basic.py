@@ -9,28 +9,32 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dataloader import Example, epoch_order
-from engine import checkpoint, export, preemption
-from engine.metrics import Mean, MetricsFile, Window, means, named
+from engine import export, preemption
+from engine.learning_rate import Rate, fitting, parameters_of, sentence
+from engine.logbook import Logbook
+from engine.metrics import Mean, Window, means, named
 from engine.optimizer import learning_rate_scale, scheduled_steps, seed_step
 from engine.placement import Placement
 from engine.prefetch import Prefetch
-from engine.tracking import tracker
 from forward.chunks import Logits
 from forward.dealing import deal
 from forward.responses import response_logits, scoring
 from forward.rows import Sequences
 from functional import token_logps
+from settings.artifacts import write_json
 from settings.needs import Needs
 from settings.schema import Settings
+from trainers import keeping
 from trainers.batches import Batch, Item, cost_of, items_digest, make_batch
+from trainers.sampling import Sampler, due
 from trainers.value_head import VALUE_HEAD
 
 
@@ -44,6 +48,7 @@ class BasicTrainer:
     source: ClassVar[str]  # arXiv number or author
     # What the model ends in: lm | reward | value (a causal model that also estimates what is to come).
     head: ClassVar[str] = "lm"
+    kind: ClassVar[str] = "imitation"  # imitation | preference | policy_gradient: the learning rate that suits it
 
     def __init__(self, settings: Settings, tokenizer: Any, placement: Placement) -> None:
         self.settings, self.run_config, self.model_config = settings, settings.run, settings.model
@@ -176,6 +181,7 @@ class BasicTrainer:
         self, policy: torch.nn.Module, reference: torch.nn.Module | None, train: Sequence[Item], test: Sequence[Item]
     ) -> dict[str, float]:
         """Train to the end, resuming from the newest whole checkpoint; return the last evaluation's metrics."""
+        fits = self._settle_rate(policy)
         run, processes = self.run_config, self.processes
         self.reference = reference and self.placement.place_reference(reference, moving=bool(run.sync_reference))
         self.placement.place_policy(policy, run)
@@ -186,43 +192,47 @@ class BasicTrainer:
         self.schedule_steps = scheduled_steps(run, self.total_steps, self.steps_per_batch)
         self.warmup_steps = round(run.warmup * self.schedule_steps) if run.warmup < 1 else int(run.warmup)
         self.window, self.examples_seen = Window(), 0
-        step = self._resume()
+        step = keeping.resume(self)
         first = step + 1
-        self.rows = MetricsFile(run.run_dir / "metrics.jsonl", step) if processes.is_main else None
-        self.tracker = tracker(self.settings, step) if processes.is_main else None
+        self.book = Logbook(self.settings, processes, step, self.total_steps, fits)
+        sample = Sampler(self, step) if run.sample_every else None
         if run.do_first_eval and step == 0:
             self._evaluate_and_log(0)
         self.ahead = None if self.moves_its_data() else Prefetch(self.batches, self.total_steps)
-        started, tokens = time.perf_counter(), 0
-        bar = tqdm(
-            total=self.total_steps,
-            initial=step,
-            desc=run.exp_name,
-            mininterval=1,
-            disable=not processes.is_local_main,
-        )
-        last_eval: dict[str, float] = {}
+        started, tokens, last_eval = time.perf_counter(), 0, dict[str, float]()
         for step in range(first, self.total_steps + 1):
             tokens += self._step(step)
-            bar.update()
+            self.book.advance()
             if run.log_every and (step % run.log_every == 0 or step == self.total_steps):
                 self._log_train(step, tokens, time.perf_counter() - started)
                 started, tokens = time.perf_counter(), 0
             if step == self.total_steps or (run.eval_every and step % run.eval_every == 0):
                 last_eval = self._evaluate_and_log(step)
+            if sample is not None and due(run.sample_every, step, self.total_steps):
+                sample(step)
             whole = step < self.total_steps and self.may_stop(step)
             stop = whole and preemption.stop_agreed(self._reduce)
             if stop or (whole and run.save_every and step % run.save_every == 0):
-                self._save(step)
+                keeping.save(self, step)
             if stop:
                 preemption.leave(step)
-        self._check_norms()
-        bar.close()
+        self.check_norms()
         if self.ahead is not None:
             self.ahead.close()
-        if self.tracker is not None:
-            self.tracker.finish()
+        self.book.close()
         return last_eval
+
+    def _settle_rate(self, policy: torch.nn.Module) -> Rate:
+        """Put a number in the place of lr=auto, here and in what is stored of the run; return what would fit."""
+        run = self.run_config
+        fits = fitting(self.kind, parameters_of(policy), self.model_config.use_peft)
+        if run.lr == "auto":
+            self.run_config = replace(run, lr=fits.lr)
+            self.settings = replace(self.settings, run=self.run_config, raw={**self.settings.raw, "lr": fits.lr})
+            self.processes.print(sentence(fits))
+            if self.processes.is_main:
+                write_json(run.run_dir / "learning_rate.json", fits._asdict())
+        return fits
 
     def micro_items(self, step: int) -> list[list[Item]]:
         """Return this rank's micro-batches of a step; ranks without a row get an uncounted filler."""
@@ -306,14 +316,14 @@ class BasicTrainer:
         norm = self.placement.step(rate, self.model_config.max_grad_norm)
         self.norms[step] = norm
         if not self.placement.reads_late:
-            self._check_norms()
+            self.check_norms()
         if run.sync_reference and step % run.sync_reference == 0:
             assert self.reference is not None, "checked before the model was loaded"
             self.placement.move_reference(self.reference, run.sync_reference_rate)
         self.window.add({"grad_norm": Mean(norm, 1.0)})
         return sum(counted.tokens for batch in batches for counted in batch.counted)
 
-    def _check_norms(self) -> None:
+    def check_norms(self) -> None:
         """Refuse to go on, or to write anything, after a gradient that was not a number."""
         if not self.norms:
             return
@@ -345,27 +355,21 @@ class BasicTrainer:
         return self.prepared([self.batch_of(items) for items in self.rollout(list(micros), 0)], False)
 
     def _evaluate_and_log(self, step: int) -> dict[str, float]:
-        self._check_norms()
+        self.check_norms()
         if not self.test_items:
             return {}
         row = self.evaluate()
-        self._write({"step": step, "examples": self.examples_seen, **row})
+        self.book.write({"step": step, "examples": self.examples_seen, **row})
         return row
 
     def _log_train(self, step: int, tokens: int, seconds: float) -> None:
-        self._check_norms()
+        self.check_norms()
         row = named(means(self.window.reduced(self._reduce)), "train")
         total = float(self._reduce(torch.tensor([float(tokens)], dtype=torch.float64))[0])
         lr = self.placement.optimizer.param_groups[0]["lr"]
         speed = {"tokens_per_second": round(total / max(seconds, 1e-9), 1)}
-        self._write({"step": step, "examples": self.examples_seen, **row, "lr": lr, **speed})
+        self.book.write({"step": step, "examples": self.examples_seen, **row, "lr": lr, **speed})
         self.window = Window()
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.rows is not None:
-            self.rows.write(row)
-        if self.tracker is not None:
-            self.tracker.log(row)
 
     # ---- save and resume
 
@@ -377,57 +381,6 @@ class BasicTrainer:
     def digest_of_data(self) -> str:
         """Return the data's digest, made once: the items of a run stay what they are."""
         return self.data_digest()
-
-    def _save(self, step: int) -> None:
-        self._check_norms()
-        sums = self.window.reduced(self._reduce)
-        if not self.processes.is_main:
-            self.window = Window()  # rank 0 carries the window of all from here on
-        else:
-            self.window.sums = sums
-        state = {
-            "examples": self.examples_seen,
-            "window": sums,
-            "method": self.state,
-            "data": self.digest_of_data,
-            "total_steps": self.total_steps,
-        }
-        run = self.run_config
-        if self.processes.is_main:
-            checkpoint.open_folder(run.run_dir, step)
-        self.processes.wait()
-        self.placement.write(checkpoint.part(run.run_dir, step), self._moving_models())
-        self.processes.wait()
-        if self.processes.is_main:
-            checkpoint.close_folder(run.run_dir, step, state, run.keep_last)
-        if run.intermediate_checkpoints:
-            self.save_model(f"step-{step}")
-        self.processes.wait()
-
-    def _moving_models(self) -> dict[str, torch.nn.Module]:
-        return {"reference": self.reference} if self.run_config.sync_reference and self.reference is not None else {}
-
-    def _resume(self) -> int:
-        folder = checkpoint.newest(self.run_config.run_dir)
-        if folder is None:
-            return 0
-        state = checkpoint.state_of(folder)
-        damaged = self.gathered(checkpoint.damage(folder, state, self.processes.rank, self.processes.world_size))
-        if damaged:
-            raise ValueError(f"{damaged[0]}. {checkpoint.way_out(folder)}")
-        for key, now in (("data", self.digest_of_data), ("total_steps", self.total_steps)):
-            if state[key] != now:
-                raise ValueError(
-                    f"{folder} was written with {key}={state[key]}, this run has {now}. Use the same data and "
-                    "schedule, "
-                    "another exp_name, or remove the folder"
-                )
-        self.placement.read(folder, self._moving_models())
-        self.examples_seen, self.state = state["examples"], state["method"]
-        if self.processes.is_main:
-            self.window.sums = state["window"]
-        self.processes.print(f"resumed from {folder}")
-        return state["step"]
 
     def save_model(self, name: str) -> None:
         """Write the policy as an ordinary Hugging Face folder run_dir/name (LoRA merged); all ranks call it."""

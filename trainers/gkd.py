@@ -21,7 +21,8 @@ from settings.typed import Places
 from teacher.live import check_teachers, mixed_logits, said, teacher_folders
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, checked
-from trainers.rollouts import Micros, answers, row_seed, with_response
+from trainers.rollouts import Micros, row_seed, with_response
+from trainers.sampling import answers
 
 
 @dataclass(frozen=True)

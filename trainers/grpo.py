@@ -89,6 +89,7 @@ class GRPO(RolloutTrainer):
     config: GRPOConfig
     Config = GRPOConfig
     needs = Needs("prompts", reference="logps")
+    kind = "policy_gradient"
     formula = (
         "{reduction} over tokens of responses of −min(Aρ, A·clip(ρ, 1 ± {clip})) + {beta}(exp(d) − d − 1), ρ = "
         "π_θ/π_old, "

@@ -107,6 +107,7 @@ class KTO(BasicTrainer):
     config: KTOConfig
     Config = KTOConfig
     needs = Needs("feedback", reference="logps")
+    kind = "preference"
     formula = (
         "mean over responses of {desirable_weight}(1 − σ({beta}(u − z_0))) if desirable, {undesirable_weight}(1 − "
         "σ({beta}(z_0 − u))) if not; "

@@ -107,6 +107,7 @@ class PairedTrainer(BasicTrainer):
     """Unit: pairs (the NLL term: chosen tokens). Slots: chosen, rejected. A method defines `losses`."""
 
     needs: Needs = Needs("pairs", reference="logps")
+    kind = "preference"
 
     def losses(self, pairs: Pairs, batch: Batch) -> Tensor:
         """Return the loss of each pair [B]."""

@@ -85,6 +85,7 @@ class PPO(RolloutTrainer):
     config: PPOConfig
     Config = PPOConfig
     needs = Needs("prompts", reference="logps")
+    kind = "policy_gradient"
     formula = (
         "mean over response tokens of max(−Aρ, −A·clip(ρ, 1 ± {clip})) + {value_weight}·½(V − R)², ρ = π_θ/π_old, A by "
         "GAE({gae_gamma}, "

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
-import models
 from dataloader import Example, Tokens
-from generation.on_policy import sample_rows
 from models import last_token_scores
 from rewards.verifiers import resolve_verifier, scored
 from settings.schema import one_of, require
 from settings.typed import Code, Place
 from trainers.basic import BasicTrainer
 from trainers.batches import Item, Items
+from trainers.sampling import answers, stop_ids
 
 Micros = list[list[Item]]
 
@@ -254,22 +253,6 @@ def row_seed(seed: int, step: int, source: int, number: int) -> int:
     """
     digest = hashlib.sha256(f"{seed} {step} {source} {number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
-
-
-def stop_ids(trainer: BasicTrainer) -> list[int]:
-    """Return the ids that end a turn of the policy: its tokenizer's and its own."""
-    return models.stop_ids(trainer.tokenizer, trainer.placement.unwrapped(trainer.policy))
-
-
-def answers(
-    trainer: BasicTrainer, prompts: list[list[int]], seeds: list[int], max_new_tokens: int
-) -> list[tuple[list[int], str]]:
-    """Answer each prompt with the policy as it stands; all ranks call it."""
-    placement, model = trainer.placement, trainer.placement.unwrapped(trainer.policy)
-    with models.scoring(trainer.policy), placement.generating(trainer.policy):
-        return sample_rows(
-            model, trainer.tokenizer, prompts, seeds, max_new_tokens, stop_ids(trainer), placement.in_step
-        )
 
 
 def with_response(item: Item, prompt: list[int], ids: list[int]) -> Item:
