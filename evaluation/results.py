@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.bradley_terry import elo_rows
 from evaluation.comparisons import best_model, compare_all
 from evaluation.intervals import score_interval
 from evaluation.majority import majority_metrics
 from evaluation.metrics import DIGITS, METRICS, Metric, at, is_number
 from evaluation.records import Evaluated, Responses, main_temperature
 from evaluation.text_statistics import text_metrics
+from evaluation.verdict import verdict
 from evaluation.win_rate import against, judged_points, points_of, win_rate
 from rewards.judge import Judge
 from rewards.reward_model import RewardModel
@@ -102,15 +104,20 @@ def results_of(
             )
         rows[name] = row | one.pair_metrics | ({"lm_eval": one.benchmarks} if one.benchmarks else {})
 
+    scores = {name: one.responses[main].scores for name, one in evaluated.items()} if main is not None else {}
+
     def compared(temperature: float | None) -> list[dict[str, Any]]:
         scores = {
             name: one.responses[temperature].scores for name, one in evaluated.items() if temperature in one.responses
         }
         return compare_all(scores)
 
+    comparisons = compared(main)
     return {
+        "verdict": verdict(rows, comparisons),
         "models": rows,
-        "comparisons": compared(main),
+        "comparisons": comparisons,
+        "bradley_terry": elo_rows(scores),
         "greedy_comparisons": compared(0.0 if main else None),
         "verifier": config.verifier,
         "opponent": config.opponent,
@@ -153,3 +160,22 @@ def table(results: dict[str, Any]) -> str:
         cells = [written(row, metric, prefix) for _, prefix, metric in headings]
         lines.append([f"**{name}** ▲" if name == best else name, *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def temperature_table(models: Mapping[str, Mapping[str, Any]], temperatures: Sequence[float]) -> str:
+    """Return models x temperatures as a Markdown table, each score with its interval; empty for one temperature."""
+    if len(set(temperatures)) < 2 or any(row.get("score") is None for row in models.values()):
+        return ""
+    ordered = sorted(set(temperatures))
+    lines = ["| model | " + " | ".join("greedy" if t == 0 else f"t {t:g}" for t in ordered) + " |"]
+    lines.append("|---" * (len(ordered) + 1) + "|")
+    for name, row in models.items():
+        lines.append(f"| {name} | " + " | ".join(written(_at(row, t), METRICS[0]) for t in ordered) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _at(row: Mapping[str, Any], temperature: float) -> Mapping[str, Any]:
+    """Return a model's summary at a temperature, wherever results.json holds it."""
+    if temperature == row["temperature"]:
+        return row
+    return row["greedy"] if temperature == 0 else row["other_temperatures"][f"{temperature:g}"]

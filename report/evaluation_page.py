@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from evaluation import comparisons, latency
+from evaluation import bradley_terry, comparisons, latency
 from evaluation import harness as benchmarks
 from evaluation.records import Evaluated, main_temperature
-from evaluation.results import table
+from evaluation.results import table, temperature_table
 from evaluation.win_rate import alpaca_eval_rows
 from models import local_source
 from report.gather import NUM_SAMPLES, Evaluation, advantages_of, curves_of, samples_of, tokens_of
@@ -24,16 +24,19 @@ TITLE = "Evaluation"
 
 
 def summary_text(table: str, results: Mapping[str, Any], timed: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return summary.md: the table, then what there is of comparisons, benchmarks and latency."""
+    """Return summary.md: the verdict, the table, then what there is of comparisons, benchmarks and latency."""
     parts = {
+        "Scores at every temperature": temperature_table(results["models"], results.get("temperatures") or []),
         "Differences on the same prompts": comparisons.table(results.get("comparisons") or []),
         "Differences on the same prompts, greedy": comparisons.table(results.get("greedy_comparisons") or []),
+        "Bradley-Terry strengths": bradley_terry.table(results.get("bradley_terry") or {}),
         "lm-evaluation-harness": benchmarks.table(results["models"]),
         "Latency": latency.table(timed),
     }
     found = "".join(f"\n## {title}\n\n{part}" for title, part in parts.items() if part)
     judged = f"\n{table}" if table.count("|") > 3 * table.count("\n") else ""  # a table of names alone says nothing
-    return f"# {TITLE}\n{judged}{found}"
+    said = results.get("verdict")
+    return f"# {TITLE}\n" + (f"\n{said}\n" if said else "") + f"{judged}{found}"
 
 
 def check_advantages(config: EvaluationConfig) -> None:

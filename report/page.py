@@ -231,13 +231,16 @@ def write_report(
     """Write run_dir/report.html, whole or not at all, and return its path.
 
     curves: stage (or seed_N/stage) -> its metrics.jsonl. results: {"models": {name: {"score", "ci95", "n", "seeds",
-    "per_seed", "ci95_over_seeds" (optional), "greedy": {"score", "ci95"}}}, "comparisons" (optional)}. samples:
+    "per_seed", "ci95_over_seeds" (optional), "greedy": {"score", "ci95"}}}, "comparisons" (optional), "verdict"
+    (optional, one sentence that opens the page)}. samples:
     {"prompt", "model", "response", "score"}. advantages:
     {"prompt", "tokens": [{"text", "advantage" | None, "top": [[text, advantage, teacher probability], ...]}]}.
     more: sections that stand below the scores, as HTML made by `section` and `text`.
     """
+    said = results.get("verdict")
     body = (
-        results_section(results)
+        (f'<p class="verdict">{text(said)}</p>' if said else "")
+        + results_section(results)
         + more
         + curves_section(curves)
         + samples_section(samples)

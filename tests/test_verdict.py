@@ -1,0 +1,66 @@
+"""The verdict sentence, the sheet of temperatures, and Bradley-Terry strengths."""
+
+import math
+
+import numpy as np
+import pytest
+
+from evaluation.bradley_terry import ELO, elo_rows, strengths, table, wins_of
+from evaluation.comparisons import compare_all
+from evaluation.results import temperature_table
+from evaluation.verdict import verdict
+
+
+def test_two_models_strengths_are_the_log_odds_of_their_wins():
+    found = strengths(np.array([[0.0, 30.0], [10.0, 0.0]]), prior=0.0)
+    assert found[0] - found[1] == pytest.approx(math.log(3), abs=1e-8)
+
+
+def test_strengths_are_those_of_gradient_ascent_on_the_likelihood():
+    wins = np.array([[0, 7, 9, 4], [3, 0, 6, 5], [1, 4, 0, 2], [6, 5, 8, 0]], dtype=float)
+    counts, s = wins + 0.5 * (1 - np.eye(4)), np.zeros(4)
+    for _ in range(5_000):
+        chance = 1 / (1 + np.exp(s[None, :] - s[:, None]))
+        s = s + 0.02 * (counts * (1 - chance) - counts.T * chance).sum(axis=1)
+    np.testing.assert_allclose(strengths(wins), s - s.mean(), atol=1e-7)
+
+
+def test_strengths_settle_where_two_groups_never_lose_to_each_other():
+    wins = np.array([[0, 500, 1000, 1000], [500, 0, 1000, 1000], [0, 0, 0, 500], [0, 0, 500, 0]], dtype=float)
+    found = strengths(wins)
+    np.testing.assert_allclose(found, np.log(1000.5 / 0.5) / 2 * np.array([1, 1, -1, -1]), rtol=1e-9)
+
+
+def test_ties_are_half_a_win_and_equal_models_have_no_points():
+    assert wins_of(np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])).tolist() == [[0, 1.5], [1.5, 0]]
+    rows = elo_rows({"a": [1.0] * 8, "b": [1.0] * 8})
+    assert rows["a"] == {"elo": pytest.approx(0.0), "ci95": pytest.approx([0.0, 0.0])}
+    assert elo_rows({"a": [1.0], "b": []}) == {} and table({}) == ""
+
+
+def test_a_model_that_always_wins_has_finite_points_and_stands_first():
+    rows = elo_rows({"b": [0.0] * 10, "a": [1.0] * 10})
+    assert rows["a"]["elo"] - rows["b"]["elo"] == pytest.approx(math.log(10.5 / 0.5) * ELO)
+    assert table(rows).splitlines()[2].startswith("| a | +")
+
+
+def test_the_verdict_says_above_only_of_pairs_that_are_separate():
+    scores = {"a": [1.0] * 40, "b": [1.0] * 39 + [0.0], "c": [0.0] * 40}
+    models = {name: {"score": float(np.mean(values))} for name, values in scores.items()}
+    said = verdict(models, compare_all(scores))
+    assert said.startswith("a is above c by 1.000 [1.000, 1.000]; b cannot be told apart from it (0.025 [")
+    pair = {name: scores[name] for name in "ab"}
+    said = verdict({name: models[name] for name in "ab"}, compare_all(pair))
+    assert said.startswith("b cannot be told apart from a (0.025 [") and "above" not in said
+    assert verdict({"a": models["a"]}, []) == ""
+
+
+def test_the_sheet_holds_every_temperature_in_order():
+    def entry(score):
+        return {"score": score, "ci95": [score - 0.1, score + 0.1]}
+
+    row = {**entry(0.5), "temperature": 1.0, "greedy": entry(0.7), "other_temperatures": {"0.3": entry(0.6)}}
+    lines = temperature_table({"a": row}, [1.0, 0.0, 0.3]).splitlines()
+    assert lines[0] == "| model | greedy | t 0.3 | t 1 |"
+    assert lines[2] == "| a | 0.700 [0.600, 0.800] | 0.600 [0.500, 0.700] | 0.500 [0.400, 0.600] |"
+    assert temperature_table({"a": row}, [1.0]) == ""
