@@ -100,7 +100,7 @@ def overview() -> str:
             f"Tasks: {', '.join(TASKS)} (default: train).",
             "",
             "Keys: help=GROUP/NAME prints those of a choice with their comments (help=loss/adpa, help=section/cache,",
-            "help=pipeline/quickstart), help=config those of a run: lr, n_epochs, seed, ...  The comments stand in config/.",
+            "help=pipeline/quickstart), help=config those of a run: lr, n_epochs, ... The comments stand in config/.",
             "Any key can be set: KEY=VALUE, SECTION.KEY=VALUE; ++KEY=VALUE where a choice does not have it.",
             "--cfg job prints the composed configuration, --hydra-help the options of Hydra.",
         ]
