@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.digests import digest_of
 from pipeline.sweeps import as_sweep, job_folder
 from settings.artifacts import is_done, mark_done, remove_parts, write_json, write_text
-from settings.help import GROUPS, choices, help_text
+from settings.help import GROUPS, asked_for, choices, help_text
 from settings.methods import config_fields, method_class
 from settings.needs import check_needs
 from settings.paths import CONFIG
@@ -286,9 +286,9 @@ def guarded(work: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    if {"--help", "-h"} & set(sys.argv[1:]):
+    if asked_for(sys.argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, or head
-        print(help_text(str(__doc__), sys.argv[1:]))
+        guarded(lambda: print(help_text(sys.argv[1:])))
         sys.exit()
     sys.path.append(os.getcwd())  # a verifier or a method of one's own lies where the command is typed
     guarded(from_command_line)

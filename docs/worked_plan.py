@@ -1,4 +1,4 @@
-"""The outputs of the commands in docs/scaling.md's worked plan: `python -m docs.worked_plan` runs them and writes them
+"""The outputs of the commands in docs/estimate.md's worked plan: `python -m docs.worked_plan` runs them and writes them
 in.
 
 A command is an indented line below `<!-- estimate -->`; what it prints from its table on stands in the block after it.
@@ -13,14 +13,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "scaling.md"
-PART = re.compile(r"(<!-- estimate -->\n\n    python )(launch\.py [^\n]*)(\n\n```text)(.*?)(\n```)", re.S)
+PAGE = ROOT / "docs" / "estimate.md"
+PART = re.compile(
+    r"(<!-- estimate -->\n\n    python )(launch\.py (?:[^\n]*\\\n)*[^\n]*)(\n\n```text)(.*?)(\n```)", re.S
+)
 
 
 def output_of(command: str) -> str:
     """Run a command of the page without a hub; return what it prints from the estimate on."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, *shlex.split(command), f"cache_dir={folder}"]
+        words = [sys.executable, *shlex.split(command.replace("\\\n", " ")), f"cache_dir={folder}"]
         done = subprocess.run(
             words,
             cwd=ROOT,

@@ -1,30 +1,172 @@
-"""The text of `launch.py --help`: the tasks, the choices of each group, and every key with its comment."""
+"""The text of `launch.py --help`, and of `launch.py help=loss/adpa`: a group's choices, or the keys of one of them.
 
+A method says its formula, needs and source itself; they are read from its source, so nothing here imports torch.
+"""
+
+import ast
 import re
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from settings.methods import find_method, needs_of
 from settings.paths import CONFIG
+from settings.source import class_value
 from settings.tasks import TASKS
+from settings.typed import nearest
 
 GROUPS = ("loss", "model", "datasets", "pipeline")
+MEANT = {
+    "loss": "what is minimized: sft, dpo, dckd, adpa and others",
+    "model": "architecture, lengths, batch size, precision, LoRA",
+    "datasets": "rows: a file of yours (local) or a data set of the hub; datasets=[a,b] mixes them",
+    "pipeline": "a chain of stages, each a task of its own",
+    "section": "keys of one task, as SECTION.KEY=VALUE: cache, generation, evaluation and others",
+}
+DATA = {
+    "responses": "rows with responses",
+    "pairs": "rows with chosen and rejected",
+    "feedback": "pairs, or responses with a label",
+    "prompts": "prompts and a judge, or responses with a reward",
+    "rewards": "responses with a reward",
+}
+REFERENCE = {"logps": "reference log-probabilities (live or cached)", "distributions": "a live reference model"}
+TEACHER = {
+    "logprob": "a teacher cache (task=cache)",
+    "advantage": "generations (task=generate) and an advantage cache on them (task=cache cache.reference=FOLDER)",
+    "value": "a cache of the teacher's values (task=cache cache.quantity=value), or of its log-probabilities",
+    "live": "live teachers",
+}
+EXAMPLES = (
+    ("pipeline=quickstart", "the whole chain on a small world"),
+    ("loss=sft model=tiny datasets=[local] datasets.local.train=sft.jsonl exp_name=sft lr=1e-3", "SFT on a file"),
+    ("loss=dpo model=tiny datasets=[local] datasets.local.train=pairs.jsonl exp_name=dpo lr=1e-4", "DPO on a file"),
+    (
+        "task=cache model=tiny datasets=[local] datasets.local.train=pairs.jsonl exp_name=cache "
+        "model.load_from=outputs/dpo/FINAL",
+        "what a teacher thinks of the responses",
+    ),
+    (
+        "loss=dckd model=tiny datasets=[local] datasets.local.train=pairs.jsonl exp_name=dckd lr=1e-4 "
+        "loss.teacher_cache=outputs/cache/CACHE",
+        "its student",
+    ),
+    (
+        "pipeline=adpa_plus exp_name=mine dry_run=true pipeline.teacher=tiny pipeline.student=tiny "
+        "pipeline.data.sft.datasets=[deita] pipeline.data.pairs.datasets=[dpo_mix]",
+        "a plan, without running it",
+    ),
+)
 
 
-def help_text(usage: str, arguments: list[str]) -> str:
-    """Return the help; choices on the command line (`loss=dpo --help`) show the keys of those choices, too."""
-    chosen = [_choice(argument) for argument in arguments]
-    files = [CONFIG / "config.yaml", *sorted((CONFIG / "section").glob("*.yaml"))]
-    files += [part for file in chosen if file for part in with_bases(file)]
-    groups = [f"{group}=NAME: {', '.join(choices(group))}" for group in GROUPS]
-    return "\n\n".join(
+def asked_for(arguments: list[str]) -> bool:
+    """Tell whether the command line asks for help."""
+    return any(word in ("--help", "-h") or word.startswith("help=") for word in arguments)
+
+
+def help_text(arguments: list[str]) -> str:
+    """Return the help of every help=NAME and, with --help, of every choice (`loss=dpo --help`); else the overview.
+
+    Raises ValueError for a name that is not known.
+    """
+    names = [word.partition("=")[2] for word in arguments if word.startswith("help=")]
+    if {"--help", "-h"} & set(arguments):
+        names += [
+            word.replace("=", "/", 1)
+            for word in arguments
+            if "=" in word
+            and word.partition("=")[0] in GROUPS
+            and (CONFIG / f"{word.replace('=', '/', 1)}.yaml").is_file()
+        ]
+    return "\n\n".join(map(help_of, names)) if names else overview()
+
+
+def overview() -> str:
+    """Return what launch.py does, six examples, the groups, and where keys are explained."""
+    tried = [f"    # {why}\n    launch.py {line}" for line, why in EXAMPLES]
+    groups = [f"  {group:<9} {meant}" for group, meant in MEANT.items()]
+    return "\n".join(
         [
-            usage.strip(),
-            f"task=NAME: {', '.join(TASKS)}",
+            "launch.py aligns a small language model with a bigger teacher's preferences: it composes a configuration,",
+            "checks it, and runs one task (task=NAME) or a chain of them (pipeline=NAME) into outputs/EXP_NAME.",
+            "",
+            "Examples:",
+            *tried,
+            "",
+            "Groups, chosen by GROUP=NAME (help=GROUP lists the names):",
             *groups,
-            "Keys, as KEY=VALUE or SECTION.KEY=VALUE. `loss=NAME --help` adds those of a loss, `model=NAME --help` "
-            "those of a\nmodel; --cfg job prints the composed config, --hydra-help the options of Hydra.",
-            *(shown(file) for file in files),
+            "",
+            f"Tasks: {', '.join(TASKS)} (default: train).",
+            "",
+            "Keys: help=GROUP/NAME prints those of a choice with their comments (help=loss/adpa, help=section/cache,",
+            "help=pipeline/quickstart), help=config those of a run: lr, n_epochs, ... The comments stand in config/.",
+            "Any key can be set: KEY=VALUE, SECTION.KEY=VALUE; ++KEY=VALUE where a choice does not have it.",
+            "--cfg job prints the composed configuration, --hydra-help the options of Hydra.",
         ]
     )
+
+
+def help_of(name: str) -> str:
+    """Return a group's choices (`loss`), or the keys of one (`loss/adpa`, `section/cache`, `config`)."""
+    group, _, choice = name.strip("/").removesuffix(".yaml").partition("/")
+    if group == "config" and not choice:
+        return shown(CONFIG / "config.yaml")
+    if group not in MEANT:
+        known = ["config", *MEANT]
+        return _unknown(name, known, [one for kind in MEANT for one in _paths(kind)])
+    if not choice:
+        return f"{group}: {MEANT[group]}\n\n" + "\n".join(
+            f"  {one:<24} {first_comment(CONFIG / group / f'{one}.yaml')}".rstrip() for one in choices(group)
+        )
+    file = CONFIG / group / f"{choice}.yaml"
+    if choice not in choices(group):
+        return _unknown(name, _paths(group), [])
+    method = [about_method(file)] if group == "loss" else []
+    return "\n\n".join([*method, *(shown(part) for part in with_bases(file))])
+
+
+def _paths(group: str) -> list[str]:
+    return [f"{group}/{one}" for one in choices(group)]
+
+
+def _unknown(name: str, listed: list[str], more: list[str]) -> str:
+    """Raise ValueError with the nearest name and the list."""
+    hint = nearest(name, [*listed, *more])
+    said = hint if "Did you mean" in hint else ""
+    raise ValueError(f"help={name} is not known.{said} There are: {', '.join(sorted(listed))}.")
+
+
+def about_method(file: Path) -> str:
+    """Return what a loss minimizes with its YAML's values, what it needs, and where it is from."""
+    values = values_of(file)
+    trainer = str(values["trainer"])
+    needs, found = needs_of(trainer), find_method(trainer)
+    asked = [DATA[needs.data], REFERENCE.get(needs.reference, ""), TEACHER.get(needs.teacher, "")]
+    if needs.reference_if and asked[1]:
+        asked[1] += " if " + " and ".join(f"loss.{key}={value}" for key, value in needs.reference_if)
+    texts = {}
+    for name in ("formula", "source"):
+        value = class_value(found, name)
+        texts[name] = str(ast.literal_eval(value[1])) if value else "not said"
+    formula = re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[1])), texts["formula"])
+    lines = [f"loss={file.stem} ({trainer})", f"  formula  L = {formula}"]
+    return "\n".join([*lines, f"  needs    {'; '.join(filter(None, asked))}", f"  source   {texts['source']}"])
+
+
+def values_of(file: Path) -> dict[str, Any]:
+    """Return the values of a choice, those of its `defaults` beneath."""
+    values: dict[str, Any] = {}
+    for part in reversed(with_bases(file)):
+        values |= yaml.safe_load(part.read_text(encoding="utf-8")) or {}
+    return values
+
+
+def first_comment(file: Path) -> str:
+    """Return the comment that a file begins with, up to 90 characters; else its `name`."""
+    first = file.read_text(encoding="utf-8").split("\n", 1)[0]
+    said = first.lstrip("# ").strip() if first.startswith("#") else ""
+    return said if len(said) <= 90 else said[:87].rsplit(" ", 1)[0] + " ..."
 
 
 def choices(group: str) -> list[str]:
@@ -46,9 +188,3 @@ def shown(file: Path) -> str:
     kept = [block for block in blocks if not block.startswith("hydra:")]
     kept[0] = "\n".join(line for line in kept[0].splitlines() if not line.startswith(("defaults:", "  - ")))
     return f"---- config/{file.relative_to(CONFIG)}\n" + "\n\n".join(kept)
-
-
-def _choice(argument: str) -> Path | None:
-    group, _, name = argument.partition("=")
-    file = CONFIG / group / f"{name}.yaml"
-    return file if group in GROUPS and file.is_file() else None

@@ -1,5 +1,6 @@
-"""What README.md shows is what works: its commands compose, its examples of a loss, a dataset and a model run."""
+"""What README, docs/ and scripts/llama_adpa.sh show works: commands compose, examples run, links lead somewhere."""
 
+import math
 import re
 import shlex
 import shutil
@@ -11,26 +12,39 @@ import pytest
 import yaml
 
 from docs import losses_table
+from evaluation.intervals import seed_interval, student_quantile
 from launch import settings_of
 from tests.support.helpers import ROOT, composed, launch, rows_of, write_pairs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+SCRIPT = (ROOT / "scripts/llama_adpa.sh").read_text(encoding="utf-8")
+BLOCKS = [
+    found
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if page.name in ("README.md", "first_run.md", "adding.md", "llama.md", "mistral.md")  # others need files of runs
+    for found in re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+]
 
 
 def commands() -> list[list[str]]:
-    """Return the words of every launch.py command of the bash and indented blocks, with the shell's variables filled
-    in.
+    """Return the words of every launch.py command of the bash blocks of README and docs, of the README's indented lines
+    and of the script, with the shell's variables filled in.
     """
-    text = "\n".join(body for language, body in BLOCKS if language == "bash").replace("\\\n", " ")
+    text = "\n".join([body for language, body in BLOCKS if language == "bash"] + [SCRIPT]).replace("\\\n", " ")
     text += "\n" + "\n".join(
         line.strip() for line in README.splitlines() if line.startswith("    ") and "launch.py " in line and "=" in line
     )
     variables: dict[str, str] = {}
     for name, value in re.findall(r'^(\w+)="(.*)"$', text, re.M):
-        variables[name] = re.sub(r"\$(\w+)", lambda m: variables[m[1]], value)
-    lines = [line for line in text.splitlines() if "launch.py" in line and not re.match(r"\w+=", line)]
+        variables[name] = re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), value)
+    lines = [line for line in text.splitlines() if "launch.py" in line and not re.match(r"#|\w+=", line)]
     return [shlex.split(re.sub(r"\$(\w+)", lambda m: variables[m[1]], line.split("&&")[-1])) for line in lines]
+
+
+def named(command: list[str]) -> str:
+    """Return what a command is told by: its exp_name, else its first words."""
+    return next((word for word in command if word.startswith("exp_name=")), " ".join(overrides(command)[:3]))
 
 
 COMMANDS = commands()
@@ -48,8 +62,8 @@ def block(path: str) -> str:
     return next(body for _, body in BLOCKS if body.startswith(f"# {path}\n"))
 
 
-@pytest.mark.parametrize("command", SINGLE, ids=lambda c: next(w for w in c if w.startswith("exp_name=")))
-def test_every_command_of_the_readme_composes(command: list[str], tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("command", SINGLE, ids=named)
+def test_every_command_of_readme_docs_and_script_composes(command: list[str], tmp_path: Path, monkeypatch) -> None:
     write_pairs(tmp_path / "pairs.jsonl", 4)  # the README's own first step writes it
     monkeypatch.chdir(tmp_path)
     settings = settings_of(composed(*overrides(command)))
@@ -59,8 +73,8 @@ def test_every_command_of_the_readme_composes(command: list[str], tmp_path: Path
         assert settings.model.batch_size % (config["num_processes"] * settings.model.gradient_accumulation_steps) == 0
 
 
-def test_the_readme_shows_the_nine_stages_and_the_pipelines() -> None:
-    names = [w.partition("=")[2] for c in SINGLE for w in c if w.startswith("exp_name=")]
+def test_the_script_has_the_nine_stages_in_order() -> None:
+    names = re.findall(r"\bexp_name=(\w+)", SCRIPT)
     stages = [
         "teacher_sft",
         "teacher_dpo",
@@ -72,7 +86,7 @@ def test_the_readme_shows_the_nine_stages_and_the_pipelines() -> None:
         "adpa_plus",
         "evaluate",
     ]
-    assert [name for name in names if name in stages] == stages
+    assert names == stages
     assert len(PIPELINES) >= 2
 
 
@@ -119,14 +133,96 @@ def test_the_loss_dataset_and_model_that_the_readme_adds_work(tmp_path: Path) ->
     assert "rewards_train/margins" in rows[0] and (tmp_path / "added/FINAL/model.safetensors").is_file()
 
 
+def test_the_readme_is_short_and_its_drawing_is_of_the_real_stages() -> None:
+    assert len(README.splitlines()) <= 120
+    assert max(map(len, README.splitlines())) <= 120
+    drawn = re.findall(r"\w+", block_of("mermaid").split("\n", 1)[1])
+    stages: dict[str, dict] = {}
+    for name in ("dckd", "adpa_plus"):
+        stages |= yaml.safe_load((ROOT / f"config/pipeline/{name}.yaml").read_text(encoding="utf-8"))["stages"]
+    assert set(drawn) == set(stages) - {"evaluate"}
+
+
+def test_the_rooms_of_the_readme_are_those_of_the_repository() -> None:
+    rooms = {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests", "docs", "assets", "benchmarks", "scripts"}
+    assert {room for room in rooms if not re.search(rf"^    {room}/ ", README, re.M)} == set()
+
+
+def block_of(language: str) -> str:
+    """Return the first block in a language."""
+    return next(body for kind, body in BLOCKS if kind == language)
+
+
+def test_the_scores_of_the_results_page_are_the_log_s_and_no_interval_of_a_share_leaves_0_to_1() -> None:
+    page, log = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("results", "log"))
+    rows = re.findall(r"^\| (\w+) \| (0\..*) \|$", page.split("<!-- quickstart-table -->")[1], re.M)
+    part = log.split("## 2026-11-21: quickstart with seeds 1, 2 and 3")[1].split("Differences")[0]
+    logged = dict(re.findall(r"^\| (\w+) \| (0\..*) \|$", part, re.M))
+    assert len(rows) == 13
+    for name, cells in rows:
+        shown, before = cells.split(" | "), logged[name].split(" | ")
+        for place in (0, 1, 2, 3, 4, 6, 7):
+            assert shown[place] == before[place]
+        for score, interval in ((3, 5), (6, 8)):
+            low, high = map(float, shown[interval].strip("[]").split(", "))
+            assert 0 <= low <= float(shown[score]) <= high <= 1
+            first, last = map(float, before[interval].strip("[]").split(", "))
+            mean, half = float(shown[score]), (last - first) / 2
+            spread = half / student_quantile(2) * math.sqrt(3)  # three scores with that mean and deviation
+            again = seed_interval([mean - spread, mean, mean + spread]) or (math.nan, math.nan)
+            assert again == pytest.approx((first, last), abs=2e-3)
+            center, reach = math.log(mean / (1 - mean)), half / (mean * (1 - mean))
+            assert low == pytest.approx(1 / (1 + math.exp(reach - center)), abs=2e-3)
+            assert high == pytest.approx(1 / (1 + math.exp(-reach - center)), abs=2e-3)
+    for name, score, interval in re.findall(r"^\| (\w+) \| (0\.\d+) \| (\[.*\]) \|$", README, re.M):
+        assert f"| {score} |" in f"| {dict(rows)[name]} |" and interval in dict(rows)[name]
+
+
+def prose(text: str) -> str:
+    """Return a page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and MkDocs write them."""
+    titles = re.findall(r"^#+ (.*)$", prose(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_no_link_is_dead(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", prose(page.read_text(encoding="utf-8"))):
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path) if path else page
+        assert there.exists(), f"{page.name} points to {target}"
+        assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), f"{page.name}: no {target}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_a_page_is_short_and_in_the_site_s_menu(page: Path) -> None:
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert [next(iter(group)) for group in menu[1:]] == ["First steps", "Methods", "Running big", "Formats", "Log"]
+    assert page.name in str(menu)
+    if page.name != "log.md":
+        lines = page.read_text(encoding="utf-8").splitlines()
+        assert len(lines) < 150
+        prose_lines = [
+            line for line in prose("\n".join(lines)).splitlines() if not line.startswith(("|", "#", "    ", "L = "))
+        ]
+        assert all(len(line) <= 120 for line in prose_lines), max(prose_lines, key=len)
+
+
+@pytest.mark.skipif(not shutil.which("mkdocs"), reason="mkdocs is not installed (requirements/docs.lock)")
+def test_the_site_builds(tmp_path: Path) -> None:
+    command = ["mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert pages <= {path.stem for path in (tmp_path / "site").glob("*.html")}
+    assert 'src="http' not in (tmp_path / "site/index.html").read_text(encoding="utf-8")
+
+
 def test_the_table_of_losses_is_the_code() -> None:
     page = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
     written = page.split(losses_table.BEGIN)[1].split(losses_table.END)[0].strip()
     assert written == losses_table.table(), "run: python -m docs.losses_table"
-
-
-def test_linked_files_exist() -> None:
-    sources = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]
-    for source in sources:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", source.read_text(encoding="utf-8")):
-            assert (source.parent / target).exists(), f"{source.name} points to {target}"

@@ -1,0 +1,74 @@
+"""launch.py --help and help=GROUP/NAME: what they say, and that each example runs."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from launch import settings_of
+from settings.help import CONFIG, EXAMPLES, GROUPS, MEANT, choices, help_text
+from tests.support.helpers import composed, write_pairs
+
+
+def test_the_overview_says_what_it_does_with_six_examples_and_a_line_a_group() -> None:
+    text = help_text(["--help"])
+    assert len(EXAMPLES) == 6 and all(f"launch.py {line}" in text for line, _ in EXAMPLES)
+    for group, meant in MEANT.items():
+        assert re.search(rf"^  {group} +{re.escape(meant)}$", text, re.M)
+    assert "help=loss/adpa" in text and "estimate" in text
+    assert len(text.splitlines()) < 45
+
+
+@pytest.mark.parametrize("line", [line for line, _ in EXAMPLES if "pipeline=" not in line])
+def test_the_examples_compose(line: str, tmp_path, monkeypatch) -> None:
+    for name in ("sft.jsonl", "pairs.jsonl"):
+        write_pairs(tmp_path / name, 4)
+    monkeypatch.chdir(tmp_path)
+    assert settings_of(composed(*shlex.split(line))).datasets
+
+
+def test_a_loss_is_shown_with_formula_needs_source_and_commented_keys() -> None:
+    text = help_text(["help=loss/adpa"])
+    gamma = yaml.safe_load((CONFIG / "loss/adpa.yaml").read_text(encoding="utf-8"))["gamma"]
+    assert f"− {gamma} · token_mean of Σ_a π_θ(a|s_t) A(s_t, a)" in text
+    assert "an advantage cache" in text and "2502.17927" in text
+    assert re.search(r"^gamma: .*# \w", text, re.M)
+
+
+def test_the_keys_of_a_base_are_shown_too_and_help_beside_a_choice_means_the_choice() -> None:
+    text = help_text(["loss=dpo", "--help"])
+    assert text == help_text(["help=loss/dpo"])
+    assert "# strength of the implicit KL constraint" in text and "nll_weight: " in text
+    assert "defaults:" not in text
+
+
+@pytest.mark.parametrize("group", MEANT)
+def test_every_choice_of_every_group_has_a_text(group: str) -> None:
+    listed = help_text([f"help={group}"])
+    for choice in choices(group):
+        assert re.search(rf"^  {re.escape(choice)}\b", listed, re.M)
+        text = help_text([f"help={group}/{choice}"])
+        assert f"---- config/{group}/{choice}.yaml" in text
+        assert group != "loss" or not re.search(r"L = .*\{\w+\}", text)
+    assert set(GROUPS) < set(MEANT)
+
+
+def test_the_keys_of_a_run_are_those_of_config_yaml() -> None:
+    text = help_text(["help=config"])
+    assert "\nlr: " in text and "override hydra" not in text and "subdir" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "near", "listed"),
+    [
+        ("loss/adap", "loss/adpa", "loss/tvkd"),
+        ("modle", "model", "section"),
+        ("section/cahce", "section/cache", "section/judge"),
+        ("pipeline/../config", "", "pipeline/quickstart"),
+    ],
+)
+def test_a_wrong_name_says_the_nearest_and_the_list(name: str, near: str, listed: str) -> None:
+    with pytest.raises(ValueError, match=rf"help={re.escape(name)} is not known") as refused:
+        help_text([f"help={name}"])
+    assert listed in str(refused.value) and (f"Did you mean {near!r}" in str(refused.value) or not near)
