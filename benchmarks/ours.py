@@ -29,7 +29,7 @@ from benchmarks.figures import entropy_bytes
 from benchmarks.made_up import write_teachers
 from benchmarks.measure import Clock, ComputedTokens
 from benchmarks.turns import Served
-from dataloader import Sequences, collate, epoch_order, load_examples
+from dataloader import collate, epoch_order, load_examples
 from estimate.shape import shape_of
 from settings.paths import CONFIG
 from teacher.cache import Reader
@@ -209,10 +209,7 @@ class Forward:
         settings, tokens = launch.settings_of(raw), sequences_of(raw)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         pad, size = models.load_tokenizer(settings.model).pad_token_id, settings.cache.batch_size
-        self.batches = [
-            Sequences(*(part.to(device) for part in collate(tokens[start : start + size], pad)))
-            for start in range(0, len(tokens), size)
-        ]
+        self.batches = [collate(tokens[start : start + size], pad).to(device) for start in range(0, len(tokens), size)]
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         sources = (None, settings.cache.reference)[: 2 if settings.cache.reference else 1]
         load = lambda source: models.load_model(settings.model, dtype=dtype, trainable=False, source=source)  # noqa: E731

@@ -105,6 +105,7 @@ def test_a_missing_tracker_says_how_to_install_it():
         check_installed("no_such_tracker")
 
 
+@pytest.mark.slow
 def test_a_run_shows_a_table_warns_once_and_keeps_samples(tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl", 16)
     given = ["loss=dpo", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}"]
