@@ -147,6 +147,7 @@ def test_the_command_measures_a_small_model_and_finds_it_no_worse_than_committed
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())["figures"]
-    assert 0 < found["useful_dpo_mix.useful_share"]["value"] <= 1.0
+    # Above 1: the last token of a sequence, which predicts nothing, is not computed.
+    assert 0.95 < found["useful_dpo_mix.useful_share"]["value"] < 1.02
     assert found["dckd.seconds"]["value"] > 0 and found["cache.bytes_to_entropy"]["value"] > 1
     assert "0 worse" in done.stdout
