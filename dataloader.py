@@ -5,35 +5,32 @@ A sequence is tokenized once (tokens/encoding.py) and kept (tokens/store.py).
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
-import tokenizers
-import transformers
 from torch import Tensor
 
-from conversations import Conversation, Message, format_of, oddities_of, to_conversation
+from conversations import Conversation, format_of, oddities_of, to_conversation
 from forward.rows import Sequences as Sequences  # beside load_examples, for those who import the data loader
 from forward.rows import collate as collate
 from forward.rows import unsupervised as unsupervised
 from pipeline.digests import content_digest
-from settings.artifacts import is_done, write_json
-from settings.paths import ROOT
+from settings.artifacts import is_done
 from settings.schema import DatasetConfig, ModelConfig
 from templates import tokenizer_digest
 from tokens.columns import Sides
 from tokens.counted import COUNTED, DROPPED, MARKS, REASON, concerns
 from tokens.encoding import check_ids, encode_example, take_ids
 from tokens.encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
-from tokens.examples import Example, Tokens, content_key
-from tokens.sources import RowSource, open_lines, open_rows
+from tokens.examples import Example
+from tokens.examples import Tokens as Tokens
+from tokens.sources import RowSource, num_rows, open_rows
 from tokens.store import NotStorable, Record, Rows, digest_of, pack
-from tokens.writing import store
+from tokens.writing import code_digest, store
 
 
 class TopK(NamedTuple):
@@ -49,128 +46,6 @@ class TopK(NamedTuple):
     teacher_logps: Tensor | None = None
     spans: Tensor | None = None
     span_logps: Tensor | None = None
-
-
-class Generation(NamedTuple):
-    """A row of generations.jsonl."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    prompt: list[Message]
-    response: str
-    finish_reason: str
-    meta: dict[str, Any]
-
-    @property
-    def tokens(self) -> Tokens:
-        """Return the whole sequence with the generated part supervised."""
-        return Tokens(
-            self.prompt_ids + self.response_ids,
-            [False] * len(self.prompt_ids) + [True] * len(self.response_ids),
-        )
-
-
-def read_generations(path: str | Path, tokenizer: Any | None) -> list[Generation]:
-    """Read generations.jsonl; ValueError names the file and what is wrong with it.
-
-    Ids of another tokenizer than the given one are refused. None takes them unseen: to show them, not to compute.
-    Whoever computes with them takes generated_sequences, which holds no text.
-    """
-    source = _lines_of_generations(path)
-    return list(_generations(source, range(source.size()), tokenizer))
-
-
-def _lines_of_generations(path: str | Path) -> RowSource:
-    path = Path(path).expanduser()
-    if not path.is_file():
-        inside = path / "generations.jsonl"
-        hint = f"give the file in it, {inside}" if inside.is_file() else "task=generate writes generations.jsonl"
-        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no file'}: {hint}")
-    source = open_lines(path)
-    if not source.size():
-        raise ValueError(f"{path} has no rows: task=generate writes one a response. Was it stopped before the first?")
-    return source
-
-
-def _generations(source: RowSource, numbers: Sequence[int], tokenizer: Any | None) -> Iterator[Generation]:
-    own = tokenizer_digest(tokenizer) if tokenizer is not None else ""
-    for number, row in zip(numbers, source.pick(numbers), strict=True):
-        where = f"{source.place}, line {number + 1}"
-        try:
-            generation = Generation(
-                row["prompt_ids"],
-                row["response_ids"],
-                row["prompt"],
-                row["response"],
-                row["finish_reason"],
-                row.get("meta", {}),
-            )
-        except KeyError as error:
-            raise ValueError(f"{where}: the row has no {error}; was it written by task=generate?") from error
-        if tokenizer is not None:
-            check_ids(row, where, tokenizer, own)
-        yield generation
-
-
-class GeneratedSequences(Sequence[Tokens]):
-    """The sequences of a generations.jsonl in its order, read when they are asked for: no text is held."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows.table.numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Tokens: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Tokens]: ...
-
-    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        found = self.rows.example(range(len(self))[index], "").response
-        assert found is not None, "every generation is stored with its sequence, an empty response included"
-        return found
-
-    def prompt_key(self, index: int) -> bytes:
-        """Return the key of a generation's prompt."""
-        return prompt_key(self.rows.part(index, 0)[0])
-
-
-def prompt_key(ids: Sequence[int] | np.ndarray) -> bytes:
-    """Hash a prompt's ids to 16 bytes: rows and generations of one prompt find each other by it."""
-    return content_key(ids, ())
-
-
-def generated_sequences(
-    path: str | Path, tokenizer: Any, store_in: Path | None = None, num_proc: int | None = None
-) -> GeneratedSequences:
-    """Open generations.jsonl as sequences with the generated part supervised; ValueError as read_generations.
-
-    They are kept below `store_in` as the tokens of data sets are (load_examples); without a place, in memory.
-    """
-    source = _lines_of_generations(path)
-    assert source.place is not None
-
-    def encode(wanted: Sequence[int]) -> Iterator[Record]:
-        for number, found in zip(wanted, _generations(source, wanted, tokenizer), strict=True):
-            example = Example(found.prompt_ids, None, None, found.tokens, NO_TEXT)
-            yield Record(number, example, (), NO_TEXT)
-
-    numbers = range(_num_rows(source, store_in))
-    if store_in is None:
-        return GeneratedSequences(Rows(pack(list(encode(numbers)), as_json=False)))
-    identity = {
-        "generations": content_digest(source.place),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "code": code_digest(),
-    }
-    return GeneratedSequences(store(store_in, identity, numbers, encode, num_proc))
-
-
-NO_TEXT = Conversation([], None, None, None, {})
 
 
 # ---- data sets
@@ -269,7 +144,7 @@ def load_examples(
                 continue
             raise ValueError(f"datasets.{name}.{split} is not set: give a file, a folder or hub_name:split")
         rows = open_rows(source, f"datasets.{name}.{split}")
-        count = _num_rows(rows, store_in)
+        count = num_rows(rows, store_in)
         if not count:
             raise ValueError(f"datasets.{name}.{split}={source} has no rows")
         numbers = np.asarray(drawn_rows(count, config, split, seed, name), np.int64)
@@ -278,17 +153,6 @@ def load_examples(
     drawn = limited(drawn, limit, seed)
     tables = [_table(part, tokenizer, model, store_in, num_proc) for part in drawn]
     return _mixed(drawn, tables, split, model)
-
-
-def _num_rows(rows: RowSource, store_in: Path | None) -> int:
-    """Count the rows of a source; what a file of this content holds is noted beside the stores."""
-    if store_in is None or rows.place is None:
-        return rows.size()
-    note = store_in / f"rows-{content_digest(rows.place)[:16]}.json"
-    if not note.is_file():
-        store_in.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"rows": rows.size()})
-    return json.loads(note.read_text(encoding="utf-8"))["rows"]
 
 
 def drawn_rows(count: int, config: DatasetConfig, split: str, seed: int, name: str) -> list[int]:
@@ -353,15 +217,6 @@ def _table(drawn: Drawn, tokenizer: Any, model: ModelConfig, store_in: Path | No
         except NotStorable as error:
             print(f"{source.name}: tokenized at every start, its rows cannot be kept as JSON ({error})", flush=True)
     return Rows(pack(list(encode(numbers.tolist())), as_json=False))
-
-
-@cache
-def code_digest() -> str:
-    """Hash the code that turns rows into tokens, and the versions of the libraries that it calls."""
-    files = [*(ROOT / f"{name}.py" for name in ("conversations", "dataloader", "templates")), *ROOT.glob("tokens/*.py")]
-    parts = [file.read_bytes() for file in sorted(files)]
-    parts += [tokenizers.__version__.encode(), transformers.__version__.encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _encoded(source: Source, numbers: Sequence[int], tokenizer: Any, model: ModelConfig, own: str) -> Iterator[Record]:

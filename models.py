@@ -7,22 +7,19 @@ import difflib
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from urllib.parse import urlparse
 
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,11 +31,13 @@ from transformers import (
 from transformers import GenerationConfig as GenerationDefaults
 
 from assets import smollm2
+from assets.hub import hub_reachable as hub_reachable  # beside load_model, for those who import models
 from forward.recomputing import recompute
 from forward.responses import ResponseLogits as ResponseLogits  # beside load_model, for those who import models
+from forward.responses import last_token_scores as last_token_scores
 from forward.responses import response_logits as response_logits
 from forward.responses import scoring as scoring
-from forward.rows import Sequences
+from pipeline.digests import Stamp, stamps_of, weights_hash
 from settings.paths import found
 from settings.schema import ModelConfig
 from settings.typed import nearest
@@ -53,26 +52,6 @@ DEFAULT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
-
-
-def last_token_scores(model: torch.nn.Module, sequences: Sequences) -> Tensor:
-    """Return a reward model's score of each row [rows], taken at its last attended token: the end of the response.
-
-    The library takes it at the last token that is not the model's padding, which may be what ends a response. So for
-    this call padding is an id with which no row ends.
-    """
-    inner: Any = getattr(model, "module", model)  # DDP wraps the model
-    config = inner.config.get_text_config()
-    ids, attention = sequences.ids, sequences.attention
-    ends = set(ids.gather(1, attention.sum(dim=1, keepdim=True) - 1).flatten().tolist())
-    padding, own = next(i for i in range(config.vocab_size) if i not in ends), config.pad_token_id
-    config.pad_token_id = padding
-    try:
-        out = model(input_ids=ids.masked_fill(~attention, padding), attention_mask=attention.long(), use_cache=False)
-    finally:
-        config.pad_token_id = own
-    scores = out.logits[:, 0]
-    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 # ---- sources
@@ -138,19 +117,6 @@ def check_no_pickles(source: str, config: ModelConfig) -> None:
 def start_of(config: ModelConfig) -> ModelConfig:
     """Return the model that training started from, the reference: from_checkpoint moves the policy only."""
     return replace(config, from_checkpoint=None)
-
-
-@cache
-def hub_reachable() -> bool:
-    """Say whether the hub's address answers; asked once, as the hub's own client tries again for a minute."""
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True  # then it is the proxy that knows the address
-    address = urlparse(constants.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _loaded(load: Callable[..., Any], source: str, what: str, **options: Any) -> Any:
@@ -378,19 +344,10 @@ def set_padding(model: Any, tokenizer: Any) -> None:
 # ---- identity
 
 
-class Stamp(NamedTuple):
-    """A file by where it lies, how long it is and when it was last written."""
-
-    path: str
-    size: int
-    modified: int
-
-
 def weight_stamps(folder: str | Path) -> tuple[Stamp, ...]:
     """Return the stamps of the files that model_digest reads; none where a hub name is hashed."""
     path = Path(local_source(str(folder)))
-    files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]) if path.is_dir() else []
-    return tuple(Stamp(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return stamps_of(sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])) if path.is_dir() else ()
 
 
 def model_digest(folder: str | Path) -> str:
@@ -401,23 +358,12 @@ def model_digest(folder: str | Path) -> str:
     path = Path(local_source(str(folder)))
     if not path.is_dir():
         return hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    digest = _weights_hash(weight_stamps(path)).copy()
+    digest = weights_hash(weight_stamps(path)).copy()
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         config.pop("transformers_version", None)  # who wrote it, not what it computes
         digest.update(json.dumps(config, sort_keys=True).encode())
     return digest.hexdigest()[:16]
-
-
-@lru_cache(maxsize=64)
-def _weights_hash(stamps: tuple[Stamp, ...]) -> Any:
-    """Read the files into one hash; whoever goes on with it copies it."""
-    digest = hashlib.sha256()
-    for stamp in stamps:
-        with open(stamp.path, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest
 
 
 def config_digest(config: ModelConfig) -> str:

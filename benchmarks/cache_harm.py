@@ -20,10 +20,11 @@ from torch import Tensor
 import launch
 import models
 from dataloader import Tokens, collate, load_examples
-from functional import expected_advantage, full_kl, topk_kl
+from functional import full_kl
 from models import response_logits
 from teacher.cache import Meta, Reader, Writer, finish, unpack
 from teacher.codec import encode
+from teacher.entries import expected_advantage, topk_kl
 from tests.support.helpers import composed
 
 K, EVERY, ROWS = 50, 16, 4

@@ -134,7 +134,7 @@ def cache_lengths(settings: Settings) -> Lengths | None:
     """Return the lengths of what task=cache scores."""
     config = settings.cache
     if config.generations and paths.found(config.generations):
-        from dataloader import read_generations
+        from tokens.generations import read_generations
 
         items = [(slot_of(g.tokens),) for g in read_generations(config.generations, None) if g.response_ids]
         return scaled(items, len(items), len(items))

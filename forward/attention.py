@@ -95,6 +95,7 @@ def _wrapped(plain: Callable[..., Any]) -> Callable[..., Any]:
         dropout: float = 0.0,
         **options: Any,
     ) -> Any:
+        """Return what `plain` does, or attention by segments where there is a layout of them."""
         if isinstance(layout, Layout):
             return attend(query, key, value, layout, scaling, dropout)
         attention_mask = None if layout == CAUSAL else attention_mask

@@ -100,6 +100,25 @@ def at_responses(values: Tensor, sequences: Sequences) -> Tensor:
     return values[found.rows, found.columns - found.start]
 
 
+def last_token_scores(model: torch.nn.Module, sequences: Sequences) -> Tensor:
+    """Return a reward model's score of each row [rows], taken at its last attended token: the end of the response.
+
+    The library takes it at the last token that is not the model's padding, which may be what ends a response. So for
+    this call padding is an id with which no row ends.
+    """
+    config = unwrapped(model).config.get_text_config()
+    ids, attention = sequences.ids, sequences.attention
+    ends = set(ids.gather(1, attention.sum(dim=1, keepdim=True) - 1).flatten().tolist())
+    padding, own = next(i for i in range(config.vocab_size) if i not in ends), config.pad_token_id
+    config.pad_token_id = padding
+    try:
+        out = model(input_ids=ids.masked_fill(~attention, padding), attention_mask=attention.long(), use_cache=False)
+    finally:
+        config.pad_token_id = own
+    scores = out.logits[:, 0]
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
 def unwrapped(model: Any) -> Any:
     """Return the model inside DistributedDataParallel."""
     return getattr(model, "module", model)

@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import re
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from settings import paths
 from settings.methods import config_fields
@@ -160,3 +161,27 @@ def _keep(key: str, digest: str) -> None:
             file.write(f"{key}\t{digest}\n")
     except OSError:
         return
+
+
+class Stamp(NamedTuple):
+    """A file by where it lies, how long it is and when it was last written."""
+
+    path: str
+    size: int
+    modified: int
+
+
+def stamps_of(files: Iterable[Path]) -> tuple[Stamp, ...]:
+    """Return the stamps of files, in their order."""
+    return tuple(Stamp(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+@lru_cache(maxsize=64)
+def weights_hash(stamps: tuple[Stamp, ...]) -> Any:
+    """Read the files into one hash; whoever goes on with it copies it."""
+    digest = hashlib.sha256()
+    for stamp in stamps:
+        with open(stamp.path, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import yaml
 from transformers import AutoTokenizer
 
-from dataloader import read_generations
 from settings.artifacts import DONE, read_jsonl
 from teacher.cache import Reader
 from teacher.mixture import named
 from teacher.quantities import Entry
+from tokens.generations import read_generations
 
 NUM_SAMPLES = 12
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import models
-from dataloader import Sequences, Tokens, collate, generated_sequences, load_examples
+from dataloader import Sequences, Tokens, collate, load_examples
 from engine.placement import Replicated
 from engine.processes import Apart
 from forward.chunks import whole
@@ -31,6 +31,7 @@ from teacher.audit import (
 from teacher.cache import Reader, content_key
 from teacher.precision import teacher_logits
 from teacher.verdict import missed_bars, path_error, verdict_line
+from tokens.generations import generated_sequences
 
 VERSION = 1
 CHUNK_ELEMENTS = 2**23  # of one [n, V] in float32: 32 MiB, and about ten of them are held

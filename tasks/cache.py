@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from dataloader import Tokens, generated_sequences, load_examples
+from dataloader import Tokens, load_examples
 from engine.placement import Placement, Replicated
 from engine.processes import Apart, Processes
 from engine.strategy import launched_for, placement_of
@@ -26,6 +26,7 @@ from teacher.scoring import Scorer, batches_of, left_to_do, missing
 from teacher.served import Served, ServedScorer, check_models, check_servers, connected
 from teacher.vocabulary import check_reads_ours
 from teacher.writing import Scored, score_all, write_all
+from tokens.generations import generated_sequences
 
 VERSION = 3
 

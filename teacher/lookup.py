@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dataloader import Example, GeneratedSequences, Tokens, prompt_key
+from dataloader import Example, Tokens
 from models import tokenizer_digest
 from teacher.cache import IDENTITY, Reader
 from teacher.hub import cache_folder
 from teacher.mixture import summed
 from teacher.quantities import Entry
+from tokens.generations import GeneratedSequences, prompt_key
 
 
 def open_cache(folder: str, quantity: str, tokenizer: Any) -> Reader:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dataloader import Sequences, Tokens, collate
-from functional import gather_logps, log_normalizers, token_logps, topk_entries
+from functional import gather_logps, log_normalizers, token_logps
 from models import ResponseLogits, response_logits
 from teacher.cache import Arrays
+from teacher.entries import topk_entries
 from teacher.precision import teacher_logits
 from teacher.quantities import TABLE, Quantity
 

@@ -9,9 +9,9 @@ import pytest
 
 import launch
 import models
-from dataloader import generated_sequences, read_generations
 from settings.schema import ModelConfig, typed
 from tests.support.helpers import composed, rows_of
+from tokens.generations import generated_sequences, read_generations
 from trainers.adpa import NONE, dealt
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import launch
-from functional import expected_advantage, full_kl, topk_kl
+from functional import full_kl
 from report.audit_page import figure, html
 from teacher import audit
 from teacher.audit import Stored, stored_of, summary, token_figures
 from teacher.cache import Arrays, Reader, Writer, finish
+from teacher.entries import expected_advantage, topk_kl
 from tests.support.helpers import composed, write_pairs
 from tests.test_evaluation_report import cells_of, rendered
 

@@ -8,10 +8,11 @@ import pytest
 import launch
 import models
 from conversations import find_format, to_conversation
-from dataloader import load_examples, read_generations
+from dataloader import load_examples
 from settings.schema import DatasetConfig, ModelConfig, typed
 from templates import turn_end
 from tests.support.helpers import composed
+from tokens.generations import read_generations
 
 HI = [{"role": "user", "content": "hi"}]
 YES = [{"role": "assistant", "content": "yes"}]

@@ -22,7 +22,6 @@ SCRIPT = (ROOT / "scripts/llama_adpa.sh").read_text(encoding="utf-8")
 BLOCKS = [
     found
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    if page.name in ("README.md", "first_run.md", "adding.md", "llama.md", "mistral.md")  # others need files of runs
     for found in re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
 ]
 
@@ -64,10 +63,14 @@ def block(path: str) -> str:
 
 @pytest.mark.parametrize("command", SINGLE, ids=named)
 def test_every_command_of_readme_docs_and_script_composes(command: list[str], tmp_path: Path, monkeypatch) -> None:
-    write_pairs(tmp_path / "pairs.jsonl", 4)  # the README's own first step writes it
+    for name in ("pairs.jsonl", "prompts.jsonl"):  # the first step of README or page writes it
+        write_pairs(tmp_path / name, 4)
     monkeypatch.chdir(tmp_path)
-    settings = settings_of(composed(*overrides(command)))
-    assert settings.datasets
+    words = overrides(command)
+    named = [word.removeprefix("--config-name=") for word in words if word.startswith("--config-name=")]
+    words = [word for word in words if not word.startswith("--config-name=")]
+    settings = settings_of(composed(*words, config_name=named[0] if named else "config"))
+    assert settings.datasets or settings.run.task == "label"  # whose rows are responses, not a data set
     if "--config_file" in command:
         config = yaml.safe_load((ROOT / command[command.index("--config_file") + 1]).read_text(encoding="utf-8"))
         assert settings.model.batch_size % (config["num_processes"] * settings.model.gradient_accumulation_steps) == 0

@@ -17,7 +17,8 @@ from forward.dealing import deal
 from forward.packing import pack
 from forward.responses import Abilities, abilities_of, response_logits
 from forward.rows import Sequences, collate
-from functional import entropies, gather_logps, token_logps, topk_kl
+from functional import entropies, gather_logps, token_logps
+from teacher.entries import advantage_scores, distillation_scores, expected_advantage, support_mass, topk_kl
 from tokens.examples import Tokens
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -150,6 +151,24 @@ def test_a_heads_gradient_under_autocast_is_that_of_the_layer():
     assert torch.equal(lazy, plain)
     for own, other in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (lazy, plain)), strict=True):
         torch.testing.assert_close(own, other, rtol=0.02, atol=0.02)  # bfloat16 sums, of other chunks
+
+
+def test_several_numbers_of_one_pass_are_those_of_passes_of_their_own():
+    torch.manual_seed(1)
+    logits = torch.randn(11, 97, dtype=torch.float64, requires_grad=True)
+    targets, ids = torch.randint(0, 97, (11,)), torch.randint(0, 97, (11, 5))
+    teacher = torch.log(torch.full((11, 5), 0.15, dtype=torch.float64)).index_fill(1, torch.tensor([4]), -torch.inf)
+    advantages = torch.randn(11, 5, dtype=torch.float64)
+    distilled = distillation_scores(logits, targets, ids, teacher, chunk=4)
+    plain = token_logps(logits, targets), topk_kl(logits, ids, teacher), support_mass(logits.detach(), ids, teacher)
+    aligned = advantage_scores(logits, ids, advantages, teacher > -torch.inf, chunk=4)
+    expected = expected_advantage(logits, ids, advantages)
+    watched = support_mass(logits.detach(), ids, teacher), entropies(logits.detach())
+    for found, other in ((distilled, torch.stack(plain, -1)), (aligned, torch.stack((expected, *watched), -1))):
+        torch.testing.assert_close(found, other)
+        weights = torch.randn(found.shape, dtype=torch.float64)
+        slopes = [torch.autograd.grad((x * weights).sum(), logits, retain_graph=True)[0] for x in (found, other)]
+        torch.testing.assert_close(*slopes)
 
 
 # ---- dealing

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from functional import entropies, expected_advantage, gather_logps, row_sums, token_logps, topk_kl, topk_logps
+from functional import entropies, gather_logps, row_sums, token_logps
+from teacher.entries import expected_advantage, topk_kl, topk_logps
 from trainers.adpa import floored
 
 N, V, K = 7, 11, 4

@@ -12,11 +12,12 @@ import torch
 
 import launch
 import models
-from dataloader import encode_prompt, load_examples, read_generations
+from dataloader import encode_prompt, load_examples
 from generation.hf import sample
 from settings.schema import DatasetConfig, GenerationConfig, ModelConfig, typed
 from tasks.generate import backend_of, cut, length_batches
 from tests.support.helpers import begin, composed, rows_of, write_pairs
+from tokens.generations import read_generations
 
 
 @pytest.fixture(scope="module")

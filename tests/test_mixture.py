@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from functional import event_kl, sorted_distance, topk_kl, topk_logps
+from teacher.entries import event_kl, sorted_distance, topk_kl, topk_logps
 from teacher.mixture import ABSENT, mixed, summed, within
 from teacher.quantities import Entry
 from tests.support.bigram import examples, trainer_of

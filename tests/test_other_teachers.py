@@ -13,9 +13,9 @@ import models
 from dataloader import collate, load_examples
 from engine.placement import Replicated
 from engine.processes import Processes
-from functional import topk_logps
 from models import response_logits
 from teacher.cache import Reader
+from teacher.entries import topk_logps
 from teacher.spans import response_ids
 from tests.support.helpers import composed, rows_of, write_pairs
 from tests.support.tokenizers import written

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import launch
-from functional import expected_advantage
+from teacher.entries import expected_advantage
 from tests.golden.cases_io import load
 from tests.support.bigram import trainer_of
 from tests.support.helpers import composed

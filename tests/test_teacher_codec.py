@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import launch
-from functional import expected_advantage, support_mass, topk_kl
 from teacher.cache import Meta, Reader, Writer, _meta_digest, finish
 from teacher.codec import LEVELS, STEPS, decode, encode, kept
+from teacher.entries import expected_advantage, support_mass, topk_kl
 from teacher.shard import BLOCK, RECORD, Checked, Index, keys_of
 from tests.support.helpers import ROOT, composed, write_pairs
 

@@ -13,8 +13,8 @@ import models
 from dataloader import collate, load_examples
 from engine.placement import Replicated
 from engine.processes import Processes
-from functional import topk_kl, topk_logps
 from models import response_logits
+from teacher.entries import topk_kl, topk_logps
 from tests.support.helpers import begin, composed, write_pairs
 from trainers.batches import Item, make_batch
 from trainers.dckd import DCKD

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dataloader import Tokens
-from functional import BLOCK, topk_entries, topk_logps
 from teacher.cache import Arrays, Meta, Reader, Writer, data_digest, finish, stored_keys
+from teacher.entries import BLOCK, topk_entries, topk_logps
 from teacher.writing import WAITING, Background, write_all
 
 

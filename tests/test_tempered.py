@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from functional import tempered_entries, tempered_token_logps
+from functional import tempered_token_logps
+from teacher.entries import tempered_entries
 from tests.support.bigram import items_of, trainer_of
 from trainers.opd import distillation_advantages
 

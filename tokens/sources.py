@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conversations import Row
-from settings.artifacts import parsed_row
+from pipeline.digests import content_digest
+from settings.artifacts import parsed_row, write_json
 from settings.paths import found
 
 ROWS_AT_ONCE = 1000  # of a table of `datasets` turned into Python objects
@@ -160,3 +161,14 @@ def _existing(path: Path, key: str) -> Path:
         hint = f"; {folder} has {', '.join(near[:5])}" if near else ""
         raise ValueError(f"{key}={path}: no such file{hint}")
     return path
+
+
+def num_rows(rows: RowSource, store_in: Path | None) -> int:
+    """Count the rows of a source; what a file of this content holds is noted beside the stores."""
+    if store_in is None or rows.place is None:
+        return rows.size()
+    note = store_in / f"rows-{content_digest(rows.place)[:16]}.json"
+    if not note.is_file():
+        store_in.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"rows": rows.size()})
+    return json.loads(note.read_text(encoding="utf-8"))["rows"]

@@ -1,11 +1,14 @@
 """Making a token store: by one process for all who want it, with several at work (store.py has the files)."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from settings.artifacts import is_done, remove_parts, whole_folder, write_json
+from settings.paths import ROOT
 from tokens.store import FILES, NotStorable, Record, Rows, Table, digest_of, open_store, pack, seal, write_tables
 
 CHUNK = 512  # rows that are packed at once
@@ -151,3 +155,12 @@ def _join(part: Path, folders: list[Path]) -> None:
                         shutil.copyfileobj(file, out, 1 << 20)
     for folder in folders:
         shutil.rmtree(folder)
+
+
+@cache
+def code_digest() -> str:
+    """Hash the code that turns rows into tokens, and the versions of the libraries that it calls."""
+    files = [*(ROOT / f"{name}.py" for name in ("conversations", "dataloader", "templates")), *ROOT.glob("tokens/*.py")]
+    parts = [file.read_bytes() for file in sorted(files)]
+    parts += [version(library).encode() for library in ("tokenizers", "transformers")]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dataloader import Example, Tokens, generated_sequences, prompt_key
+from dataloader import Example, Tokens
 from engine.metrics import Mean
 from forward.chunks import Logits, nothing
-from functional import advantage_scores, gather_logps, inside, row_sums, token_logps
+from functional import gather_logps, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place, Places
 from teacher.cache import Reader
+from teacher.entries import advantage_scores, inside
 from teacher.lookup import Stored, StoredSum, generations_by_prompt, open_cache, stored_entry
 from teacher.mixture import named, shares
+from tokens.generations import generated_sequences, prompt_key
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, checked, supervised_sequence
 from trainers.regularized_advantage import BASES, Regularized, Regularizer, regularized_advantage

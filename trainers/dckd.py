@@ -15,20 +15,19 @@ from torch import Tensor
 from dataloader import Example, TopK
 from engine.metrics import Mean
 from forward.chunks import nothing
-from functional import (
+from functional import row_sums, token_logps
+from models import ResponseLogits
+from settings.needs import Needs
+from settings.schema import one_of, require
+from teacher.entries import (
     distillation_scores,
     event_kl,
     hybrid_distance,
     inside,
-    row_sums,
     sorted_distance,
     support_mass,
     tempered_entries,
-    token_logps,
 )
-from models import ResponseLogits
-from settings.needs import Needs
-from settings.schema import one_of, require
 from teacher.several import CachedTeachers, CachedTeachersConfig
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, Items, checked, pair_items, pair_of

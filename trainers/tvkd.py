@@ -19,12 +19,13 @@ from torch import Tensor
 from dataloader import Example, Tokens, TopK
 from engine.metrics import Mean
 from forward.chunks import Logits
-from functional import gather_logps, inside, row_sums, token_logps
+from functional import gather_logps, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place
 from teacher.cache import Reader
+from teacher.entries import inside
 from teacher.lookup import check_held, identity_of, open_cache, stored_entry
 from teacher.quantities import Entry
 from trainers.batches import Batch, Item, checked, pair_of

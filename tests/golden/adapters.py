@@ -10,18 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.optimizer import learning_rate_scale
-from functional import (
-    entropies,
-    expected_advantage,
-    gather_logps,
-    hybrid_distance,
-    log_collision,
-    row_sums,
-    sorted_distance,
-    token_logps,
-    topk_kl,
-    topk_logps,
-)
+from functional import entropies, gather_logps, log_collision, row_sums, token_logps
+from teacher.entries import expected_advantage, hybrid_distance, sorted_distance, topk_kl, topk_logps
 from tests.golden import policy_gradient, preference
 from tests.golden.common import Outputs, Skip, Variant, forward_pair, gradient, response_tokens
 from trainers.dpo import dpo_loss, wpo_weights

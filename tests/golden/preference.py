@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional import full_kl, gather_logps, log_collision, row_sums, token_logps, topk_kl
+from functional import full_kl, gather_logps, log_collision, row_sums, token_logps
+from teacher.entries import topk_kl
 from tests.golden.common import Outputs, Skip, Variant, forward_pair, gradient, response_tokens
 from trainers.aot import partners
 from trainers.bco import bco_loss, mpo_loss

@@ -23,10 +23,10 @@ ALONE = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 WORDS = "ant bee cat dog elk fox gnu hen ibis jay kite lynx mole newt owl pig".split()
 
 
-def composed(*overrides: str) -> dict[str, Any]:
+def composed(*overrides: str, config_name: str = "config") -> dict[str, Any]:
     """Compose config/ with overrides, as launch.py does."""
     with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        raw = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+        raw = OmegaConf.to_container(compose(config_name, list(overrides)), resolve=True)
     raw.pop("pipeline", None)
     raw["datasets"] = raw.get("datasets") or {}
     return raw
