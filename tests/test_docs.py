@@ -63,7 +63,7 @@ def block(path: str) -> str:
 
 @pytest.mark.parametrize("command", SINGLE, ids=named)
 def test_every_command_of_readme_docs_and_script_composes(command: list[str], tmp_path: Path, monkeypatch) -> None:
-    for name in ("pairs.jsonl", "prompts.jsonl"):  # the first step of README or page writes it
+    for name in ("pairs.jsonl", "prompts.jsonl", "questions.jsonl"):  # the first step of README or page writes it
         write_pairs(tmp_path / name, 4)
     monkeypatch.chdir(tmp_path)
     words = overrides(command)
