@@ -39,7 +39,7 @@ from forward.responses import response_logits as response_logits
 from forward.responses import scoring as scoring
 from pipeline.digests import Stamp, stamps_of, weights_hash
 from settings.paths import found
-from settings.schema import ModelConfig
+from settings.schema import PACKS_FROM, ModelConfig
 from settings.typed import nearest
 from templates import special_ids, turn_end
 from templates import template_digest as template_digest  # beside the other digests, for those who import models
@@ -307,6 +307,24 @@ def _built(config: ModelConfig, dtype: torch.dtype, head: str) -> PreTrainedMode
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return model
+
+
+def packing_of(config: ModelConfig) -> str:
+    """Return how batches are laid: model.packing, or what `auto` is for this model.
+
+    Graphs that are compiled are of fixed lengths, and a narrow model computes padding faster than it goes by segments.
+    """
+    if config.packing != "auto":
+        return config.packing
+    return "none" if config.compile or width_of(config) < PACKS_FROM else "prompts"
+
+
+def width_of(config: ModelConfig) -> int:
+    """Return the hidden size of the model that load_model(config) gives, without its weights."""
+    source = model_source(config)
+    if source is None:
+        return int((config.build or {}).get("hidden_size", LlamaConfig().hidden_size))
+    return int(_loaded(AutoConfig.from_pretrained, source, "model").get_text_config().hidden_size)
 
 
 def keep_layers(model: PreTrainedModel, num_layers: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from estimate.arithmetic import Batch, Work
 from settings import paths
 from settings.needs import Needs
-from settings.schema import Settings
+from settings.schema import PACKS_FROM, Settings
 from tokens.sources import open_rows
 
 if TYPE_CHECKING:  # torch is loaded where rows are tokenized, and not before
@@ -183,6 +183,15 @@ def packed(items: Sequence[tuple[Slot, ...]], share: bool) -> Batch:
     return Batch(1, length, responses, responses, masks, joined)
 
 
+def packing_of(settings: Settings) -> str:
+    """Return how this run lays its batches (models.packing_of); no folder is read: a model in one is taken as wide."""
+    config = settings.model
+    if config.packing != "auto":
+        return config.packing
+    narrow = int((config.build or {}).get("hidden_size", PACKS_FROM)) < PACKS_FROM
+    return "none" if config.compile or narrow else "prompts"
+
+
 def laid(items: Sequence[tuple[Slot, ...]], packing: str) -> Batch:
     """Return the shape of the micro-batch of these items, as model.packing lays it."""
     return padded(items) if packing == "none" else packed(items, packing == "prompts")
@@ -207,6 +216,8 @@ def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int
     from dataloader import epoch_order
     from forward.dealing import deal
 
+    packing = packing_of(settings)
+
     order = epoch_order(len(lengths.items), settings.run.seed, 0)
     found = []
     for start in range(0, len(order), config.batch_size):
@@ -214,7 +225,7 @@ def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int
         costs = [sum(length for length, _, _ in lengths.items[i]) for i in step]
         for parts in deal(costs, micro, devices, config.tokens_per_micro_batch):
             chosen = ([lengths.items[step[place]] for place in part] for part in parts if part)
-            found += [laid(items, config.packing_mode) for items in chosen]
+            found += [laid(items, packing) for items in chosen]
     return largest(found)
 
 
@@ -233,7 +244,7 @@ def full_batch(settings: Settings, lengths: Lengths, rows: int) -> Batch:
     length = settings.model.max_length
     share = lengths.work.responses / max(1.0, lengths.work.tokens)
     responses = round(rows * length * share)
-    if settings.model.packing_mode != "none":
+    if packing_of(settings) != "none":
         return Batch(1, rows * length, responses, responses, 0)
     return Batch(rows, length, length - 1, responses)
 

@@ -134,6 +134,9 @@ def is_day(text: str) -> bool:
         return False
 
 
+PACKS_FROM = 256  # width of the narrowest model for which fewer tokens outweigh attention by segments (docs/log.md)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The `model` group: what to load, in which precision, and how it is batched."""
@@ -200,12 +203,6 @@ class ModelConfig:
             bool(self.name_or_path or self.load_from or self.from_checkpoint or self.build),
             "no model: set model.name_or_path (a folder or hub name), model.load_from, or choose another model=GROUP",
         )
-
-    @property
-    def packing_mode(self) -> str:
-        """Return how batches are laid: `packing`, or what auto is here: compiled graphs are of fixed lengths."""
-        auto = "none" if self.compile else "prompts"
-        return auto if self.packing == "auto" else self.packing
 
     def of_folder(self, folder: str) -> "ModelConfig":
         """Return the same settings for another model: the weights, layers and tokenizer of a folder as they are."""

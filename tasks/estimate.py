@@ -224,7 +224,7 @@ def evaluation_batch(settings: Settings, needs: Needs) -> Batch | None:
         replace(settings, estimate=replace(settings.estimate, tokens=None)), needs, "test"
     )
     if lengths is not None and lengths.measured:
-        return counting.chunked_batch(lengths, config.eval_batch_size, config.packing_mode)
+        return counting.chunked_batch(lengths, config.eval_batch_size, counting.packing_of(settings))
     rows = config.eval_batch_size * counting.slots_of(needs)
     return counting.full_batch(settings, lengths or counting.unknown(settings), rows)
 

@@ -58,7 +58,7 @@ def test_batches_of_other_lengths_do_not_compile_anew(compiled):
     graphs = []
     for length in (10, 23, 40, 41, 55, 17):
         rows = [Tokens(list(range(1, n)), [False] * 5 + [True] * (n - 6)) for n in (length, length - 3)]
-        models.response_logits(model, collate(rows, 0, compiled.packing_mode), 259).logits.sum().backward()
+        models.response_logits(model, collate(rows, 0, models.packing_of(compiled)), 259).logits.sum().backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[1] > 0
 

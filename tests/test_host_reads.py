@@ -55,9 +55,12 @@ def ready(tmp_path, monkeypatch, *overrides: str):
     return trainer
 
 
-@pytest.mark.parametrize("loss", ["sft", "dpo", "cpo", "ra-dpo"])
-def test_a_step_reads_nothing_and_a_row_of_metrics_reads_once(loss, tmp_path, monkeypatch):
-    trainer = ready(tmp_path, monkeypatch, f"loss={loss}", "n_steps=2", "model.gradient_accumulation_steps=2")
+@pytest.mark.parametrize(
+    "loss, packing", [("sft", "prompts"), ("dpo", "prompts"), ("dpo", "none"), ("cpo", "rows"), ("ra-dpo", "prompts")]
+)
+def test_a_step_reads_nothing_and_a_row_of_metrics_reads_once(loss, packing, tmp_path, monkeypatch):
+    how = [f"loss={loss}", f"model.packing={packing}", "n_steps=2", "model.gradient_accumulation_steps=2"]
+    trainer = ready(tmp_path, monkeypatch, *how)
     batches = trainer.batches(1)
     trainer.ahead = type("Ahead", (), {"get": lambda self, step: batches})()  # made in its thread, as in a run
     with Reads() as step:

@@ -128,6 +128,14 @@ def test_a_built_model_has_the_tokenizers_ids_and_the_dtype_asked_for(config, to
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
 
 
+def test_narrow_and_compiled_models_are_computed_as_padded_rows(config, tokenizer, tmp_path):
+    wide = replace(config, build={**BUILD, "hidden_size": 256})
+    found = [models.packing_of(c) for c in (config, wide, replace(wide, compile=True), replace(config, packing="rows"))]
+    assert found == ["none", "prompts", "none", "rows"]
+    export.save_model(models.load_model(wide, trainable=False), tokenizer, tmp_path / "wide")
+    assert models.packing_of(replace(config, name_or_path=str(tmp_path / "wide"), build=None)) == "prompts"
+
+
 class Counted(TorchDispatchMode):
     """Count matrix products."""
 

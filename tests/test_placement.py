@@ -88,6 +88,7 @@ def common(world: dict[str, str], case: Case, name: str) -> list[str]:
         "n_steps=3",
         "log_every=1",
         "model.batch_size=8",
+        "model.packing=prompts",  # as models wider than this one are computed
         *case.overrides,
     ]
 

@@ -29,6 +29,7 @@ from forward.dealing import deal
 from forward.responses import response_logits, scoring
 from forward.rows import Sequences
 from functional import token_logps
+from models import packing_of
 from settings.artifacts import write_json
 from settings.needs import Needs
 from settings.schema import Settings
@@ -63,7 +64,7 @@ class BasicTrainer:
                 f"model.gradient_accumulation_steps={accum}; a multiple of {world_size * accum} works"
             )
         self.micro_size = settings.model.batch_size // (world_size * accum)
-        self.packing = settings.model.packing_mode
+        self.packing = packing_of(settings.model)
         self.reference: torch.nn.Module | None = None
         self.frozen_models: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.aligns_bytes = False  # frozen language models may have a tokenizer of their own, kept in:
