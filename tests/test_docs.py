@@ -56,6 +56,12 @@ def overrides(command: list[str]) -> list[str]:
     return command[next(i for i, word in enumerate(command) if word.endswith("launch.py")) + 1 :]
 
 
+def write_the_files_of_the_pages(folder: Path) -> None:
+    """Write every file that README and pages suppose the reader has, or write in an earlier step."""
+    for name in ("pairs.jsonl", "prompts.jsonl", "questions.jsonl", "train.jsonl", "test.jsonl"):
+        write_pairs(folder / name, 4)
+
+
 def block(path: str) -> str:
     """Return the block whose first line is a comment with this path."""
     return next(body for _, body in BLOCKS if body.startswith(f"# {path}\n"))
@@ -63,8 +69,7 @@ def block(path: str) -> str:
 
 @pytest.mark.parametrize("command", SINGLE, ids=named)
 def test_every_command_of_readme_docs_and_script_composes(command: list[str], tmp_path: Path, monkeypatch) -> None:
-    for name in ("pairs.jsonl", "prompts.jsonl", "questions.jsonl"):  # the first step of README or page writes it
-        write_pairs(tmp_path / name, 4)
+    write_the_files_of_the_pages(tmp_path)
     monkeypatch.chdir(tmp_path)
     words = overrides(command)
     named = [word.removeprefix("--config-name=") for word in words if word.startswith("--config-name=")]
@@ -96,10 +101,12 @@ def test_the_script_has_the_nine_stages_in_order() -> None:
 @pytest.mark.slow  # test_pipeline.py plans in the default run
 @pytest.mark.parametrize("command", PIPELINES, ids=lambda c: next(w for w in c if w.startswith("pipeline=")))
 def test_the_pipelines_of_the_readme_have_a_plan(command: list[str], tmp_path: Path) -> None:
-    done = launch(*[w for w in overrides(command) if w != "dry_run=true"], "dry_run=true", f"cache_dir={tmp_path}")
+    write_the_files_of_the_pages(tmp_path)
+    words = [word for word in overrides(command) if word != "dry_run=true"]
+    done = launch(*words, "dry_run=true", f"cache_dir={tmp_path}/out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\d+ stages, 0 done", done.stdout)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -28,7 +28,10 @@ SEED = 20261121
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it may go between two questions
+        return False
 
 
 def kill_all(process: Process | Ranks) -> None:
