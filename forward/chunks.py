@@ -7,25 +7,43 @@ vocabulary, H hidden size.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Computing = Callable[[], AbstractContextManager[Any]]
+
 CHUNK_ELEMENTS = 2**25  # entries of one chunk of [n, V]: 128 MiB in float32, whatever the vocabulary
+
+
+def autocast_now(kind: str) -> Computing:
+    """Return what enters autocast on a kind of device as it is now: later, and elsewhere, it may be another."""
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return lambda: torch.autocast(kind, dtype, enabled=enabled)
 
 
 class HeadLogits:
     """Logits [N, width] that are computed when a chunk of them is asked for: hidden [N, H] times weight [V, H].
 
-    wide: in float32, whatever the two are stored in (without gradient).
+    wide: in float32, whatever the two are stored in (without gradient). computing: the context in which they are
+    computed, whoever asks and whenever; by default under autocast as it is now.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, width: int, wide: bool = False) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        width: int,
+        wide: bool = False,
+        computing: Computing | None = None,
+    ) -> None:
         self.hidden, self.weight, self.bias, self.wide = hidden, weight, bias, wide
         self.width = min(width, len(weight))
+        self.computing = computing or autocast_now(hidden.device.type)
 
     @property
     def shape(self) -> torch.Size:
@@ -41,17 +59,18 @@ class HeadLogits:
         return len(self.hidden)
 
     def __getitem__(self, rows: Any) -> "HeadLogits":
-        return HeadLogits(self.hidden[rows], self.weight, self.bias, self.width, self.wide)
+        return HeadLogits(self.hidden[rows], self.weight, self.bias, self.width, self.wide, self.computing)
 
     def detach(self) -> "HeadLogits":
         """Return the same without gradients."""
         bias = None if self.bias is None else self.bias.detach()
-        return HeadLogits(self.hidden.detach(), self.weight.detach(), bias, self.width, self.wide)
+        return HeadLogits(self.hidden.detach(), self.weight.detach(), bias, self.width, self.wide, self.computing)
 
     def whole(self) -> Tensor:
         """Return the tensor [N, width]."""
         weight, bias = self.weight[: self.width], None if self.bias is None else self.bias[: self.width]
-        return _float32_linear(self.hidden, weight, bias) if self.wide else F.linear(self.hidden, weight, bias)
+        with self.computing():
+            return _float32_linear(self.hidden, weight, bias) if self.wide else F.linear(self.hidden, weight, bias)
 
 
 @torch.no_grad()
@@ -96,7 +115,8 @@ def chunked(
     size = chunk or max(1, CHUNK_ELEMENTS // (held * logits.shape[-1]))
     if isinstance(logits, Tensor):
         return _OfTensor.apply(function, size, others, logits)
-    return _OfHead.apply(function, size, others, logits.width, logits.hidden, logits.weight, logits.bias)
+    plain = logits.hidden, logits.weight, logits.bias
+    return _OfHead.apply(function, size, others, (logits.width, logits.wide, logits.computing), *plain)
 
 
 def _pieces(others: Sequence[Tensor | HeadLogits], start: int, stop: int) -> list[Tensor]:
@@ -145,15 +165,15 @@ class _OfHead(torch.autograd.Function):
         function: Callable[..., Tensor],
         size: int,
         others: Sequence[Any],
-        width: int,
+        how: tuple[int, bool, Computing],
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
         """Return the joined results [N, ...]."""
-        ctx.function, ctx.size, ctx.others, ctx.width, ctx.computing = function, size, others, width, _autocast(hidden)
+        ctx.function, ctx.size, ctx.others, ctx.how = function, size, others, how
         ctx.save_for_backward(hidden, weight, bias)
-        logits = HeadLogits(hidden, weight, bias, width)
+        logits = HeadLogits(hidden, weight, bias, *how)
         starts = range(0, max(1, len(hidden)), size)
         return torch.cat([function(logits[s : s + size].whole(), *_pieces(others, s, s + size)) for s in starts])
 
@@ -162,7 +182,7 @@ class _OfHead(torch.autograd.Function):
         """Return the gradients of hidden states, weight and bias; those of the weight are summed in float32."""
         hidden, weight, bias = ctx.saved_tensors
         own = ctx.needs_input_grad[4:]
-        logits = HeadLogits(hidden, weight, bias, ctx.width)
+        logits = HeadLogits(hidden, weight, bias, *ctx.how)
         grads = [
             torch.empty_like(hidden) if own[0] else None,
             _sums_like(weight) if own[1] else None,
@@ -170,10 +190,8 @@ class _OfHead(torch.autograd.Function):
         ]
         for start in range(0, len(hidden), ctx.size):
             rows = slice(start, start + ctx.size)
-            with ctx.computing():
-                part = logits[rows].whole()
-                others = _pieces(ctx.others, start, start + ctx.size)
-            _add(grads, _slope(ctx.function, part, others, gradients[0][rows]), logits, rows)
+            others = _pieces(ctx.others, start, start + ctx.size)
+            _add(grads, _slope(ctx.function, logits[rows].whole(), others, gradients[0][rows]), logits, rows)
         return (
             None,
             None,
@@ -205,12 +223,3 @@ def _add(grads: list[Tensor | None], slope: Tensor, logits: HeadLogits, rows: sl
             into += slope.T @ states
     if bias is not None:
         bias[: logits.width] += slope.sum(0)
-
-
-def _autocast(hidden: Tensor) -> Callable[[], AbstractContextManager[Any]]:
-    """Return the context in which a backward pass computes logits as the forward pass did."""
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind):
-        return nullcontext
-    dtype = torch.get_autocast_dtype(kind)
-    return lambda: torch.autocast(kind, dtype)

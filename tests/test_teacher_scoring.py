@@ -16,9 +16,10 @@ import models
 from dataloader import Tokens, collate
 from engine.placement import Replicated
 from engine.processes import Apart
-from forward import chunks
+from forward import chunks, responses
 from models import response_logits
 from teacher.cache import Reader, Writer, content_key
+from teacher.entries import topk_entries
 from teacher.precision import teacher_logits, teacher_path
 from tests.support.helpers import composed, rows_of, write_pairs
 from tests.support.ranks import Ranks
@@ -88,6 +89,29 @@ def test_autocast_around_a_teacher_does_not_reach_it():
     with torch.autocast("cpu", torch.bfloat16):
         asked = teacher_logits(model, batch, 99)
     assert torch.equal(asked.logits, teacher_logits(model, batch, 99).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_layer_by_chunks_keeps_its_precision_wherever_it_is_looked_at(dtype, monkeypatch):
+    model, batch = tiny("bias").to(dtype), collate(ragged(), PAD)
+    whole = teacher_logits(model, batch, 99).logits
+    monkeypatch.setattr(responses, "LAZY", 0)
+    lazy = teacher_logits(model, batch, 99).logits
+    assert isinstance(lazy, chunks.HeadLogits) and isinstance(whole, torch.Tensor)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = topk_entries(lazy, 5, chunk=3)
+    for one, other in zip(found, topk_entries(whole, 5), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_a_policys_logits_by_chunks_are_those_of_its_autocast_after_it(monkeypatch):
+    model, batch = tiny("bias"), collate(ragged(), PAD)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = response_logits(model, batch, 99)
+        monkeypatch.setattr(responses, "LAZY", 0)
+        lazy = response_logits(model, batch, 99)
+    assert isinstance(lazy.logits, chunks.HeadLogits)
+    assert torch.equal(functional.token_logps(lazy.logits, lazy.targets), functional.token_logps(whole.logits, whole.targets))
 
 
 # ---- task=cache
