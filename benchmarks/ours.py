@@ -13,7 +13,6 @@ Nothing of a trainer is copied: overrides reach every switch, and what changes i
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,8 @@ class FirstForward:
     """Notes when the first forward pass of any model begins that models.load_model gives."""
 
     def __init__(self) -> None:
-        self.load, self.started = models.load_model, 0.0
+        self.load, self.clock = models.load_model, Clock()
+        self.seen = False
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Load a model as ever, and watch it."""
@@ -154,14 +154,16 @@ class FirstForward:
         return model
 
     def _note(self, *_: Any) -> None:
-        self.started = self.started or time.perf_counter()
+        if not self.seen:
+            self.seen = True
+            self.clock.begin()
 
 
 def cache(served: Served, overrides: Sequence[str]) -> None:
     """Answer "cache" by a whole task=cache and "forward" by the bare forward passes of the same sequences."""
     watch = FirstForward()
     models.load_model = watch  # type: ignore[assignment]
-    raw, count, forward, clock = composed(overrides), 0, None, None
+    raw, count, forward = composed(overrides), 0, None
     while True:
         message = served.wait()
         if message["do"] == "start":
@@ -174,20 +176,18 @@ def cache(served: Served, overrides: Sequence[str]) -> None:
             scored = {"supervised": sum(t.num_supervised for t in tokens), "sequences": sum(t.length for t in tokens)}
             served.answer(**facts(), tokens=scored)
         elif message["do"] == "cache":
-            clock, watch.started, count = clock or Clock(), 0.0, count + 1
+            watch.seen, count = False, count + 1
             run = composed([*overrides, f"run_count=turn{count}"])
             launch.run_task(run)
-            seconds = time.perf_counter() - watch.started
             folder = Path(run["cache_dir"]) / run["exp_name"] / f"turn{count}" / "CACHE"
-            served.answer(seconds=seconds, peak_bytes=clock.end()["peak_bytes"], folder=str(folder))
+            served.answer(**watch.clock.end(), folder=str(folder))
         elif message["do"] == "bytes":
             served.answer(**sizes(Path(message["folder"]), sequences_of(raw)))
         else:
             forward = forward or Forward(raw)
-            clock = clock or Clock()
-            clock.begin()
+            watch.clock.begin()
             forward()
-            served.answer(**clock.end())
+            served.answer(**watch.clock.end())
 
 
 def sequences_of(raw: dict[str, Any]) -> list[Any]:

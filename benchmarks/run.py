@@ -57,6 +57,11 @@ def seconds(answers: Sequence[Message]) -> list[float]:
     return [float(found["seconds"]) for found in answers]
 
 
+def processor_seconds(answers: Sequence[Message]) -> list[float]:
+    """Return the processor seconds of every turn, of all threads: what others do on the machine does not show."""
+    return [float(found["processor_seconds"]) for found in answers]
+
+
 def peak(answers: Sequence[Message]) -> float:
     """Return the peak in GiB; each answer has that of all steps so far, the first turn's among them."""
     return max(float(found["peak_bytes"]) for found in answers) / GIB
@@ -121,6 +126,7 @@ def against(name: str, ours: list[Message], other: list[Message], aims: tuple[fl
     return {
         f"{name}.rival_seconds": figure(seconds(other), "s"),
         f"{name}.time_ratio": ratios(seconds(ours), seconds(other), aims[0]),
+        f"{name}.processor_ratio": ratios(processor_seconds(ours), processor_seconds(other), aims[0]),
         f"{name}.rival_peak": figure([peak(other)], "GiB"),
         f"{name}.memory_ratio": figure([peak(ours) / peak(other)], "", "higher", aims[1]),
     }
@@ -187,10 +193,12 @@ def cached(setup: Setup, name: str) -> Figures:
         for worker in workers:
             worker.close()
     spent, forward = seconds(answers[name]), seconds(answers["forward"])
+    busy = zip(processor_seconds(answers[name]), processor_seconds(answers["forward"]), strict=True)
     found = {
         f"{name}.seconds": figure(spent, "s"),
         f"{name}.floor_seconds": figure(forward, "s"),
         f"{name}.speed_of_forward": figure([f / s for s, f in zip(spent, forward, strict=True)], "", "lower", 0.95),
+        f"{name}.processor_of_forward": figure([f / s for s, f in busy], "", "lower", 0.95),
         f"{name}.peak": figure([peak(answers[name])], "GiB"),
         f"{name}.floor_peak": figure([peak(answers["forward"])], "GiB"),
         f"{name}.bytes_per_token": figure([size["bytes_per_token"]], "B", "higher"),

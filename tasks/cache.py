@@ -50,7 +50,8 @@ def run(settings: Settings) -> None:
     check_own_tokenizer(tokenizer, settings)
     if config.reference:
         check_tokenizers(tokenizer, config.reference, settings)
-    batches = batches_of(_sequences(settings, tokenizer), config.batch_size)
+    packing = models.packing_of(settings.model) if config.backend == "hf" else "none"
+    batches = batches_of(_sequences(settings, tokenizer), config.batch_size, packing)
     keys = {t.key for batch in batches for t in batch}
     folder = settings.run.run_dir / "CACHE"
     served = connected(config) if config.backend == "server" else ()
@@ -205,7 +206,8 @@ def _scorer(
     sources = (None, config.reference)[: quantity.num_models]
     load = partial(models.load_model, settings.model, dtype=dtype, trainable=False, empty=placement.empty)
     teachers = [place(load(source=source)) for source in sources]
-    scorer = Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, placement.precision)
+    packing = models.packing_of(settings.model)
+    scorer = Scorer(quantity, teachers, tokenizer, config.top_k, config.beta, placement.precision, packing)
     return scorer.begun, lambda: None
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +71,8 @@ SCORES = {row.name: function_named(row.name) for row in TABLE}
 class Scorer:
     """One or two frozen models that score batches of sequences.
 
-    computing: the context in which a quantity of a policy's path is scored; teachers need none.
+    computing: the context in which a quantity of a policy's path is scored; teachers need none. packing: how batches
+    are laid (forward/packing.py).
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class Scorer:
         k: int = 0,
         beta: float = 1.0,
         computing: Callable[[Any], AbstractContextManager[Any]] = nullcontext,
+        packing: str = "none",
     ) -> None:
         self.quantity, self.teachers, self.k, self.beta, self.computing = quantity, teachers, k, beta, computing
-        self.vocab_size, self.pad_id = len(tokenizer), tokenizer.pad_token_id
+        self.vocab_size, self.pad_id, self.packing = len(tokenizer), tokenizer.pad_token_id, packing
 
     def __call__(self, rows: Sequence[Tokens]) -> list[Arrays]:
         """Return the quantity's arrays of each row."""
@@ -93,7 +96,7 @@ class Scorer:
     def begun(self, rows: Sequence[Tokens]) -> Callable[[], list[Arrays]]:
         """Let the device score rows, and return what waits for their arrays: another thread may call it."""
         device = next(self.teachers[0].parameters()).device
-        batch = collate(list(rows), self.pad_id).to(device)
+        batch = collate(list(rows), self.pad_id, self.packing).to(device)
         asked = tuple(lambda model=model: self._logits(model, batch) for model in self.teachers)
         found = SCORES[self.quantity.name](Asked(asked, self.k, self.beta))
         return partial(split_rows, on_host(found), [row.num_supervised for row in rows])
@@ -130,15 +133,27 @@ def split_rows(found: OnHost, lengths: list[int]) -> list[Arrays]:
     return [{name: arrays[i] for name, arrays in parts.items()} for i in range(len(lengths))]
 
 
-def batches_of(sequences: Sequence[Tokens], size: int) -> list[list[Tokens]]:
+def batches_of(sequences: Sequence[Tokens], size: int, packing: str = "none") -> list[list[Tokens]]:
     """Cut each content once into batches, longest first, so that memory fails at once if it does.
 
+    Where a prompt that several begin with is computed once (packing `prompts`), those are neighbors, the longest first.
     Batches do not depend on who scores them, nor on what a killed run has left: other neighbors mean other padding,
     and other last bits.
     """
     unique = {t.key: t for t in sequences}
-    ordered = [t for _, t in sorted(unique.items(), key=lambda row: (-row[1].length, row[0]))]
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    ordered = sorted(unique, key=lambda key: (-unique[key].length, key))
+    if packing == "prompts":
+        groups: dict[bytes, list[bytes]] = {}
+        for key in ordered:
+            groups.setdefault(_prompt(unique[key]), []).append(key)
+        ordered = [key for group in groups.values() for key in group]
+    return [[unique[key] for key in ordered[start : start + size]] for start in range(0, len(ordered), size)]
+
+
+def _prompt(tokens: Tokens) -> bytes:
+    """Return the ids before the first supervised one."""
+    ids, response = tokens.arrays()
+    return bytes(ids[: int(np.argmax(response))].tobytes())
 
 
 def left_to_do(batches: list[list[Tokens]], written: set[bytes], rank: int, world_size: int) -> list[list[Tokens]]:

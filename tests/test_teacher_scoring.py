@@ -21,6 +21,7 @@ from models import response_logits
 from teacher.cache import Reader, Writer, content_key
 from teacher.entries import topk_entries
 from teacher.precision import teacher_logits, teacher_path
+from teacher.scoring import batches_of
 from tests.support.helpers import composed, rows_of, write_pairs
 from tests.support.ranks import Ranks
 
@@ -111,7 +112,9 @@ def test_a_policys_logits_by_chunks_are_those_of_its_autocast_after_it(monkeypat
         monkeypatch.setattr(responses, "LAZY", 0)
         lazy = response_logits(model, batch, 99)
     assert isinstance(lazy.logits, chunks.HeadLogits)
-    assert torch.equal(functional.token_logps(lazy.logits, lazy.targets), functional.token_logps(whole.logits, whole.targets))
+    assert torch.equal(
+        functional.token_logps(lazy.logits, lazy.targets), functional.token_logps(whole.logits, whole.targets)
+    )
 
 
 # ---- task=cache
@@ -165,6 +168,29 @@ def test_every_quantity_is_what_its_name_says(world):
     np.testing.assert_allclose(entry["advantage"]["teacher_logps"], logps.gather(1, top), **coarse)
     np.testing.assert_allclose(entry["advantage"]["values"], 2 * (logps - other_logps).gather(1, top), **coarse)
     assert (found["value"].meta.k, found["advantage"].meta.k, found["advantage"].meta.beta) == (0, 4, 2.0)
+
+
+def test_a_cache_of_packed_batches_is_that_of_padded_ones(world):
+    base, _, cache = world
+    second = f"cache.reference={base}/teacher/FINAL"
+    padded, packed = (
+        contents(cache(f"advantages_{mode}", second, f"model.packing={mode}", "cache.quantity=advantage"))
+        for mode in ("none", "prompts")
+    )
+    assert padded.keys() == packed.keys()
+    for key, parts in padded.items():
+        for one, other in zip(parts, packed[key], strict=True):  # float16 on disk
+            np.testing.assert_allclose(one.astype(float), other.astype(float), atol=2e-3, rtol=1e-3)
+
+
+def test_sequences_that_share_a_prompt_are_neighbors_where_it_is_computed_once():
+    def tokens(prompt: list[int], reply: list[int]) -> Tokens:
+        return Tokens(prompt + reply, [False] * len(prompt) + [True] * len(reply))
+
+    long, short, middle = tokens([1, 2], [3] * 9), tokens([1, 2], [4]), tokens([5], [6] * 6)
+    rows = [short, middle, long, long]
+    assert batches_of(rows, 2) == [[long, middle], [short]]
+    assert batches_of(rows, 2, "prompts") == [[long, short], [middle]]
 
 
 @pytest.mark.parametrize(("rows", "shards"), [(4, 3), (2, 2)])

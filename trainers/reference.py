@@ -92,7 +92,7 @@ def score(trainer: BasicTrainer, reference: torch.nn.Module, items: Sequence[Ite
     part = folder.with_name(f"{folder.name}.{own}.part")
     reference = trainer.placement.place_reference(reference)
     rank, world_size = trainer.processes.rank, trainer.processes.world_size
-    batches = batches_of(list(_sequences(items)), trainer.model_config.eval_batch_size)
+    batches = batches_of(list(_sequences(items)), trainer.model_config.eval_batch_size, trainer.packing)
     todo = left_to_do(batches, stored_keys(part, meta), rank, world_size)
 
     def logps(rows: list[Tokens]) -> Scored:
