@@ -41,17 +41,19 @@ def logp_gap(
     return Gap(len(rows), len(every), float(every.mean()), float(every.max()))
 
 
-def check_gap(gap: Gap, limit: float) -> str:
-    """Word the gap; ValueError if its mean is above `limit` nats per token, or no number."""
+def check_gap(
+    gap: Gap,
+    limit: float,
+    key: str = "generation.max_logp_gap",
+    advice: str = "The responses are kept; raise the limit to accept them",
+) -> str:
+    """Word the gap; ValueError if its mean is above the `limit` of a key, nats per token, or no number."""
     words = (
         f"generator and trainer differ by {gap.mean:.2e} nats per token (at most {gap.max:.2e}) "
         f"over {gap.tokens} tokens"
     )
     if not math.isfinite(gap.mean) or gap.mean > limit:
-        raise ValueError(
-            f"{words}, more than generation.max_logp_gap={limit:g}: is it the same model and precision? "
-            "The responses are kept; raise the limit to accept them"
-        )
+        raise ValueError(f"{words}, more than {key}={limit:g}: is it the same model and precision? {advice}")
     return words
 
 

@@ -17,7 +17,7 @@ import models
 from dataloader import Tokens
 from generation.calculator_hooks import forced_ids, pause_ids, piece_of
 from generation.interface import Answer, derived_seed, forbidden_ids
-from settings.schema import GenerationConfig, ModelConfig, Settings
+from settings.schema import ModelConfig, Settings
 
 CPU_KV_CACHE_GB = 2.0  # enough for 45,000 tokens of SmolLM2-135M in float32
 IN_FLIGHT = 1024  # requests that the engine knows of at once: more than it can run, little to hold
@@ -59,11 +59,24 @@ def engine(
     kv_cache_gb: float | None,
     **options: Any,
 ) -> Any:
-    """Start a vLLM engine over the model's folder: no tokenizer, none of the folder's own sampling habits."""
+    """Start a vLLM engine over the model's folder."""
     source = models.model_source(config)
     why = missing(config)
     if why or source is None:
         raise ValueError(f"{why}; use the hf backend")
+    dtype = models.resolve_dtype(getattr(config, dtype_key), "cuda" if torch.cuda.is_available() else "cpu")
+    return started(source, dtype, max_length, tensor_parallel, kv_cache_gb, **options)
+
+
+def started(
+    source: str,
+    dtype: torch.dtype,
+    max_length: int,
+    tensor_parallel: int,
+    kv_cache_gb: float | None,
+    **options: Any,
+) -> Any:
+    """Start a vLLM engine over a folder: no tokenizer, none of the folder's own sampling habits."""
     gpu = torch.cuda.is_available()
     if gpu:
         os.environ |= own_devices(os.environ, torch.cuda.device_count(), tensor_parallel)
@@ -81,9 +94,7 @@ def engine(
             skip_tokenizer_init=True,
             generation_config="vllm",
             trust_remote_code=False,
-            dtype=str(models.resolve_dtype(getattr(config, dtype_key), "cuda" if gpu else "cpu")).removeprefix(
-                "torch."
-            ),
+            dtype=str(dtype).removeprefix("torch."),
             tensor_parallel_size=tensor_parallel,
             max_model_len=max_length,
             enforce_eager=not gpu,
@@ -127,17 +138,33 @@ def model_width(config: ModelConfig) -> int:
     return int(architecture.get_text_config().vocab_size)
 
 
-def sampling_params(generation: GenerationConfig, ends: list[int], bias: dict[int, float], room: int, seed: int) -> Any:
-    """Return vLLM's parameters of at most `room` tokens: our ends and no others, the sampled token's log-
-    probability.
-    """
+def bias_against(forbidden: Sequence[int], width: int, vocab_size: int, instead: str) -> dict[int, float]:
+    """Return the bias that keeps ids out of responses; ValueError if they are more than vLLM takes."""
+    if len(forbidden) > MOST_BIASED:
+        raise ValueError(
+            f"vLLM can forbid {MOST_BIASED} ids, and no response may hold any of {len(forbidden)} ids of this model "
+            f"(its softmax has {width}, the tokenizer {vocab_size}): use {instead}"
+        )
+    return dict.fromkeys(forbidden, FORBIDDEN)
+
+
+def sampling_params(
+    ends: list[int],
+    bias: dict[int, float],
+    room: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Any:
+    """Return vLLM's parameters of at most `room` tokens: our ends and no others, each token's log-probability."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        top_k=max(0, generation.top_k),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=max(0, top_k),
         max_tokens=room,
         stop_token_ids=ends,
         ignore_eos=True,
@@ -158,13 +185,7 @@ class VllmBackend:
         self.pauses = pause_ids(tokenizer, stop) if generation.calculator else []
         width = model_width(settings.model)
         forbidden = forbidden_ids(tokenizer, stop, len(tokenizer), width).nonzero().flatten().tolist()
-        if len(forbidden) > MOST_BIASED:
-            raise ValueError(
-                f"vLLM can forbid {MOST_BIASED} ids, and no response may hold any of {len(forbidden)} ids of this "
-                "model "
-                f"(its softmax has {width}, the tokenizer {len(tokenizer)}): use generation.backend=hf"
-            )
-        self.bias = dict.fromkeys(forbidden, FORBIDDEN)
+        self.bias = bias_against(forbidden, width, len(tokenizer), "generation.backend=hf")
         self.llm = engine(
             settings.model,
             "policy_dtype",
@@ -185,8 +206,8 @@ class VllmBackend:
         def request(i: int) -> Request:
             before = said.get(i, [])
             turn = derived_seed(seed, i) + len(before)  # going on with the same seed would draw the same numbers again
-            params = sampling_params(self.generation, ends, self.bias, longest - len(before), turn)
-            return str(i), [*prompts[i], *before], params
+            how = self.generation.temperature, self.generation.top_p, self.generation.top_k
+            return str(i), [*prompts[i], *before], sampling_params(ends, self.bias, longest - len(before), turn, *how)
 
         for output in finished(self.llm, todo, request):
             i, made = int(output.request_id), output.outputs[0]

@@ -19,6 +19,7 @@ from settings.sections import (
     InspectConfig,
     JudgeConfig,
     LabelConfig,
+    ResponderConfig,
     SelectConfig,
     WorldConfig,
 )
@@ -245,6 +246,7 @@ class Settings:
     loss: Any
     datasets: dict[str, DatasetConfig]
     generation: GenerationConfig
+    rollout: ResponderConfig
     cache: CacheConfig
     audit: AuditConfig
     evaluation: EvaluationConfig
@@ -283,6 +285,7 @@ def settings_from(raw: dict[str, Any]) -> Settings:
         loss=None,
         datasets={k: _typed(v, DatasetConfig, f"datasets.{k}.") for k, v in (raw["datasets"] or {}).items()},
         generation=_typed(raw["generation"], GenerationConfig, "generation."),
+        rollout=_typed(raw["rollout"], ResponderConfig, "rollout."),
         cache=_typed(raw["cache"], CacheConfig, "cache."),
         audit=_typed(raw["audit"], AuditConfig, "audit."),
         evaluation=_typed(raw["evaluation"], EvaluationConfig, "evaluation."),

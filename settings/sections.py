@@ -1,4 +1,4 @@
-"""The sections of single tasks: generation, evaluation, select, judge, label, estimate, world, inspect.
+"""The sections of single tasks: generation, rollout, evaluation, select, judge, label, estimate, world, inspect.
 
 Keys and comments stand in config/section/NAME.yaml; cache and audit are in teacher_sections.py.
 """
@@ -85,6 +85,32 @@ class GenerationConfig:
             "generation.text_responses=tokenize asks only for what every server knows, and "
             f"generation.top_k={self.top_k} is not among it",
         )
+
+
+@dataclass(frozen=True)
+class ResponderConfig:
+    """The `rollout` section: who answers while the policy trains."""
+
+    backend: str
+    refresh_every: int
+    kv_cache_gb: float | None
+    check_rows: int
+    max_logp_gap: float
+
+    def __post_init__(self) -> None:
+        one_of("rollout.backend", self.backend, ("hf", "vllm"))
+        require(self.refresh_every >= 1, f"rollout.refresh_every={self.refresh_every} must be at least 1")
+        require(
+            self.refresh_every == 1 or self.backend == "vllm",
+            f"rollout.refresh_every={self.refresh_every}: with rollout.backend=hf the policy itself answers, as it "
+            "stands at every step. Set rollout.backend=vllm",
+        )
+        require(
+            self.kv_cache_gb is None or self.kv_cache_gb > 0,
+            f"rollout.kv_cache_gb={self.kv_cache_gb} must be above 0 (or null)",
+        )
+        require(self.check_rows >= 0, f"rollout.check_rows={self.check_rows} must not be negative (0: no check)")
+        require(self.max_logp_gap > 0, f"rollout.max_logp_gap={self.max_logp_gap} must be above 0")
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,12 @@ class Task:
 
 
 TASKS = {
-    "train": Task(("model", "loss", "datasets"), TRAINING, is_estimated=True),
+    "train": Task(
+        ("model", "loss", "datasets", "rollout"),
+        TRAINING,
+        free=("rollout.kv_cache_gb", "rollout.check_rows", "rollout.max_logp_gap"),
+        is_estimated=True,
+    ),
     "cache": Task(
         ("model", "datasets", "cache"),
         ("seed", "n_examples", "n_eval_examples"),

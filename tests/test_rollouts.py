@@ -10,14 +10,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 import launch
 import models
+from dataloader import Tokens
 from engine.export import save_model
 from generation.on_policy import RowSampler, sample_rows
 from tests.support import rewards
 from tests.support.helpers import composed, rows_of, write_pairs
 from tests.test_sharding import SGD, SGD_ATOL, two
+from trainers import sampling
 from trainers.basic import BasicTrainer
+from trainers.batches import Item
 from trainers.grpo import group_advantages
-from trainers.rollouts import row_seed
+from trainers.rollouts import row_seed, sampled_logps, with_response
+from trainers.sampling import Said
 
 ONLINE = {
     "ppo": ["loss=ppo", "loss.verifier=tests.support.rewards:share_of_e"],
@@ -103,6 +107,35 @@ def test_a_group_is_compared_with_itself():
     )
     scaled = group_advantages(rewards, groups, "std", 0.1)
     torch.testing.assert_close(scaled, torch.tensor([0.5 / 0.6, -0.5 / 0.6, 0, 0, 0], dtype=torch.float64))
+
+
+# ---- an engine beside the policy: tests/test_rollouts_vllm.py runs one
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss=dpo"], "loss=dpo as it is set learns from the data's responses, and nobody would ask the engine"),
+        (["loss=grpo", "loss.online=false"], "loss=grpo as it is set learns from the data's responses"),
+        ([*ONLINE["grpo"], "save_every=3"], "save_every=3: .* every 2 steps .* a multiple of 2 works"),
+        ([*ONLINE["grpo"], "rollout.backend=hf"], "rollout.refresh_every=2: with rollout.backend=hf the policy itself"),
+    ],
+)
+def test_an_engine_is_refused_where_it_cannot_answer_or_nobody_asks_it(overrides, message, base, monkeypatch):
+    monkeypatch.setattr(sampling, "find_spec", lambda name: name)  # as if vLLM were there: it is not started
+    asked = ["rollout.backend=vllm", "rollout.refresh_every=2", "exp_name=refused", *overrides]
+    with pytest.raises(ValueError, match=message):
+        launch.run_task(composed(*common(base), *asked))
+
+
+def test_ratios_are_to_those_who_sampled():
+    own = torch.tensor([-1.0, -2.0, -3.0])
+    fresh, older = Item((Tokens([1, 2, 3], [False, True, True]),)), Item((Tokens([1, 2], [False, True]),))
+    assert sampled_logps([fresh, older], own) is own
+    older = with_response(older, [1], Said([2], "length", [-0.5]))
+    assert sampled_logps([fresh, older], own).tolist() == [-1.0, -2.0, -0.5]
+    filler = with_response(fresh._replace(source=-1), [1], Said([2], "stop", [-0.5]))
+    assert sampled_logps([fresh, filler, older], own).tolist() == [-1.0, -2.0, -0.5]
 
 
 # ---- layouts and resume

@@ -35,7 +35,7 @@ from settings.needs import Needs
 from settings.schema import Settings
 from trainers import keeping
 from trainers.batches import Batch, Item, cost_of, items_digest, make_batch
-from trainers.sampling import Sampler, due
+from trainers.sampling import Sampler, check_responder, due
 from trainers.value_head import VALUE_HEAD
 
 
@@ -69,6 +69,8 @@ class BasicTrainer:
         self.frozen_models: dict[str, torch.nn.Module] = {}  # frozen models beside policy and reference
         self.aligns_bytes = False  # frozen language models may have a tokenizer of their own, kept in:
         self.frozen_tokenizers: dict[str, Any] = {}
+        self.responder: Any = None  # rollout.backend=vllm: who answers (trainers/sampling.py)
+        check_responder(self)
         self.steps_per_batch = 1  # optimizer steps that learn from each batch of an epoch
         self.ahead: Prefetch[list[Batch]] | None = None  # makes the batches of the next step
         self.keeps_start = False  # items carry the start's log-probabilities even beside a live reference, which moves
@@ -102,6 +104,10 @@ class BasicTrainer:
     def rollout(self, micros: list[list[Item]], step: int) -> list[list[Item]]:
         """Complete a step's micro-batches by what the policy does now (step 0: held-out ones); all ranks call it."""
         return micros
+
+    def answers_while_training(self) -> bool:
+        """Tell whether this run learns from what the policy says while it trains."""
+        return False
 
     def may_stop(self, step: int) -> bool:
         """Tell whether a checkpoint after this step holds all that the next one needs."""
@@ -218,8 +224,9 @@ class BasicTrainer:
             if stop:
                 preemption.leave(step)
         self.check_norms()
-        if self.ahead is not None:
-            self.ahead.close()
+        for open_one in (self.ahead, self.responder):
+            if open_one is not None:
+                open_one.close()
         self.book.close()
         return last_eval
 

@@ -29,7 +29,8 @@ class Item(NamedTuple):
     when a batch is made. label: 1 desirable, 0 undesirable, or a reward.
     scored: sequences that are scored without learning from them (KTO's mismatched response). notes [n, F]: what a
     method noted of each response token when it was written (PPO's old log-probability, advantage, ...). source: the
-    number of the example that this item was made of (-1: a filler).
+    number of the example that this item was made of (-1: a filler). sampler_logps: the log-probability of each response
+    token by who sampled it, where that was not the policy as it stands.
     """
 
     sequences: tuple[Tokens, ...]
@@ -39,6 +40,7 @@ class Item(NamedTuple):
     scored: tuple[Tokens, ...] = ()
     notes: np.ndarray | None = None
     source: int = 0
+    sampler_logps: np.ndarray | None = None
 
     def filler(self) -> "Item":
         """Return the same shapes with nothing supervised: all ranks step together, this one counts nowhere."""

@@ -61,6 +61,10 @@ class GKD(BasicTrainer):
     )
     source = "2306.13649"
 
+    def answers_while_training(self) -> bool:
+        """Tell whether any response is the student's own."""
+        return self.config.on_policy > 0
+
     def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
         """Return the teacher, or each of several."""
         return teacher_folders(self.config.teacher)
@@ -100,11 +104,11 @@ class GKD(BasicTrainer):
         prompts = [
             self.examples[items[i].source].prompt if items[i].source >= 0 else items[i].sequences[0].ids for i in asked
         ]
-        responses = answers(self, prompts, [seeds[i] for i in asked], self.config.max_new_tokens)
+        found = answers(self, prompts, [seeds[i] for i in asked], self.config.max_new_tokens, step)
         renewed = list(items)
-        for i, prompt, (ids, _) in zip(asked, prompts, responses, strict=True):
+        for i, prompt, response in zip(asked, prompts, found, strict=True):
             if i in chosen:
-                renewed[i] = with_response(items[i], prompt, ids)
+                renewed[i] = with_response(items[i], prompt, response)
         return renewed
 
     def counts(self, batch: Batch) -> dict[str, int]:

@@ -23,7 +23,7 @@ from tokens.examples import content_key
 from trainers.batches import Batch, Item, Items
 from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import clipped_losses
-from trainers.rollouts import RewardedConfig, RolloutTrainer
+from trainers.rollouts import RewardedConfig, RolloutTrainer, sampled_logps
 
 ADVANTAGE = 2  # column of an item's notes: old log-prob, the reference's, advantage
 
@@ -136,7 +136,9 @@ class GRPO(RolloutTrainer):
         """Return the items with their notes [n, 3]."""
         batch = self.batch_of(items)
         old = (
-            self.token_logps_of(self.policy, batch.sequences) if self.config.is_online else self.reference_logps(batch)
+            sampled_logps(items, self.token_logps_of(self.policy, batch.sequences))
+            if self.config.is_online
+            else self.reference_logps(batch)
         )
         reference = self.reference_logps(batch._replace(reference_logps=None) if self.keeps_start else batch)
         pairs = (

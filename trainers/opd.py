@@ -29,7 +29,7 @@ from teacher.spans import Aligned, Translation, aligned, check_coverage, respons
 from tokens.encoding import fit_prompt
 from trainers.batches import Batch, Item
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
-from trainers.rollouts import Micros, RolloutConfig, RolloutTrainer
+from trainers.rollouts import Micros, RolloutConfig, RolloutTrainer, sampled_logps
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,10 @@ class OPD(RolloutTrainer):
             return self._noted_by_bytes(items)
         batch = self.batch_of(items)
         response = batch.sequences.response
-        logps = self.token_logps_of(self.policy, batch.sequences), self.teacher_logps(batch)
-        own, teacher = (by_row(values.float(), response) for values in logps)
-        notes = torch.stack([own, self.advantages(own, teacher)], dim=-1).cpu().numpy()
+        logps = self.token_logps_of(self.policy, batch.sequences).float()
+        flat = logps, self.teacher_logps(batch).float(), sampled_logps(items, logps)
+        own, teacher, old = (by_row(values, response) for values in flat)
+        notes = torch.stack([old, self.advantages(own, teacher)], dim=-1).cpu().numpy()
         lengths = response.sum(dim=1).tolist()
         return [
             item._replace(notes=np.ascontiguousarray(notes[i, :length]))
@@ -155,16 +156,19 @@ class OPD(RolloutTrainer):
         check_coverage(found, self.config.min_coverage)
         sequences = collate(asked, tokenizer.pad_token_id).to(batch.sequences.ids.device)
         out = teacher_logits(teacher, sequences, len(tokenizer))
-        flat = self.tempered_logps(out), self.token_logps_of(self.policy, batch.sequences)
-        lengths = [sum(tokens.response) for tokens in asked], batch.sequences.response.sum(dim=1).tolist()
-        rows = zip(*(f.float().cpu().split(n) for f, n in zip(flat, lengths, strict=True)), items, found, strict=True)
-        return [item._replace(notes=self._notes(own.numpy(), theirs.numpy(), a)) for theirs, own, item, a in rows]
+        own = self.token_logps_of(self.policy, batch.sequences)
+        flat = self.tempered_logps(out), own, sampled_logps(items, own)
+        supervised = batch.sequences.response.sum(dim=1).tolist()
+        lengths = [sum(tokens.response) for tokens in asked], supervised, supervised
+        parts = ([part.numpy() for part in f.float().cpu().split(n)] for f, n in zip(flat, lengths, strict=True))
+        rows = zip(items, *parts, found, strict=True)
+        return [item._replace(notes=self._notes(*logps)) for item, *logps in rows]
 
-    def _notes(self, own: np.ndarray, theirs: np.ndarray, found: Aligned) -> np.ndarray:
+    def _notes(self, theirs: np.ndarray, own: np.ndarray, old: np.ndarray, found: Aligned) -> np.ndarray:
         within = np.zeros(len(own), np.float32)
         for span in found.spans:
             within[span.start : span.end] = 1
-        return np.stack([own, span_advantages(own, theirs, found.spans, self.config.discount), within], axis=1)
+        return np.stack([old, span_advantages(own, theirs, found.spans, self.config.discount), within], axis=1)
 
     def _asked(self, item: Item, tokenizer: Any, between: Translation) -> tuple[Tokens, Aligned]:
         """Return the item's conversation in the teacher's tokens, and how the response's are aligned."""

@@ -20,7 +20,7 @@ from settings.schema import one_of, require
 from trainers.batches import Batch, Item
 from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
-from trainers.rollouts import Micros, RewardedConfig, RolloutTrainer
+from trainers.rollouts import Micros, RewardedConfig, RolloutTrainer, sampled_logps
 from trainers.value_head import response_logits_and_values
 
 ADVANTAGE = 4  # column of an item's notes: old log-prob, the reference's, old value, value target, advantage
@@ -132,7 +132,8 @@ class PPO(RolloutTrainer):
             if config.value_target == "returns"
             else discounted_sums(rewards * mask, config.gae_gamma)
         )
-        notes = torch.stack([logps, base, values, targets, advantages], dim=-1).float().cpu().numpy()
+        old = by_row(sampled_logps(items, flat_logps), response)
+        notes = torch.stack([old, base, values, targets, advantages], dim=-1).float().cpu().numpy()
         return [item._replace(notes=notes[i, : int(lengths[i])]) for i, item in enumerate(items)]
 
     def counts(self, batch: Batch) -> dict[str, int]:

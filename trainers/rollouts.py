@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dataloader import Example, Tokens
 from models import last_token_scores
@@ -21,7 +23,7 @@ from settings.schema import one_of, require
 from settings.typed import Code, Place
 from trainers.basic import BasicTrainer
 from trainers.batches import Item, Items
-from trainers.sampling import answers, stop_ids
+from trainers.sampling import Said, answers, stop_ids
 
 Micros = list[list[Item]]
 
@@ -153,12 +155,10 @@ class Rollouts:
     def _answered(self, items: list[Item], step: int, n: int) -> list[Item]:
         repeated = [(item, k) for item in items for k in range(n)]
         seeds = [row_seed(self.trainer.run_config.seed, step, item.source, k) for item, k in repeated]
-        responses = answers(
-            self.trainer, [item.sequences[0].ids for item, _ in repeated], seeds, self.config.max_new_tokens
-        )
+        prompts = [item.sequences[0].ids for item, _ in repeated]
+        found = answers(self.trainer, prompts, seeds, self.config.max_new_tokens, step)
         return [
-            with_response(item, item.sequences[0].ids, ids)
-            for (item, _), (ids, _) in zip(repeated, responses, strict=True)
+            with_response(item, prompt, said) for (item, _), prompt, said in zip(repeated, prompts, found, strict=True)
         ]
 
     def _rewarded(self, items: list[Item], split: str) -> list[Item]:
@@ -192,6 +192,10 @@ class RolloutTrainer(BasicTrainer):
     def frozen_model_folders(self) -> dict[str, tuple[str, str]]:
         """Return the reward model, if one scores."""
         return {"reward_model": (self.config.reward_model, "reward")} if self.config.reward_model else {}
+
+    def answers_while_training(self) -> bool:
+        """Tell whether the responses are the policy's own."""
+        return bool(self.config.is_online)
 
     def objective(self) -> str:
         """Return the formula with the run's numbers, whose responses are learned from, and who scores them."""
@@ -255,9 +259,23 @@ def row_seed(seed: int, step: int, source: int, number: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def with_response(item: Item, prompt: list[int], ids: list[int]) -> Item:
+def with_response(item: Item, prompt: list[int], said: Said) -> Item:
     """Give an item the response to a prompt; that of a filler stays unsupervised."""
-    return item._replace(sequences=(Tokens([*prompt, *ids], [False] * len(prompt) + [item.source >= 0] * len(ids)),))
+    tokens = Tokens([*prompt, *said.ids], [False] * len(prompt) + [item.source >= 0] * len(said.ids))
+    logps = None if said.logps is None else np.asarray(said.logps if item.source >= 0 else [], np.float32)
+    return item._replace(sequences=(tokens,), sampler_logps=logps)
+
+
+def sampled_logps(items: Sequence[Item], own: Tensor) -> Tensor:
+    """Return the log-probabilities [N] with which the responses were sampled: the policy's `own`, except for items that
+    carry those of older weights. An importance ratio is to these.
+    """
+    given = [item.sampler_logps for item in items]
+    if all(one is None for one in given):
+        return own
+    parts = own.split([item.sequences[0].num_supervised for item in items])
+    joined = [part if one is None else torch.from_numpy(one).to(part) for part, one in zip(parts, given, strict=True)]
+    return torch.cat(joined)
 
 
 def response_text(tokenizer: Any, tokens: Tokens, stop: list[int]) -> str:
