@@ -91,6 +91,7 @@ class Flops(NamedTuple):
     backward: float = 0.0
     recomputation: float = 0.0  # of activation checkpointing
     reference: float = 0.0
+    frozen: float = 0.0  # of live teachers and a reward model
 
     @property
     def total(self) -> float:
