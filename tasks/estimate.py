@@ -239,8 +239,8 @@ def evaluation_batch(settings: Settings, needs: Needs) -> Batch | None:
 
 
 def scoring(settings: Settings, model: Model) -> dict[str, Any]:
-    """Estimate task=cache: forward passes of one teacher or two, each process with whole models, and the folder on
-    disk.
+    """Estimate task=cache: forward passes of one teacher or two, each process with whole models or, under FSDP, a part
+    of them, and the folder on disk.
     """
     config = settings.cache
     _, devices = layout_of(settings)
@@ -254,13 +254,15 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
     quantity = quantity_of(config)
     teachers = 0 if config.backend == "server" else quantity.num_models  # a server's memory and work are not ours
     width = width_of(settings.model.reference_dtype, settings)
-    memory = arithmetic.scoring_memory(model, batch, width, teachers)
+    spread = devices > 1 and config.backend == "hf" and "fsdp" in (settings.estimate.strategy, settings.run.strategy)
+    memory = arithmetic.scoring_memory(model, batch, width, teachers, devices if spread else 1)
     flops = disk = None
     if lengths is not None:
         flops = arithmetic.Flops(teachers * arithmetic.forward_flops(model, lengths.work))
         disk = arithmetic.cache_bytes(quantity, config.top_k, model.vocab, lengths.work, config.codec)
     work = None if lengths is None else lengths.work
-    return report(settings, "cache", model, memory, devices, whole(devices), lengths, work, flops, disk)
+    strategy = "fsdp" if spread else whole(devices)
+    return report(settings, "cache", model, memory, devices, strategy, lengths, work, flops, disk)
 
 
 def generation(settings: Settings, model: Model) -> dict[str, Any]:
