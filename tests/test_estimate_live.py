@@ -1,11 +1,9 @@
 """The estimate of frozen models that a method asks while it trains: every one of them is counted."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 import launch
@@ -80,7 +78,8 @@ def test_every_teacher_is_asked_about_every_token(tmp_path: Path) -> None:
     own = {name: value for name, value in both["flops"].items() if name not in ("frozen", "total")}
     assert own == {name: none["flops"][name] for name in own}  # the student's work is what it was
     # two epochs over the same sequences
-    found = lengths.training_lengths(settings(*common, f"loss.teacher={small}"), needs_under(composed("loss=gkd")["loss"]))
+    needs = needs_under(composed("loss=gkd")["loss"])
+    found = lengths.training_lengths(settings(*common, f"loss.teacher={small}"), needs)
     assert found is not None
     wanted = sum(arithmetic.forward_flops(shape, found.work.times(2)) for shape in shapes)
     assert both["flops"]["frozen"] == pytest.approx(wanted)

@@ -29,8 +29,9 @@ from teacher.entries import (
     tempered_entries,
 )
 from teacher.several import CachedTeachers, CachedTeachersConfig
+from tokens.columns import NOTHING
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, Items, checked, pair_items, pair_of
+from trainers.batches import Batch, Item, Items, asked, checked, pair_items, pair_of
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class DCKD(BasicTrainer):
         assert pairs.columns is not None
         for number in np.flatnonzero(lacking.any(axis=1)).tolist():
             item(number)  # says what the caches have in its place
-        return Items(len(examples), item, pairs.columns._replace(entries=(teachers.identity(),) * 2))
+        return Items(len(examples), item, pairs.columns.having(NOTHING + asked([teachers.identity()] * 2)))
 
     def _coverage(self, teachers: CachedTeachers, examples: Sequence[Example], lacking: np.ndarray | None) -> float:
         if lacking is not None:
