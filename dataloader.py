@@ -6,7 +6,7 @@ A sequence is tokenized once (tokens/encoding.py) and kept (tokens/store.py).
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -22,14 +22,14 @@ from pipeline.digests import content_digest
 from settings.artifacts import is_done
 from settings.schema import DatasetConfig, ModelConfig
 from templates import tokenizer_digest
-from tokens.columns import Sides
+from tokens.columns import Prompts, Sides
 from tokens.counted import COUNTED, DROPPED, MARKS, REASON, concerns
 from tokens.encoding import check_ids, encode_example, take_ids
 from tokens.encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
 from tokens.examples import Example
 from tokens.examples import Tokens as Tokens
 from tokens.sources import RowSource, num_rows, open_rows
-from tokens.store import NotStorable, Record, Rows, digest_of, pack
+from tokens.store import NotStorable, Record, Rows, Table, digest_of, pack
 from tokens.writing import code_digest, store
 
 
@@ -97,12 +97,29 @@ class Examples(Sequence[Example]):
 
     def sides(self) -> Sides:
         """Return lengths and keys of every row's sides; no row is made."""
-        lengths, keys = np.empty((len(self), 3), np.int32), np.empty((len(self), 3, 16), np.uint8)
-        for part, rows in enumerate(self.tables):
+        lengths = self._taken(lambda table: table.lengths[:, 1:])
+        return Sides(lengths, self._taken(lambda table: table.keys), self._taken(lambda table: table.supervised))
+
+    def prompts(self) -> Prompts:
+        """Return lengths and keys of every row's prompt; no row is made."""
+        return Prompts(self._taken(lambda table: table.lengths[:, 0]), self._taken(lambda table: table.prompts))
+
+    def numbers(self) -> np.ndarray:
+        """Return label and reward [n, 2] of every row, nan where it has no such number; no row is made."""
+        return self._taken(lambda table: table.figures)
+
+    def part(self, row: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and mask of a side of a row (-1: its prompt) as views; no row is made."""
+        return self.tables[self.parts[row]].part(self.places[row], side + 1)
+
+    def _taken(self, of: Callable[[Table], np.ndarray]) -> np.ndarray:
+        """Lay an array of every table in the order of the mix."""
+        found = [of(rows.table) for rows in self.tables]
+        result = np.empty((len(self), *found[0].shape[1:]), found[0].dtype)
+        for part, array in enumerate(found):
             own = np.flatnonzero(self.parts == part)
-            lengths[own] = rows.table.lengths[self.places[own], 1:]
-            keys[own] = rows.table.keys[self.places[own]]
-        return Sides(lengths, keys)
+            result[own] = array[self.places[own]]
+        return result
 
     def stretch(self, count: int) -> Iterator[tuple[str, np.ndarray, list[np.ndarray | None], list[int]]]:
         """Give place, prompt ids, the ids of each side (None: there is none) and how many are supervised, of the first

@@ -1,9 +1,11 @@
-"""What many rows cost a run before its first step: seconds and memory of `loss=dckd` with few and with many pairs.
+"""What many rows cost a run before its first step: seconds and memory of a loss with few and with many pairs.
 
     python -m benchmarks.start_up --rows 100 100000 --processes 1 2 --folder /tmp/start_up
+    python -m benchmarks.start_up --losses kto csft adpa --checkpoint
 
-The pairs are made up (about 250 bytes a sequence, a token a byte), and so are the entries of the teacher cache: K = 8
-random numbers a token. A run is two steps of the tiny model. The first start of a row count tokenizes, later ones do
+The pairs are made up (about 250 bytes a sequence, a token a byte), and so are the entries of teacher caches: K = 8
+random numbers a token; for adpa also a generation for each prompt. A run is two steps of the tiny model, with
+--checkpoint one of them saved, so that the data is hashed. The first start of a row count tokenizes, later ones do
 not. CPU seconds are those of all processes together. Memory is the largest resident set of a process of the run (pages
 of mapped files among them).
 """
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +38,8 @@ def write_rows(path: Path, count: int) -> None:
             out.write(json.dumps(row) + "\n")
 
 
-def write_cache(data: Path, folder: Path) -> None:
-    """Write a cache of made-up log-probabilities for the pairs."""
+def write_cache(data: Path, base: Path, loss: str) -> None:
+    """Write a cache of made-up log-probabilities for the pairs, or generations and a cache of advantages on them."""
     import models
     from dataloader import load_examples
     from settings.schema import DatasetConfig, ModelConfig, typed
@@ -46,30 +49,51 @@ def write_cache(data: Path, folder: Path) -> None:
     config = typed(composed("model=tiny")["model"], ModelConfig)
     tokenizer = models.load_tokenizer(config)
     digest = models.tokenizer_digest(tokenizer)
-    meta = Meta("logprob", K, len(tokenizer), "made up", None, digest, "", "", "made up")
+    advantage = loss == "adpa"
+    folder, quantity = (base / "adpa", "advantage") if advantage else (base / "cache", "logprob")
+    meta = Meta(quantity, K, len(tokenizer), "made up", "base" if advantage else None, digest, "", "", "made up")
     writer, rng = Writer(folder, meta), np.random.default_rng(0)
-    for number, example in enumerate(load_examples({"a": DatasetConfig(train=str(data))}, "train", tokenizer, config)):
-        for tokens in (example.chosen, example.rejected):
-            assert tokens is not None
-            length = sum(tokens.response)
-            ids = rng.integers(0, 200, (length, 1)) + np.arange(K)
-            values = -1.5 - rng.random((length, K), np.float32).cumsum(axis=1)
-            writer.add(tokens.ids, tokens.response, {"ids": ids, "values": values, "tail": np.full(length, 0.2)})
-        if number % 1000 == 0:
-            writer.flush()
+    examples = load_examples({"a": DatasetConfig(train=str(data))}, "train", tokenizer, config)
+    with (base / "generations.jsonl").open("w", encoding="utf-8") as out:
+        for number, example in enumerate(examples):
+            assert example.chosen is not None and example.rejected is not None
+            if advantage:
+                said = example.rejected.ids[len(example.prompt) :]
+                row = {"prompt_ids": example.prompt, "response_ids": said, "prompt": [], "response": ""}
+                out.write(json.dumps({**row, "finish_reason": "stop", "tokenizer_digest": digest}) + "\n")
+            for tokens in (example.rejected,) if advantage else (example.chosen, example.rejected):
+                length = sum(tokens.response)
+                ids = rng.integers(0, 200, (length, 1)) + np.arange(K)
+                values = -1.5 - rng.random((length, K), np.float32).cumsum(axis=1)
+                entries = {"ids": ids, "values": values, "tail": np.full(length, 0.2)}
+                writer.add(tokens.ids, tokens.response, {**entries, **({"teacher_logps": values} if advantage else {})})
+            if number % 1000 == 0:
+                writer.flush()
     writer.close()
     finish(folder, meta, set())
 
 
-def measured(root: Path, folder: Path, rows: int, processes: int, name: str) -> tuple[float, float, float]:
+def inputs_of(loss: str, base: Path) -> list[str]:
+    """Return what a loss is given beside the pairs, written where it is not there yet."""
+    if loss not in ("dckd", "adpa"):
+        return []
+    folder = base / ("cache" if loss == "dckd" else "adpa")
+    if not (folder / "DONE").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_cache(base / "pairs.jsonl", base, loss)
+    if loss == "dckd":
+        return [f"loss.teacher_cache={folder}"]
+    return [f"loss.generations={base / 'generations.jsonl'}", f"loss.advantages={folder}"]
+
+
+def measured(root: Path, base: Path, loss: list[str], processes: int, name: str) -> tuple[float, float, float]:
     """Run two steps with the code under `root`; return seconds, of the CPU and by the clock, and the largest process's
     memory in MiB.
     """
-    base = folder / f"rows-{rows}"
     words = [sys.executable, "launch.py"]
     if processes > 1:
         words = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "launch.py"]
-    words += ["loss=dckd", f"loss.teacher_cache={base / 'cache'}", "model=tiny", "datasets=[local]", "n_steps=2"]
+    words += [*loss, "model=tiny", "datasets=[local]", "n_steps=2", "lr=1e-4"]
     words += [f"datasets.local.train={base / 'pairs.jsonl'}", f"cache_dir={base / 'out'}", f"exp_name={name}"]
     shutil.rmtree(base / "out" / name, ignore_errors=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -86,26 +110,31 @@ def measured(root: Path, folder: Path, rows: int, processes: int, name: str) -> 
 
 
 def main() -> None:
-    """Print a table: rows, processes, start, CPU seconds, seconds, MiB."""
+    """Print a table: loss, rows, processes, start, CPU seconds, seconds, MiB."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100, 100_000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--losses", nargs="+", default=["dckd"])
+    parser.add_argument("--checkpoint", action="store_true", help="save a checkpoint after the first step")
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/start_up"))
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository whose code runs")
     options = parser.parse_args()
-    print("| rows | processes | start | CPU seconds | seconds | MiB |\n|---|---|---|---|---|---|", flush=True)
-    for rows in options.rows:
+    print(
+        "| loss | rows | processes | start | CPU seconds | seconds | MiB |\n|---|---|---|---|---|---|---|", flush=True
+    )
+    for rows, loss in product(options.rows, options.losses):
         base = options.folder / f"rows-{rows}"
-        if not (base / "cache" / "DONE").is_file():
-            base.mkdir(parents=True, exist_ok=True)
+        base.mkdir(parents=True, exist_ok=True)
+        if not (base / "pairs.jsonl").is_file():
             write_rows(base / "pairs.jsonl", rows)
-            write_cache(base / "pairs.jsonl", base / "cache")
+        words = [f"loss={loss}", *inputs_of(loss, base), *(["save_every=1"] if options.checkpoint else [])]
         for processes in options.processes:
             shutil.rmtree(base / "out", ignore_errors=True)
             for start in range(1, options.starts + 1):
-                cpu, seconds, memory = measured(options.root, options.folder, rows, processes, "run")
-                print(f"| {rows:,} | {processes} | {start} | {cpu:.1f} | {seconds:.1f} | {memory:.0f} |", flush=True)
+                cpu, seconds, memory = measured(options.root, base, words, processes, "run")
+                found = f"{cpu:.1f} | {seconds:.1f} | {memory:.0f}"
+                print(f"| {loss} | {rows:,} | {processes} | {start} | {found} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class Flops(NamedTuple):
     backward: float = 0.0
     recomputation: float = 0.0  # of activation checkpointing
     reference: float = 0.0
+    frozen: float = 0.0  # of live teachers and a reward model
 
     @property
     def total(self) -> float:
@@ -305,17 +306,22 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
     return Memory({name: size for name, size in terms.items() if size}, phases)
 
 
-def scoring_memory(model: Model, batch: Batch, width: int, teachers: int) -> Memory:
-    """Return the bytes on a device of task=cache: each process holds one or two whole teachers in `width` bytes a
-    weight, and one teacher's logits at a time. A narrow teacher's are float32, of the response positions alone.
+def scoring_memory(model: Model, batch: Batch, width: int, teachers: int, shards: int = 1) -> Memory:
+    """Return the bytes on a device of task=cache: one or two teachers in `width` bytes a weight, whole or a part of
+    each, and one teacher's logits at a time. A narrow teacher's are float32, of the response positions alone.
+
+    Of sharded teachers each one's parameters outside of its blocks stay gathered, and two blocks of the one at work.
     """
-    weights = teachers * model.parameters * width
+    weights = teachers * model.parameters * width // shards
+    gathered = (teachers * model.outside + 2 * model.block) * width if shards > 1 else 0
     block = scored_block(model, batch, width)
     output, response = logits_bytes(model, batch, FLOAT32)
     logits = output + response if width == FLOAT32 else response
     chunk = chunk_bytes(model, batch.responses, FLOAT32)
     terms = {"weights": weights, "a block at work": block, "logits": logits, "float32 chunk": chunk}
-    return Memory(terms, {"blocks": weights + block, "top k": weights + max(logits, response + chunk)})
+    terms |= {"gathered weights": gathered} if gathered else {}
+    held = weights + gathered
+    return Memory(terms, {"blocks": held + block, "top k": held + max(logits, response + chunk)})
 
 
 def generation_memory(model: Model, rows: int, length: int, width: int) -> Memory:

@@ -45,6 +45,9 @@ def single(found: dict[str, Any]) -> str:
     lines = [f"estimate of {what}: strategy {found['strategy']}, {found['devices']} device(s); 1 GB = 10^9 bytes"]
     trained = f", trained {count(found['trainable'])}" if found["task"] == "train" else ""
     lines += [row("parameters", count(found["parameters"]), f"in the embedding {count(found['embedding'])}{trained}")]
+    if found.get("frozen_models"):
+        each = ", ".join(f"{key} {count(number)}" for key, number in found["frozen_models"].items())
+        lines += [row("frozen models", count(sum(found["frozen_models"].values())), f"asked while it trains: {each}")]
     lines += [
         row(
             "tokens", count(found["tokens"]), f"{count(found['response_tokens'])} of them responses; {found['lengths']}"

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from settings.artifacts import DONE, read_jsonl
 from teacher.cache import Reader
-from teacher.mixture import named
+from teacher.hub import cache_folder
+from teacher.mixture import named, shares
 from teacher.quantities import Entry
 from tokens.generations import read_generations
 
@@ -64,7 +65,8 @@ def samples_of(evaluation: Evaluation) -> list[dict[str, Any]]:
 def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return generated responses with each token's advantage and the teacher's top entries.
 
-    They come from the cache that the last model with advantages learned from; none, if there is no such model.
+    They come from the cache that the last model with advantages learned from, and where it learned from several from
+    each of them, which `whose` then names; none, if there is no such model.
     """
     for row in reversed(evaluation.results["models"].values()):
         folder = Path(row["folder"])
@@ -73,17 +75,27 @@ def advantages_of(evaluation: Evaluation) -> list[dict[str, Any]]:
         if not loss.get("advantages"):
             continue
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        reader = Reader(next(iter(named(loss["advantages"]).values())))  # of several caches the first is shown
-        every = max(1, reader.meta.num_sequences // NUM_SAMPLES)
+        caches = caches_of(loss["advantages"], loss.get("advantage_weights"))
+        every = max(1, caches[0][1].meta.num_sequences // NUM_SAMPLES)
         generations = read_generations(loss["generations"], None)[::every][:NUM_SAMPLES]
         return [
             {
                 "prompt": g.prompt[-1]["content"],
+                "whose": whose,
                 "tokens": tokens_of(tokenizer, g.response_ids, Entry(**reader.get(g.tokens.ids, g.tokens.response))),
             }
             for g in generations
+            for whose, reader in caches
         ]
     return []
+
+
+def caches_of(advantages: Any, weights: Any) -> list[tuple[str, Reader]]:
+    """Return the reader of each cache of loss.advantages; of several also its name and its share of their sum."""
+    folders = named(advantages)
+    found = shares(list(folders), weights, "loss.advantages")
+    readers = {name: Reader(cache_folder(folder)) for name, folder in folders.items()}
+    return [(f"cache {name}, weight {found[name]:.3g}" if name else "", reader) for name, reader in readers.items()]
 
 
 def tokens_of(tokenizer: Any, response_ids: list[int], entry: Entry) -> list[dict[str, Any]]:

@@ -156,8 +156,9 @@ def advantage_block(index: int, row: Mapping[str, Any], scale: float) -> str:
     ]
     # "<" as an escape: no text inside can close the script element.
     data = json.dumps(tops, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    whose = f'<p class="whose">{text(row["whose"])}</p>' if row.get("whose") else ""
     return (
-        f'<div class="advantages"><p class="prompt">{text(row["prompt"])}</p>'
+        f'<div class="advantages"><p class="prompt">{text(row["prompt"])}</p>{whose}'
         f'<p class="tokens" role="group" aria-label="response {index + 1}">{tokens}</p>'
         f'<script type="application/json">{data}</script></div>'
     )
@@ -234,7 +235,8 @@ def write_report(
     "per_seed", "ci95_over_seeds" (optional), "greedy": {"score", "ci95"}}}, "comparisons" (optional), "verdict"
     (optional, one sentence that opens the page)}. samples:
     {"prompt", "model", "response", "score"}. advantages:
-    {"prompt", "tokens": [{"text", "advantage" | None, "top": [[text, advantage, teacher probability], ...]}]}.
+    {"prompt", "whose" (optional: which of several caches), "tokens": [{"text", "advantage" | None, "top":
+    [[text, advantage, teacher probability], ...]}]}.
     more: sections that stand below the scores, as HTML made by `section` and `text`.
     """
     said = results.get("verdict")

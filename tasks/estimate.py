@@ -6,6 +6,7 @@ Also the table below the plan that `pipeline=NAME dry_run=true` prints. The arit
 import glob
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from estimate import arithmetic
 from estimate import lengths as counting
 from estimate.arithmetic import Batch, Memory, Model, Setup, Work
+from estimate.live import REWARD_MODEL, entry_bytes, folders_of, live_flops, live_of, with_entries, with_live
 from estimate.shape import shape_of
 from estimate.tables import comparison, cost_table, single, table
 from pipeline.plan import Stage
@@ -23,7 +25,7 @@ from settings.artifacts import write_json
 from settings.methods import needs_under
 from settings.needs import Needs
 from settings.paths import found as find
-from settings.schema import Settings, settings_from
+from settings.schema import ModelConfig, Settings, settings_from, typed
 from settings.tasks import ESTIMATED
 from teacher.quantities import quantity_of
 
@@ -129,12 +131,14 @@ def check_batch(settings: Settings, devices: int) -> None:
         )
 
 
-def estimated(settings: Settings, task: str) -> dict[str, Any]:
+def estimated(settings: Settings, task: str, made: Mapping[str, ModelConfig] | None = None) -> dict[str, Any]:
     """Return the estimate of one task of a run as plain numbers; ValueError if its model has no readable
-    configuration.
+    configuration. made: the models, by folder, that other stages will have written by then.
     """
     model = shape_of(settings.model)
-    return {"train": training, "cache": scoring, "generate": generation}[task](settings, model)
+    if task == "train":
+        return training(settings, model, made or {})
+    return {"cache": scoring, "generate": generation}[task](settings, model)
 
 
 def report(
@@ -179,15 +183,18 @@ def report(
     }
 
 
-def training(settings: Settings, model: Model) -> dict[str, Any]:
+def training(settings: Settings, model: Model, made: Mapping[str, ModelConfig]) -> dict[str, Any]:
     """Estimate task=train."""
     run, config, needs = settings.run, settings.model, needs_under(settings.raw["loss"])
     setup = setup_of(settings, needs)
     check_batch(settings, setup.devices)
     lengths = counting.training_lengths(settings, needs)
     slots = counting.slots_of(needs)
-    batch = batch_of(settings, lengths, setup.devices, slots)
-    memory = arithmetic.training_memory(model, batch, setup, evaluation_batch(settings, needs))
+    batch, evaluating = batch_of(settings, lengths, setup.devices, slots), evaluation_batch(settings, needs)
+    live = live_of(settings.raw["loss"], needs, config, made)
+    memory = arithmetic.training_memory(model, batch, setup, evaluating)
+    memory = with_live(memory, live, (batch, evaluating), setup, needs, width_of(config.reference_dtype, settings))
+    memory = with_entries(memory, entry_bytes(settings.raw["loss"], needs, batch, settings.cache.top_k))
     total = flops = None
     if lengths is not None:
         total = lengths.work.times(passes_of(settings, lengths.number))
@@ -196,7 +203,9 @@ def training(settings: Settings, model: Model) -> dict[str, Any]:
             (total if setup.live else lengths.work) if needs.reference and not run.load_reference_logprobs else None
         )
         flops = arithmetic.training_flops(model, total, scored, config.activation_checkpointing)
-    return report(settings, "train", model, memory, setup.devices, setup.strategy, lengths, total, flops)
+        flops = flops._replace(frozen=live_flops(live, total))
+    found = report(settings, "train", model, memory, setup.devices, setup.strategy, lengths, total, flops)
+    return {**found, "frozen_models": {one.key: one.parameters for one in live}}
 
 
 def passes_of(settings: Settings, number: int) -> float:
@@ -230,8 +239,8 @@ def evaluation_batch(settings: Settings, needs: Needs) -> Batch | None:
 
 
 def scoring(settings: Settings, model: Model) -> dict[str, Any]:
-    """Estimate task=cache: forward passes of one teacher or two, each process with whole models, and the folder on
-    disk.
+    """Estimate task=cache: forward passes of one teacher or two, each process with whole models or, under FSDP, a part
+    of them, and the folder on disk.
     """
     config = settings.cache
     _, devices = layout_of(settings)
@@ -245,13 +254,15 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
     quantity = quantity_of(config)
     teachers = 0 if config.backend == "server" else quantity.num_models  # a server's memory and work are not ours
     width = width_of(settings.model.reference_dtype, settings)
-    memory = arithmetic.scoring_memory(model, batch, width, teachers)
+    spread = devices > 1 and config.backend == "hf" and "fsdp" in (settings.estimate.strategy, settings.run.strategy)
+    memory = arithmetic.scoring_memory(model, batch, width, teachers, devices if spread else 1)
     flops = disk = None
     if lengths is not None:
         flops = arithmetic.Flops(teachers * arithmetic.forward_flops(model, lengths.work))
         disk = arithmetic.cache_bytes(quantity, config.top_k, model.vocab, lengths.work, config.codec)
     work = None if lengths is None else lengths.work
-    return report(settings, "cache", model, memory, devices, whole(devices), lengths, work, flops, disk)
+    strategy = "fsdp" if spread else whole(devices)
+    return report(settings, "cache", model, memory, devices, strategy, lengths, work, flops, disk)
 
 
 def generation(settings: Settings, model: Model) -> dict[str, Any]:
@@ -293,7 +304,8 @@ def measured_speed(settings: Settings) -> float:
     setup = setup_of(settings, needs)
     slots = counting.slots_of(needs)
     batch = batch_of(settings, counting.training_lengths(settings, needs), setup.devices, slots)
-    return setup.devices * tokens_per_second(settings, batch.rows, batch.length, batch.responses, setup.live)
+    asked = [folder for key, folder in folders_of(settings.raw["loss"], needs).items() if key != REWARD_MODEL]
+    return setup.devices * tokens_per_second(settings, batch.rows, batch.length, batch.responses, setup.live, asked)
 
 
 # ---- a pipeline
@@ -310,14 +322,16 @@ def launched(stage: Stage) -> dict[str, Any]:
     return {"devices": found["num_processes"], "strategy": strategies.get(found["distributed_type"], "ddp")}
 
 
-def of_stage(stage: Stage, section: dict[str, Any]) -> dict[str, Any] | str:
+def of_stage(
+    stage: Stage, section: dict[str, Any], made: Mapping[str, ModelConfig] | None = None
+) -> dict[str, Any] | str:
     """Estimate a stage, or say why not; `section` is the estimate section of the pipeline's own command."""
     task = stage.config["task"]
     if task not in ESTIMATED:
         return f"task={task}"
     own = launched(stage) if section["devices"] is None else {}
     try:
-        return estimated(settings_from({**stage.config, "estimate": {**section, **own}}), task)
+        return estimated(settings_from({**stage.config, "estimate": {**section, **own}}), task, made)
     except ValueError as error:
         return str(error).splitlines()[0].rstrip(".")
 
@@ -336,4 +350,14 @@ def costs(stages: list[Stage], section: dict[str, Any]) -> str:
 def print_plan(stages: list[Stage], section: dict[str, Any]) -> None:
     """Print the table of a pipeline's stages, of its first seed."""
     first = [stage for stage in stages if stage.seed == stages[0].seed]
-    print("\n" + table([(stage.name, of_stage(stage, section)) for stage in first]))
+    made = made_by(first)
+    print("\n" + table([(stage.name, of_stage(stage, section, made)) for stage in first]))
+
+
+def made_by(stages: list[Stage]) -> dict[str, ModelConfig]:
+    """Return the models that training stages write, by their folder: teachers of stages that come after them."""
+    return {
+        str(stage.folder / "FINAL"): typed(stage.config["model"], ModelConfig)
+        for stage in stages
+        if stage.config["task"] == "train"
+    }

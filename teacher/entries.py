@@ -5,7 +5,8 @@ in functional.py. An entry with a log-probability of -inf is none.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -176,27 +177,73 @@ def event_kl(logps: Tensor, teacher_logps: Tensor) -> Tensor:
     return _entries_kl(logps.unsqueeze(-1), teacher_logps.to(logps.dtype).unsqueeze(-1), "bucket")
 
 
-def sorted_distance(logits: Logits, teacher_logps: Tensor, chunk: int | None = None) -> Tensor:
+class Factors(NamedTuple):
+    """Log-probabilities [N] that multiply the distributions at each token, of the student and of the teacher: those of
+    the other tokens of a span of several (0 at any other token).
+    """
+
+    own: Tensor
+    theirs: Tensor
+
+
+def _plain(logits: Logits) -> Tensor:
+    return torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
+
+
+def _of_merged(
+    distance: Callable[..., Tensor], logits: Logits, data: Sequence[Tensor], factors: Factors, chunk: int | None
+) -> Tensor:
+    """Return distance(log-probabilities [n, V], *data, factors [n, 2]) of merged distributions, with its gradient also
+    by the student's factors, which are functions of other rows of the logits.
+
+    A chunk knows its own rows alone. So it also gives the slope by its factors, and a term of the value 0 carries that
+    slope to them.
+    """
+
+    def both(part: Tensor, *rows: Tensor) -> Tensor:
+        logps = _wide(part).log_softmax(-1)
+
+        @torch.enable_grad()
+        def slope() -> Tensor:
+            own = rows[-1][:, :1].detach().requires_grad_()
+            scales = torch.cat([own, rows[-1][:, 1:]], dim=-1)
+            return torch.autograd.grad(distance(logps.detach(), *rows[:-1], scales).sum(), own)[0].squeeze(-1)
+
+        found = distance(logps, *rows)
+        return torch.stack([found, _watched(slope, found)], dim=-1)
+
+    table = torch.stack([factors.own.detach(), factors.theirs], dim=-1)
+    value, slope = chunked(both, logits, (*data, table), chunk, held=8).unbind(-1)
+    return value + slope.detach() * (factors.own - factors.own.detach())
+
+
+def sorted_distance(
+    logits: Logits, teacher_logps: Tensor, chunk: int | None = None, factors: Factors | None = None
+) -> Tensor:
     """Return the universal logit distance of each token [N]: the L1 distance of sorted probabilities.
 
     teacher_logps [N, K] in any order, -inf where there is none. The K largest probabilities of both sides are compared
     rank by rank, and the mass that is left as one more rank; a vocabulary below K counts as filled with zeros. With K
     the teacher's whole vocabulary that is the distance itself; with fewer a lower bound of it (triangle inequality).
-    Rows without any entry give 0. Source: ULD, arXiv 2402.12030, eq. 4.
+    Rows without any entry give 0. factors: of merged spans, whose teacher_logps have the teacher's factor in them.
+    Source: ULD, arXiv 2402.12030, eq. 4.
     """
 
-    def distance(part: Tensor, teacher: Tensor) -> Tensor:
+    def distance(logps: Tensor, teacher: Tensor, scales: Tensor) -> Tensor:
         """Return the distances of a chunk [n]."""
-        wide = _wide(part)
-        size = min(teacher.shape[-1], wide.shape[-1])
-        student = wide.log_softmax(-1).topk(size, dim=-1).values.exp()
+        own, theirs = scales.to(logps.dtype).unbind(-1)
+        size = min(teacher.shape[-1], logps.shape[-1])
+        student = (logps.topk(size, dim=-1).values + own.unsqueeze(-1)).exp()
         student = torch.nn.functional.pad(student, (0, teacher.shape[-1] - size))
         found = teacher.to(student.dtype).exp().sort(-1, descending=True).values
         student = torch.where(found > 0, student, 0.0)  # a rank that the teacher does not tell is in the rest
-        rest = (found.sum(-1) - student.sum(-1)).abs()  # (1 - sum) of both, subtracted
+        rest = (found.sum(-1) - student.sum(-1) - (theirs.exp() - own.exp())).abs()  # what is left of both, subtracted
         return torch.where((teacher == -math.inf).all(-1), 0.0, (student - found).abs().sum(-1) + rest)
 
-    return chunked(distance, logits, (teacher_logps,), chunk, held=3)
+    if factors is not None:
+        return _of_merged(distance, logits, (teacher_logps,), factors, chunk)
+    plain = lambda part, *rows: distance(_wide(part).log_softmax(-1), *rows)  # noqa: E731
+    return chunked(plain, logits, (teacher_logps, _plain(logits)), chunk, held=3)
 
 
 def hybrid_distance(
@@ -207,6 +254,7 @@ def hybrid_distance(
     beta: float,
     weights: tuple[float, float],
     chunk: int | None = None,
+    factors: Factors | None = None,
 ) -> Tensor:
     """Return GOLD's hybrid of each token [N]: weights[0] times a divergence at the ids that both vocabularies have.
 
@@ -216,17 +264,19 @@ def hybrid_distance(
     shared [V]: which of the student's ids the teacher has, entries or not; those of the entries always count. The
     divergence is generalized_jsd's, of parts that do not sum to 1, so it may be negative. With the teacher's whole
     vocabulary this is GOLD's; with fewer entries the mass of both sides that is in neither part is one more rank.
-    Rows without any entry give 0. Source: TRL's GOLD trainer (use_uld_loss, uld_use_hybrid_loss).
+    Rows without any entry give 0. factors: as sorted_distance's. Source: TRL's GOLD trainer (use_uld_loss,
+    uld_use_hybrid_loss).
     """
 
-    def distance(part: Tensor, part_ids: Tensor, teacher: Tensor) -> Tensor:
+    def distance(logps: Tensor, part_ids: Tensor, teacher: Tensor, scales: Tensor) -> Tensor:
         """Return the hybrid of a chunk [n]."""
-        logps = _wide(part).log_softmax(-1)
+        mine, theirs = scales.to(logps.dtype).unbind(-1)
+        logps = logps + mine.unsqueeze(-1)
         there = teacher > -math.inf
-        both, width = there & (part_ids >= 0), part.shape[-1]
-        known = torch.zeros(len(part), width + 1, dtype=torch.bool, device=part.device)
+        both, width = there & (part_ids >= 0), logps.shape[-1]
+        known = torch.zeros(len(logps), width + 1, dtype=torch.bool, device=logps.device)
         known = known.scatter_(-1, part_ids.where(both, width), True)[:, :width]
-        known = known if shared is None else known | shared.to(part.device)
+        known = known if shared is None else known | shared.to(logps.device)
         target = teacher.to(logps.dtype).where(there, 0.0)
         student = logps.gather(-1, part_ids.where(both, 0))
         together = _parts_jsd(student, target, beta).where(both, 0.0).sum(-1)
@@ -235,11 +285,15 @@ def hybrid_distance(
         own = logps.exp().masked_fill(known, 0.0).topk(size, dim=-1).values
         own = torch.nn.functional.pad(own, (0, teacher.shape[-1] - size)).where(others > 0, 0.0)
         seen = student.exp().where(both, 0.0).sum(-1) + own.sum(-1)
-        rest = (target.exp().where(there, 0.0).sum(-1) - seen).abs()  # (1 - sum) of both, subtracted
+        # what is left of both, subtracted
+        rest = (target.exp().where(there, 0.0).sum(-1) - seen - (theirs.exp() - mine.exp())).abs()
         total = weights[0] * together + weights[1] * ((own - others).abs().sum(-1) + rest)
         return total.where(there.any(-1), 0.0)
 
-    return chunked(distance, logits, (ids, teacher_logps), chunk, held=4)
+    if factors is not None:
+        return _of_merged(distance, logits, (ids, teacher_logps), factors, chunk)
+    plain = lambda part, *rows: distance(_wide(part).log_softmax(-1), *rows)  # noqa: E731
+    return chunked(plain, logits, (ids, teacher_logps, _plain(logits)), chunk, held=4)
 
 
 def expected_advantage(logits: Logits, ids: Tensor, advantages: Tensor, chunk: int | None = None) -> Tensor:

@@ -16,7 +16,8 @@ from teacher.cache import IDENTITY, Reader
 from teacher.hub import cache_folder
 from teacher.mixture import summed
 from teacher.quantities import Entry
-from tokens.generations import GeneratedSequences, prompt_key
+from tokens.columns import groups_of, prompts_of
+from tokens.generations import GeneratedSequences
 
 
 def open_cache(folder: str, quantity: str, tokenizer: Any) -> Reader:
@@ -100,22 +101,18 @@ class StoredLogps(NamedTuple):
         return self.reader.get(self.tokens.ids, self.tokens.response)["logps"]
 
 
-def generations_by_prompt(
-    generations: GeneratedSequences, examples: Sequence[Example], source: str
-) -> dict[bytes, list[int]]:
-    """Group generations, by number, by their prompt's key; ValueError shows the first example whose prompt has none.
+def check_generated(generations: GeneratedSequences, examples: Sequence[Example], source: str) -> None:
+    """Refuse rows whose prompt has no generation; the first of them is shown.
 
     Rows are joined by content, never by position: another template, truncation or data set has other ids.
     """
-    found: dict[bytes, list[int]] = {}
-    for number in range(len(generations)):
-        found.setdefault(generations.prompt_key(number), []).append(number)
-    missing = [i for i, example in enumerate(examples) if prompt_key(example.prompt) not in found]
-    if missing:
-        first = examples[missing[0]]
+    rows, answered = prompts_of(examples).keys, generations.prompt_keys()
+    groups = groups_of(np.concatenate([rows, answered]))
+    missing = np.flatnonzero(~np.isin(groups[: len(rows)], groups[len(rows) :]))
+    if len(missing):
+        first = examples[int(missing[0])]
         raise ValueError(
             f"{source}: {len(missing)} of {len(examples)} prompts have no generation. The first: "
             f"{first.conversation.prompt[-1]['content'][:120]!r} ({len(first.prompt)} tokens). Generate for the same "
             "data, template, model.max_prompt_length and n_examples"
         )
-    return found

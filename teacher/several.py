@@ -21,7 +21,16 @@ from teacher.hub import cache_folder
 from teacher.lookup import check_held, entry_of, identity_of
 from teacher.mixture import ABSENT, MIXTURES, mixed, named, shares, within
 from teacher.quantities import Entry
-from teacher.spans import Aligned, aligned, check_coverage, compared_tokens, laid_onto, response_ids, translation
+from teacher.spans import (
+    MERGES,
+    Aligned,
+    aligned,
+    check_coverage,
+    compared_tokens,
+    laid_onto,
+    response_ids,
+    translation,
+)
 from teacher.vocabulary import NOTHING, check_shared_ids
 from tokens.encoding import encode_example
 
@@ -40,6 +49,7 @@ class CachedTeachersConfig:
     teacher_tokenizer: Place | None
     min_coverage: float
     span_loss: str
+    span_merge: str
     hybrid_beta: float
     hybrid_weights: Any
 
@@ -47,6 +57,12 @@ class CachedTeachersConfig:
         one_of("loss.mixture", self.mixture, MIXTURES)
         one_of("loss.alignment", self.alignment, ("ids", "bytes"))
         one_of("loss.span_loss", self.span_loss, ("kl", "uld", "gold"))
+        one_of("loss.span_merge", self.span_merge, MERGES)
+        require(
+            self.span_merge == "none" or self.span_loss != "kl",
+            f"loss.span_merge={self.span_merge} multiplies distributions, and with loss.span_loss=kl a span is an "
+            "event: it needs loss.span_loss=uld or gold",
+        )
         require(0 <= self.min_coverage <= 1, f"loss.min_coverage={self.min_coverage} must be in [0, 1]")
         folders = self.folders
         require(
@@ -201,7 +217,7 @@ class CachedTeachers:
         found = self._widened(found)
         if self.between is None or wanted.aligned is None:
             return within(found, self.size)
-        return laid_onto(wanted.aligned, found, self.between, self.config.span_loss)
+        return laid_onto(wanted.aligned, found, self.between, self.config.span_loss, self.config.span_merge)
 
     def _widened(self, entry: Entry) -> Entry:
         """Fill up entries to the width of the widest: a batch may have rows of several teachers."""

@@ -16,6 +16,8 @@ from teacher.quantities import Entry
 from teacher.vocabulary import NOTHING, matched_ids, token_bytes
 from templates import turn_end
 
+MERGES = ("none", "observed", "bayesian")
+
 
 class Translation(NamedTuple):
     """Two tokenizers: the bytes of their tokens, the ids that end a turn, and their ids as ours where they match."""
@@ -67,7 +69,7 @@ def token_logp(entry: Entry, position: int, token: int) -> float:
     return float(entry.values[position][at[0]]) if len(at) else float("nan")
 
 
-def laid_onto(found: Aligned, entry: Entry, between: Translation, span_loss: str) -> Entry:
+def laid_onto(found: Aligned, entry: Entry, between: Translation, span_loss: str, merge: str = "none") -> Entry:
     """Return entries [L, K] for the student's tokens, from the teacher's [M, K].
 
     A span of one token on both sides gets the teacher's entries, their ids as ours; entries without a token of ours
@@ -76,15 +78,28 @@ def laid_onto(found: Aligned, entry: Entry, between: Translation, span_loss: str
 
     span_loss `uld`: the first token of every span gets the teacher's log-probabilities there, without ids. `gold`:
     entries without a token of ours stay, under the id NOTHING.
+
+    merge `observed`: the first token of a span of several gets the teacher's entries at its first token there, times
+    the probability of the others; `bayesian`: the last token, those at the last one, times that of those before. All
+    tokens of ours are then in a span whose log-probability is that factor. Left out where the factor is not known.
     """
     length, width = len(found.ours.pieces), entry.ids.shape[1]
     ids, values = np.zeros((length, width), np.int64), np.full((length, width), ABSENT, np.float32)
     spans, span_logps = np.full(length, NOTHING, np.int64), list[float]()
     for span in found.spans:
-        if span_loss == "uld":
+        if merge != "none" and not span.is_single:
+            base, their_base = _bases(span, merge)
+            others = [t for t in range(span.their_start, span.their_end) if t != their_base]
+            factor = sum(token_logp(entry, t, found.their_ids[t]) for t in others)
+            if not np.isnan(factor):
+                spans[span.start : span.end] = len(span_logps)
+                span_logps.append(factor)
+                mapped = _mapped(found, base, entry.ids[their_base], between) if span_loss == "gold" else 0
+                ids[base], values[base] = mapped, entry.values[their_base] + factor
+        elif span_loss == "uld":
             values[span.start] = entry.values[span.their_start]
         elif span.is_single:
-            mapped = _mapped(found, span, entry.ids[span.their_start], between)
+            mapped = _mapped(found, span.start, entry.ids[span.their_start], between)
             known = mapped != NOTHING
             kept = known if span_loss == "kl" else np.ones_like(known)
             ids[span.start] = np.where(kept, mapped, 0)
@@ -99,10 +114,16 @@ def laid_onto(found: Aligned, entry: Entry, between: Translation, span_loss: str
     return Entry(ids, values, tail, None, spans, np.asarray(span_logps, np.float32))
 
 
-def _mapped(found: Aligned, span: Span, their_ids: np.ndarray, between: Translation) -> np.ndarray:
-    """Return their ids [K] as ours; at the very beginning a tokenizer's own white space is exchanged for ours."""
+def _bases(span: Span, merge: str) -> tuple[int, int]:
+    """Return the token of ours, and the one of theirs, whose distribution stands for a span."""
+    return (span.start, span.their_start) if merge == "observed" else (span.end - 1, span.their_end - 1)
+
+
+def _mapped(found: Aligned, place: int, their_ids: np.ndarray, between: Translation) -> np.ndarray:
+    """Return their ids [K] at our token `place` as ours; at the very beginning a tokenizer's own white space is
+    exchanged for ours."""
     leads = tuple(side.text[: lead(side)] for side in (found.ours, found.theirs))
-    if span.start or leads[0] == leads[1]:
+    if place or leads[0] == leads[1]:
         return between.matches[their_ids]
     mapped: list[int] = []
     for i in their_ids.tolist():

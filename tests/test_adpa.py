@@ -5,27 +5,34 @@ import resource
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import launch
 import models
 from settings.schema import ModelConfig, typed
 from tests.support.helpers import composed, rows_of
+from tokens.columns import groups_of
 from tokens.generations import generated_sequences, read_generations
 from trainers.adpa import NONE, dealt
+
+
+def keys(prompts: list[int]) -> np.ndarray:
+    """Return keys [n, 16] of prompts that are numbers."""
+    return np.frombuffer(b"".join(bytes([prompt] * 16) for prompt in prompts), np.uint8).reshape(-1, 16)
 
 
 def joined(rows: dict[int, int], responses: dict[int, int]) -> list[tuple[int | None, int | None]]:
     """Deal so many generations of each prompt (a number) to so many of its rows: the number of the row (from 10) and of
     the generation (from 20) within the prompt, None where it is not supervised."""
-    keys = {prompt: bytes([prompt]) for prompt in rows}
-    prompts = [keys[prompt] for prompt, m in rows.items() for _ in range(m)]
-    firsts = {keys[prompt]: sum(list(responses.values())[:i]) for i, prompt in enumerate(responses)}
-    generations = {keys[prompt]: [firsts[keys[prompt]] + j for j in range(n)] for prompt, n in responses.items()}
+    prompts = [prompt for prompt, m in rows.items() for _ in range(m)]
+    answered = [prompt for prompt, n in responses.items() for _ in range(n)]
+    firsts = {prompt: answered.index(prompt) for prompt in responses}
     places = [j for m in rows.values() for j in range(m)]
     found = []
-    for row, generation, with_chosen in dealt(prompts, generations):
-        assert generation == NONE or generation in generations[prompts[row]]  # never another prompt's
+    parts = [part.tolist() for part in dealt(keys(prompts), keys(answered))]
+    for row, generation, with_chosen in zip(*parts, strict=True):
+        assert generation == NONE or answered[generation] == prompts[row]  # never another prompt's
         answer = None if generation == NONE else 20 + generation - firsts[prompts[row]]
         found.append((10 + places[row] if with_chosen else None, answer))
     return found
@@ -47,6 +54,25 @@ def test_what_does_not_come_out_even_is_neither_lost_nor_doubled():
     assert Counter(chosen for chosen, _ in more) == {10: 2, 11: 2, None: 1}  # the fifth has the advantage term only
     fewer = joined({1: 3}, {1: 2})
     assert fewer == [(10, 20), (11, 21), (12, None)]  # the third row has the NLL term only
+
+
+def plainly(prompts: list[int], answered: list[int]) -> list[tuple[int, int, bool]]:
+    """Deal prompt by prompt, row by row."""
+    seen, found = Counter[int](), []
+    for row, prompt in enumerate(prompts):
+        its = [i for i, other in enumerate(answered) if other == prompt]
+        mine, share = its[seen[prompt] :: prompts.count(prompt)], len(its) // prompts.count(prompt)
+        seen[prompt] += 1
+        found += [(row, generation, k < max(1, share)) for k, generation in enumerate(mine)] or [(row, NONE, True)]
+    return found
+
+
+def test_all_at_once_the_deals_are_those_of_row_by_row():
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 7, 40, 150):
+        prompts, answered = rng.integers(0, 1 + size // 3, size).tolist(), rng.integers(0, 1 + size // 3, size).tolist()
+        found = dealt(keys(prompts), keys(answered))
+        assert list(zip(*(part.tolist() for part in found), strict=True)) == plainly(prompts, answered)
 
 
 def test_an_epoch_sees_every_row_and_generation_of_a_repeated_prompt_once(tmp_path: Path):
@@ -98,7 +124,7 @@ def test_sequences_are_those_of_the_rows_with_and_without_a_store(tmp_path: Path
         found = generated_sequences(path, tokenizer, place, 2)
         assert list(found) == wanted and [t.key for t in found] == [t.key for t in wanted] and len(found[3:5]) == 2
         assert [t.num_supervised for t in found] == [sum(t.response) for t in wanted]
-        assert len({found.prompt_key(i) for i in range(40)}) == len({str(t.ids[:20]) for t in wanted})
+        assert groups_of(found.prompt_keys()).max() + 1 == len({str(t.ids[:20]) for t in wanted})
     with path.open("a", encoding="utf-8") as out:  # another content is another store
         out.write(path.read_text(encoding="utf-8").splitlines()[0] + "\n")
     assert len(generated_sequences(path, tokenizer, tmp_path / "tokens")) == 41
@@ -128,9 +154,7 @@ def test_a_hundred_thousand_generations_take_little_memory(tmp_path: Path, token
     generated_sequences(path, tokenizer, tmp_path / "tokens")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = generated_sequences(path, tokenizer, tmp_path / "tokens")
-    keys = {}
-    for i in range(len(found)):
-        keys.setdefault(found.prompt_key(i), []).append(i)
+    assert len(dealt(found.prompt_keys(), found.prompt_keys()).rows) == len(found)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
     print(f"100,000 generations, {path.stat().st_size / 2**20:.0f} MB: {grown:.0f} MB more")
     assert grown < 100

@@ -312,7 +312,11 @@ def test_a_stage_has_the_layout_of_its_accelerate_configuration(tmp_path: Path) 
     assert isinstance(found, dict) and (found["strategy"], found["devices"]) == ("fsdp", 16)
     assert found["memory"]["weights"] == 8_030_261_248 * 4 // 16
     other = of_stage(stages["cache_logprobs"], composed()["estimate"])
-    assert isinstance(other, dict) and (other["strategy"], other["devices"]) == ("whole model each", 16)
+    assert isinstance(other, dict) and (other["strategy"], other["devices"]) == ("fsdp", 16)
+    assert other["memory"]["weights"] == 8_030_261_248 * 4 // 16 and other["memory"]["gathered weights"] > 0
+    alone = of_stage(stages["cache_logprobs"], {**composed()["estimate"], "devices": 16})
+    assert isinstance(alone, dict) and alone["strategy"] == "whole model each"
+    assert alone["memory"]["weights"] == 8_030_261_248 * 4 and "gathered weights" not in alone["memory"]
 
 
 def test_a_model_without_a_readable_configuration_is_named() -> None:

@@ -17,6 +17,7 @@ from engine import export
 from evaluation.harness import metrics_of
 from evaluation.latency import WARMUP, Timing, batches_of, hf_timed, timing_metrics
 from report.evaluation_page import advantages_in
+from report.gather import Evaluation, advantages_of
 from report.page import write_report
 from report.tables import benchmarks_section, latency_section, metric_sections
 from settings.schema import Settings, settings_from
@@ -41,7 +42,7 @@ def settings_for(folder: Path, name: str, **evaluation: Any) -> Settings:
     return settings_from(raw)
 
 
-def advantage_cache(folder: Path, tokenizer: Any, quantity: str = "advantage") -> Path:
+def advantage_cache(folder: Path, tokenizer: Any, quantity: str = "advantage", first: float = 1.25) -> Path:
     """Write a cache of one sequence: three prompt tokens, two of a response, two entries each."""
     advantage = quantity == "advantage"
     meta = Meta(
@@ -56,7 +57,7 @@ def advantage_cache(folder: Path, tokenizer: Any, quantity: str = "advantage") -
         precision="",
     )
     said = tokenizer("order kiwis").input_ids[:2]
-    entries = {"ids": [[said[0], 5], [6, 7]], "values": [[1.25, -0.5], [0.25, 0.5]], "tail": [0.0, 0.0]}
+    entries = {"ids": [[said[0], 5], [6, 7]], "values": [[first, -0.5], [0.25, 0.5]], "tail": [0.0, 0.0]}
     writer = Writer(folder, meta)
     logps = {"teacher_logps": [[-0.5, -2.0], [-1.0, -1.5]]} if advantage else {}
     arrays = {name: np.array(values) for name, values in (entries | logps).items()}
@@ -293,3 +294,26 @@ def test_what_names_say_is_escaped_in_every_further_table(tmp_path: Path) -> Non
     page = write_report(tmp_path, "x", {}, {"models": models_}, [], [], more).read_text(encoding="utf-8")
     assert "<img" not in page and page.count("&lt;img") >= 8
     assert {"pairs", "text", "benchmarks", "latency"} <= set(re.findall(r'href="#(\w+)"', page))
+
+
+def test_each_of_several_advantage_caches_is_shown_with_its_weight(folder: Path, tmp_path: Path) -> None:
+    tokenizer = models.load_tokenizer(settings_for(folder, "x").model)
+    said = tokenizer("order kiwis").input_ids[:2]
+    row = {"prompt_ids": [8, 9, 10], "response_ids": said, "prompt": [{"role": "user", "content": "kiwis?"}]}
+    generations = tmp_path / "generations.jsonl"
+    generations.write_text(json.dumps({**row, "response": "order kiwis", "finish_reason": "stop"}) + "\n")
+    other = advantage_cache(tmp_path / "OTHER", tokenizer, first=-2.0)
+    loss: dict[str, Any] = {"generations": str(generations), "advantages": str(folder / "CACHE")}
+    run = tmp_path / "run"
+    shutil.copytree(folder / "a", run / "FINAL")
+    evaluation = Evaluation(tmp_path, 1, {"models": {"a": {"folder": str(run / "FINAL")}}}, {})
+    (run / "config.yaml").write_text(json.dumps({"loss": loss}))
+    (alone,) = advantages_of(evaluation)
+    assert alone["whose"] == "" and alone["tokens"][0]["advantage"] == 1.25
+    loss |= {"advantages": {"math": str(folder / "CACHE"), "code": str(other)}, "advantage_weights": [3, 1]}
+    (run / "config.yaml").write_text(json.dumps({"loss": loss}))
+    both = advantages_of(evaluation)
+    assert [row["whose"] for row in both] == ["cache math, weight 0.75", "cache code, weight 0.25"]
+    assert [row["tokens"][0]["advantage"] for row in both] == [1.25, -2.0]
+    html = write_report(tmp_path, "t", {}, {"models": {}}, [], both).read_text(encoding="utf-8")
+    assert html.count('class="whose"') == 2 and "cache code, weight 0.25" in html

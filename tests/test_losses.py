@@ -1,5 +1,6 @@
 """Every loss of config/loss: equal to its slow twin, its gradient checked, and the same whatever the layout."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,9 @@ OPTIONS = {
         BYTES,
         f"{BYTES} loss.span_loss=uld",
         f"{BYTES} loss.span_loss=gold loss.hybrid_weights=[1.0,0.5]",
+        f"{BYTES} loss.span_loss=uld loss.span_merge=observed",
+        f"{BYTES} loss.span_loss=gold loss.hybrid_weights=[1.0,0.5] loss.span_merge=bayesian",
+        f"{BYTES} loss.span_loss=gold loss.hybrid_weights=[0.3,0.7] loss.span_merge=observed loss.hybrid_beta=0.2",
         "loss.teacher_temperature=0.3 loss.sft_weight=0",
         "loss.tail=renormalize loss.teacher_temperature=2.0",
     ],
@@ -229,11 +233,14 @@ def test_kto_pairs_by_the_seed_alone():
 def test_kto_pairs_a_response_with_another_prompt_wherever_two_prompts_are():
     pairs = many_pairs(2)
     rows = [(pairs[0].prompt, pairs[0].chosen)] * 5 + [(pairs[1].prompt, pairs[1].rejected)]
-    prompts = [tuple(prompt) for prompt, _ in rows]
+    prompts = np.array([0] * 5 + [1])
     for seed in range(4):
         others = partners(prompts, seed)
-        joined = [mismatched(prompt, rows[j][1], 99) for (prompt, _), j in zip(rows, others, strict=True)]
-        assert [other.ids[-1] for other in joined] == [7] * 5 + [5]
+        joined = [
+            mismatched(np.array(prompt), rows[j][1].arrays(), 99) for (prompt, _), j in zip(rows, others, strict=True)
+        ]
+        assert [int(ids[-1]) for ids, _ in joined] == [7] * 5 + [5]
+        assert [mask.tolist() for _, mask in joined] == [[False] * 2 + [True] * (len(ids) - 2) for ids, _ in joined]
     with pytest.raises(ValueError, match="two different prompts"):
         partners(prompts[:5], 0)
 

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from teacher.entries import event_kl, sorted_distance, topk_kl, topk_logps
+from dataloader import TopK
+from functional import token_logps
+from teacher.entries import Factors, event_kl, hybrid_distance, sorted_distance, topk_kl, topk_logps
 from teacher.mixture import ABSENT, mixed, summed, within
 from teacher.quantities import Entry
 from tests.support.bigram import examples, trainer_of
 from trainers.batches import Item
+from trainers.dckd import factors_of
 
 V, L = 9, 5
 
@@ -226,3 +229,57 @@ def test_advantages_of_several_caches_are_summed_at_the_ids_of_any():
         assert (found.values[t][~there] == 0).all()
         assert found.tail[t] == pytest.approx(1 - np.exp(found.teacher_logps[t]).sum(), abs=1e-6)
     assert summed(parts[:1], [1.0]) is parts[0]
+
+
+# ---- spans that are merged into one distribution
+
+
+@pytest.mark.parametrize(("merge", "wanted"), [("observed", [0.3, 0.15, 0.05]), ("bayesian", [0.12, 0.3, 0.18])])
+def test_two_tokens_are_merged_as_in_trls_own_example(merge, wanted):
+    """Of TRL's tests of GOLD: P(y) = [.6, .3, .1] then [.2, .5, .3], the tokens 0 and 1, is P_0(y) P_1(1) = .5 P_0(y)
+    where the first distribution is kept, and P_0(0) P_1(y) where the last one is."""
+    probs = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]], dtype=torch.float64)
+    logits, targets = probs.log().requires_grad_(), torch.tensor([0, 1])
+    teacher = TopK(torch.zeros(2, 3), torch.zeros(2, 3), None, torch.tensor([0, 0]), torch.tensor([-0.4]))
+    factors = factors_of(token_logps(logits, targets), teacher, merge)
+    base = 0 if merge == "observed" else 1
+    torch.testing.assert_close(
+        probs[base] * factors.own[base].exp(), torch.tensor(wanted, dtype=torch.float64), check_dtype=False
+    )
+    assert float(factors.own[1 - base]) == float(factors.theirs[1 - base]) == 0.0
+    assert float(factors.theirs[base]) == pytest.approx(-0.4)
+
+
+@pytest.mark.parametrize("kind", ["uld", "gold"])
+def test_the_distance_of_merged_distributions_is_that_of_the_products(kind):
+    """With the teacher's whole vocabulary: L1 of both products, sorted, and the divergence of matching ids."""
+    student, teacher = dense(7), dense(8).log_softmax(-1)
+    own = torch.linspace(-2, 0, L, dtype=torch.float64).requires_grad_()
+    theirs = torch.linspace(0, -1, L, dtype=torch.float64)
+    scaled = teacher + theirs[:, None]
+    factors = Factors(own, theirs)
+    ids = torch.arange(V).expand(L, V)
+    ids = ids.masked_fill(ids >= 4, -1)
+
+    def direct(logits: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        p, q = (logits.log_softmax(-1) + factor[:, None]).exp(), scaled.exp()
+        if kind == "uld":
+            return (p.sort(-1).values - q.sort(-1).values).abs().sum(-1)
+        mean = 0.5 * (p + q)
+        parts = 0.5 * (q * (q / mean).log() + p * (p / mean).log())
+        return 0.3 * parts[:, :4].sum(-1) + 0.7 * (p[:, 4:].sort(-1).values - q[:, 4:].sort(-1).values).abs().sum(-1)
+
+    def found(logits: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        with_factor = factors._replace(own=factor)
+        if kind == "uld":
+            return sorted_distance(logits, scaled, chunk=2, factors=with_factor)
+        return hybrid_distance(logits, ids, scaled, None, 0.5, (0.3, 0.7), chunk=2, factors=with_factor)
+
+    logits = student.requires_grad_()
+    torch.testing.assert_close(found(logits, own), direct(logits, own))
+    for one, other in zip(
+        torch.autograd.grad(found(logits, own).sum(), (logits, own)),
+        torch.autograd.grad(direct(logits, own).sum(), (logits, own)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)

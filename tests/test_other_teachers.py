@@ -137,6 +137,7 @@ def test_a_column_routes_each_row_to_its_teacher_and_a_missing_name_is_refused_w
         ([cached("[a,b]"), "loss.mixture=median"], "choose one of probabilities"),
         ([cached("a"), "loss.alignment=bytes"], "needs loss.teacher_tokenizer"),
         ([cached("a"), "loss.span_loss=uld"], "needs loss.alignment=bytes"),
+        ([cached("a"), "loss.span_merge=observed"], "with loss.span_loss=kl a span is an event"),
         ([cached("a"), "loss.alignment=bytes", "loss.teacher_tokenizer=b", "loss.tail=truncate"], "needs tail=bucket"),
     ],
 )
@@ -270,6 +271,34 @@ def test_golds_hybrid_by_bytes_trains_and_says_so(bytes_world):
     assert sums_of(trainer, items)["kl_chosen"] > 0
     with pytest.raises(ValueError, match="hybrid_weights=.*must be two numbers"):
         trainer_of(common, *by_bytes(made, other["bpe"]), "loss.span_loss=gold", "loss.hybrid_weights=[1]")
+
+
+@pytest.mark.parametrize("merge", ["observed", "bayesian"])
+def test_a_merged_span_has_one_distribution_times_the_probability_of_its_other_tokens(bytes_world, merge):
+    _, common, _, other, made = bytes_world
+    merged, plain = (
+        trainer_of(common, *by_bytes(made, other["bpe"]), "loss.span_loss=gold", f"loss.span_merge={name}")
+        for name in (merge, "none")
+    )
+    assert "a span of several tokens has the distribution of its" in merged.objective()
+    items, events = items_of(merged), items_of(plain)
+    checked = 0
+    for item, event in zip(items, events, strict=True):
+        for entry, whole in zip(item.entries, event.entries, strict=True):
+            single = entry.spans < 0
+            assert np.array_equal(entry.values[single], whole.values[single])
+            for number, factor in enumerate(entry.span_logps):
+                inside = np.flatnonzero(entry.spans == number)
+                base = inside[0 if merge == "observed" else -1]
+                mass = np.exp(entry.values[base]).sum()  # K is the whole vocabulary: what is left is the factor
+                assert np.log(mass) == pytest.approx(factor, abs=1e-2)
+                assert np.isneginf(entry.values[inside[inside != base]]).all()
+                checked += len(inside) > 1
+            known = [whole.spans[np.flatnonzero(entry.spans == n)[0]] for n in range(len(entry.span_logps))]
+            assert (entry.span_logps >= whole.span_logps[known] - 1e-2).all()  # less one token's probability
+    assert checked > 5
+    sums = sums_of(merged, items)
+    assert all(np.isfinite(list(sums.values()))) and sums["kl_chosen"] != sums_of(plain, events)["kl_chosen"]
 
 
 def test_by_bytes_with_the_students_own_tokenizer_is_the_plain_loss(world):

@@ -21,6 +21,14 @@ def content_key(ids: Sequence[int] | np.ndarray, response: Sequence[bool]) -> by
     return digest.digest()
 
 
+def number_in(value: object) -> float:
+    """Return a number as a float; nan for what is none, or is too large."""
+    try:
+        return float(value) if isinstance(value, (bool, int, float)) else float("nan")
+    except OverflowError:
+        return float("nan")
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """One tokenized conversation: ids, and True where a token is supervised (the end of turn included)."""

@@ -9,8 +9,9 @@ import numpy as np
 from conversations import Conversation, Message
 from pipeline.digests import content_digest
 from templates import tokenizer_digest
+from tokens.columns import Sides
 from tokens.encoding import check_ids
-from tokens.examples import Example, Tokens, content_key
+from tokens.examples import Example, Tokens
 from tokens.sources import RowSource, num_rows, open_lines
 from tokens.store import Record, Rows, pack
 from tokens.writing import code_digest, store
@@ -99,14 +100,14 @@ class GeneratedSequences(Sequence[Tokens]):
         assert found is not None, "every generation is stored with its sequence, an empty response included"
         return found
 
-    def prompt_key(self, index: int) -> bytes:
-        """Return the key of a generation's prompt."""
-        return prompt_key(self.rows.part(index, 0)[0])
+    def prompt_keys(self) -> np.ndarray:
+        """Return the keys [n, 16] uint8 of the prompts: rows and generations of one prompt find each other by them."""
+        return self.rows.table.prompts
 
-
-def prompt_key(ids: Sequence[int] | np.ndarray) -> bytes:
-    """Hash a prompt's ids to 16 bytes: rows and generations of one prompt find each other by it."""
-    return content_key(ids, ())
+    def sides(self) -> Sides:
+        """Return what is known of the sequences, which stand where a row has its response."""
+        table = self.rows.table
+        return Sides(table.lengths[:, 1:], table.keys, table.supervised)
 
 
 def generated_sequences(

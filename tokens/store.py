@@ -19,9 +19,10 @@ import numpy as np
 
 from conversations import Conversation
 from settings.artifacts import mark_done, write_json
-from tokens.examples import Example, Tokens
+from tokens.columns import numbers_in
+from tokens.examples import Example, Tokens, content_key
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 SIDES = ("chosen", "rejected", "response")
 
 
@@ -29,7 +30,8 @@ class Table(NamedTuple):
     """Tokenized rows. A row's prompt and its up to three sequences lie one after the other in `ids` and `mask`.
 
     numbers [R] int64: the rows' places in the source. lengths [R, 4] int32: of prompt, chosen, rejected, response; -1
-    where there is none, everywhere in a dropped row. supervised [R, 3] int32. keys [R, 3, 16] uint8: content keys.
+    where there is none, everywhere in a dropped row. supervised [R, 3] int32. keys [R, 3, 16] uint8: content keys;
+    prompts [R, 16] uint8: those of the prompts. figures [R, 2] float64: label and reward, nan where there is none.
     counts [R, C] int32: what was cut and dropped. ids [N] int32, mask [N] bool. text, ends [R] int64: the
     conversations as JSON, and where each ends; or `told` holds them as they are.
     """
@@ -38,6 +40,8 @@ class Table(NamedTuple):
     lengths: np.ndarray
     supervised: np.ndarray
     keys: np.ndarray
+    prompts: np.ndarray
+    figures: np.ndarray
     counts: np.ndarray
     ids: np.ndarray
     mask: np.ndarray
@@ -61,6 +65,8 @@ FILES: dict[str, tuple[str, tuple[int, ...]]] = {
     "lengths": ("int32", (4,)),
     "supervised": ("int32", (3,)),
     "keys": ("uint8", (3, 16)),
+    "prompts": ("uint8", (16,)),
+    "figures": ("float64", (2,)),
     "counts": ("int32", (-1,)),
     "ids": ("int32", ()),
     "mask": ("bool", ()),
@@ -77,13 +83,14 @@ def pack(records: Sequence[Record], as_json: bool) -> Table:
     """Lay records out as arrays; NotStorable where a conversation cannot be written as JSON."""
     size = len(records)
     lengths, supervised = np.full((size, 4), -1, np.int32), np.zeros((size, 3), np.int32)
-    keys = np.zeros((size, 3, 16), np.uint8)
+    keys, prompts = np.zeros((size, 3, 16), np.uint8), np.zeros((size, 16), np.uint8)
     ids: list[np.ndarray] = [np.zeros(0, np.int32)]
     mask: list[np.ndarray] = [np.zeros(0, np.bool_)]
     for row, record in enumerate(records):
         if record.example is None:
             continue
         lengths[row, 0] = len(record.example.prompt)
+        prompts[row] = np.frombuffer(content_key(record.example.prompt, ()), np.uint8)
         ids.append(np.asarray(record.example.prompt, np.int32))
         mask.append(np.zeros(len(record.example.prompt), np.bool_))
         for side, name in enumerate(SIDES):
@@ -101,6 +108,8 @@ def pack(records: Sequence[Record], as_json: bool) -> Table:
         lengths,
         supervised,
         keys,
+        prompts,
+        np.array([numbers_in(record.conversation.meta) for record in records], np.float64).reshape(-1, 2),
         np.array([record.counts for record in records], np.int32),
         np.concatenate(ids),
         np.concatenate(mask),

@@ -6,11 +6,11 @@ objective=regularized puts E_pi[A] - tau KL(pi || base) in the place of the sum 
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,12 +24,27 @@ from settings.schema import one_of, require
 from settings.typed import Place, Places
 from teacher.cache import Reader
 from teacher.entries import advantage_scores, inside
-from teacher.lookup import Stored, StoredSum, generations_by_prompt, open_cache, stored_entry
+from teacher.lookup import Stored, StoredSum, check_generated, identity_of, open_cache, stored_entry
 from teacher.mixture import named, shares
-from tokens.generations import generated_sequences, prompt_key
+from tokens.columns import (
+    NOTHING,
+    PROMPT,
+    SIDES,
+    Columns,
+    Sides,
+    either,
+    groups_of,
+    prompts_of,
+    sides_of,
+    taken,
+    with_prompts,
+)
+from tokens.generations import generated_sequences
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, checked, supervised_sequence
+from trainers.batches import Batch, Item, Items, asked, checked, supervised_sequence
 from trainers.regularized_advantage import BASES, Regularized, Regularizer, regularized_advantage
+
+CHOSEN, RESPONSE = SIDES.index("chosen"), SIDES.index("response")
 
 
 @dataclass(frozen=True)
@@ -111,34 +126,77 @@ def floored(advantages: Tensor, teacher_logps: Tensor, floor: float) -> Tensor:
     return advantages.masked_fill(absurd, 0.0)
 
 
-class Dealt(NamedTuple):
-    """An item by number: its row, the generation it is joined with (NONE: none), and whether y_w is supervised."""
+class Deals(NamedTuple):
+    """Items by number, [n] each: their rows, the generations they are joined with (NONE: none), and whether y_w is
+    supervised.
+    """
 
-    row: int
-    generation: int
-    with_chosen: bool
+    rows: np.ndarray
+    generations: np.ndarray
+    with_chosen: np.ndarray
 
 
 NONE = -1
 
 
-def dealt(prompts: Sequence[bytes], generations: Mapping[bytes, Sequence[int]]) -> list[Dealt]:
-    """Deal the generations of each prompt out to its rows, given by their prompts' keys; items in the rows' order.
+def dealt(prompts: np.ndarray, answered: np.ndarray) -> Deals:
+    """Deal the generations of each prompt out to its rows, both given by their prompts' keys [., 16]; items in the
+    rows' order, and a row's generations in theirs.
 
     m rows and G generations of one prompt give max(m, G) items, in which every generation is supervised once and every
     chosen response equally often: as often as each row has generations, G // m, or once. What does not come out even
     is supervised alone: a generation too many without a chosen response, a row too many without a generation.
     """
-    rows = Counter(prompts)
-    seen: Counter[bytes] = Counter()
-    joined = []
-    for row, prompt in enumerate(prompts):
-        mine = generations[prompt][seen[prompt] :: rows[prompt]]
-        seen[prompt] += 1
-        share = len(generations[prompt]) // rows[prompt]
-        joined += [Dealt(row, generation, k < max(1, share)) for k, generation in enumerate(mine)]
-        joined += [] if mine else [Dealt(row, NONE, True)]
-    return joined
+    groups = groups_of(np.concatenate([prompts, answered]))
+    of_row, of_answer = groups[: len(prompts)], groups[len(prompts) :]
+    size = int(groups.max()) + 1 if len(groups) else 0
+    rows, answers = (np.bincount(part, minlength=size) for part in (of_row, of_answer))
+    mine = np.maximum(0, -(-(answers[of_row] - ranks(of_row)) // rows[of_row]))  # every rows-th from the row's rank on
+    items = np.maximum(1, mine)
+    row = np.repeat(np.arange(len(prompts)), items)
+    k = np.arange(len(row)) - np.repeat(np.cumsum(items) - items, items)
+    group, is_answered = of_row[row], mine[row] > 0
+    first = np.cumsum(answers) - answers
+    at = first[group] + ranks(of_row)[row] + k * rows[group]
+    in_order = np.append(np.argsort(of_answer, kind="stable"), NONE)  # generations, prompt after prompt
+    generation = np.where(is_answered, in_order[np.where(is_answered, at, -1)], NONE)
+    return Deals(row, generation, k < np.maximum(1, answers[group] // rows[group]))
+
+
+def ranks(groups: np.ndarray) -> np.ndarray:
+    """Return the place [n] of each entry among the entries of its group."""
+    order = np.argsort(groups, kind="stable")
+    ordered = groups[order]
+    starts = np.searchsorted(ordered, ordered)
+    found = np.empty(len(groups), np.int64)
+    found[order] = np.arange(len(groups)) - starts
+    return found
+
+
+def answer_of(sides: Sides) -> np.ndarray:
+    """Return which side [n] the NLL term learns of each row: the chosen one, or the response of a row without."""
+    found = either(sides, "chosen", "response")
+    return np.where(found == PROMPT, CHOSEN, found)
+
+
+def joined_columns(examples: Sequence[Example], sides: Sides, generated: Sides, deals: Deals) -> Columns:
+    """Return the columns of the items of the deals."""
+    slots = np.stack([np.where(deals.with_chosen, answer_of(sides)[deals.rows], PROMPT)] * 2, axis=1)
+    answered = deals.generations != NONE
+    slots[:, 1] = PROMPT  # for those that have none; the others are laid over it
+    bare = with_prompts(examples, sides, slots, deals.rows)
+    own = deals.generations[answered]
+    bare.lengths[answered, 1] = generated.lengths[own, RESPONSE]
+
+    def keys() -> np.ndarray:
+        alone = with_prompts(examples, sides, slots[:, :1], deals.rows).keys
+        found = np.concatenate([alone, np.zeros_like(alone)], axis=1)
+        found[answered, 1] = generated.keys[own, RESPONSE]
+        lone = with_prompts(examples, sides, slots[~answered, 1:], deals.rows[~answered])
+        found[~answered, 1] = lone.keys[:, 0]
+        return found
+
+    return Columns(bare.lengths, keys)
 
 
 class ADPA(BasicTrainer):
@@ -179,26 +237,38 @@ class ADPA(BasicTrainer):
 
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Join rows with the responses generated for the very ids of their prompts, and these with their advantages."""
+        sides = sides_of(examples)
         if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
             held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa", e),) * 2, ())  # noqa: E731
-            return checked(len(examples), lambda i: held_out(examples[i]))
+            slots = np.repeat(answer_of(sides)[:, None], 2, axis=1)
+            return checked(len(examples), lambda i: held_out(examples[i]), taken(sides, slots))
         folders, weights, run = named(self.config.advantages).values(), self.config.weights, self.run_config
         readers = [open_cache(folder, "advantage", self.tokenizer) for folder in folders]
         generations = generated_sequences(self.config.generations, self.tokenizer, run.tokens_dir, run.num_proc)
-        numbers = generations_by_prompt(generations, examples, self.config.generations)
-        deals = dealt([prompt_key(example.prompt) for example in examples], numbers)
+        check_generated(generations, examples, self.config.generations)
+        deals = dealt(prompts_of(examples).keys, generations.prompt_keys())
         self.cache_beta = readers[0].meta.beta
 
         def item(number: int) -> Item:
-            deal = deals[number]
-            example = examples[deal.row]
+            row, generation, with_chosen = (int(part[number]) for part in deals)
+            example = examples[row]
             bare = Tokens(example.prompt, [False] * len(example.prompt))
             chosen = supervised_sequence(example.chosen or example.response, "chosen", "adpa", example)
-            generated = bare if deal.generation == NONE else generations[deal.generation]
+            generated = bare if generation == NONE else generations[generation]
             entries = entries_of(readers, weights, generated) if generated.num_supervised else None
-            return Item((chosen if deal.with_chosen else bare, generated), (None, entries))
+            return Item((chosen if with_chosen else bare, generated), (None, entries))
 
-        return checked(len(deals), item)
+        known = generations.sides()
+        said = np.append(known.supervised[:, RESPONSE] > 0, False)[deals.generations]  # nobody is asked of the others
+        lacking = ~np.logical_and.reduce([reader.held(known.keys[:, RESPONSE]) for reader in readers])
+        lacks = said & np.append(lacking, False)[deals.generations]
+        wrong = (answer_of(sides)[deals.rows] == CHOSEN) & (sides.lengths[deals.rows, CHOSEN] < 0)
+        for number in np.flatnonzero(wrong | lacks).tolist():
+            item(number)  # says what is missing
+        who = b"".join(map(identity_of, readers)) + (repr(weights).encode() if len(readers) > 1 else b"")
+        ends = [NOTHING + asked([b"", w]) for w in (b"", who)]
+        columns = joined_columns(examples, sides, known, deals).having(lambda i: ends[int(said[i])])
+        return Items(len(deals.rows), item, columns)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count chosen tokens (NLL) and generated tokens or sequences (advantage); no advantage without a teacher."""

@@ -5,7 +5,7 @@ slot: rows 0..B-1 are slot 0 of the B items, rows B..2B-1 slot 1, so every respo
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, overload
 
@@ -116,10 +116,12 @@ def joined(first: Sequence[Item], second: Sequence[Item]) -> Items:
     """Return the items of both, one after the other."""
     size, parts, columns = len(first), [columns_of(items) for items in (first, second) if len(items)], None
     known = [part for part in parts if part is not None]
-    if known and len(known) == len(parts) and len({(part.keys.shape[1], part.entries) for part in known}) == 1:
-        columns = known[0]._replace(
-            keys=np.concatenate([part.keys for part in known]), lengths=np.concatenate([part.lengths for part in known])
-        )
+    if known and len(known) == len(parts) and len({part.lengths.shape[1] for part in known}) == 1:
+        lengths = np.concatenate([part.lengths for part in known])
+        rest: Any = known[0].behind
+        if len({part.behind for part in known}) > 1 or callable(rest):
+            rest = lambda i: known[0].rest(i) if i < len(known[0].lengths) else known[-1].rest(i - size)  # noqa: E731
+        columns = Columns(lengths, lambda: np.concatenate([part.keys for part in known]), rest)
     return Items(size + len(second), lambda i: first[i] if i < size else second[i - size], columns)
 
 
@@ -243,21 +245,28 @@ def items_digest(items: Sequence[Item]) -> str:
     Nothing of a cache is read for it: what made the cache (its meta.json) stands for its entries.
     """
     digest, columns = hashlib.sha256(), columns_of(items)
-    if columns is not None:  # the same bytes as below, of all items at once
-        rest = repr(None).encode() + b"".join(b"entries" + entry for entry in columns.entries)
+    if columns is not None:  # the same bytes as below, of many items at once
         keys = columns.keys.reshape(len(columns.keys), -1)
         for start in range(0, len(keys), 65536):
             part = keys[start : start + 65536]
-            digest.update(np.hstack([part, np.tile(np.frombuffer(rest, np.uint8), (len(part), 1))]).tobytes())
+            if isinstance(columns.behind, bytes):
+                rests = np.tile(np.frombuffer(columns.behind, np.uint8), (len(part), 1))
+                digest.update(np.hstack([part, rests]).tobytes())
+            else:
+                digest.update(b"".join(k.tobytes() + columns.behind(start + i) for i, k in enumerate(part)))
         return digest.hexdigest()[:16]
     for item in items:
         for tokens in chain(item.sequences, item.scored):
             digest.update(tokens.key)
         digest.update(repr(item.label).encode())
         digest.update(b"" if item.notes is None else item.notes.tobytes())
-        for entry in item.entries:
-            digest.update(b"entries" + _who(entry))
+        digest.update(asked(map(_who, item.entries)))
     return digest.hexdigest()[:16]
+
+
+def asked(teachers: Iterable[bytes]) -> bytes:
+    """Return what stands for the teachers of an item's slots in a digest; b"" for a slot without one."""
+    return b"".join(b"entries" + who for who in teachers)
 
 
 def _who(entry: Entry | Stored | None) -> bytes:

@@ -20,6 +20,7 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from teacher.entries import (
+    Factors,
     distillation_scores,
     event_kl,
     hybrid_distance,
@@ -29,8 +30,9 @@ from teacher.entries import (
     tempered_entries,
 )
 from teacher.several import CachedTeachers, CachedTeachersConfig
+from tokens.columns import NOTHING
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, Items, checked, pair_items, pair_of
+from trainers.batches import Batch, Item, Items, asked, checked, pair_items, pair_of
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,13 @@ class DCKD(BasicTrainer):
                 "gold": f"divergence ({config.hybrid_beta}) of matching tokens and distance of the others, sorted, and "
                 "KL of span probabilities",
             }
+            if self.merges:
+                kind["gold"] = kind["gold"].removesuffix(", and KL of span probabilities")
             said += f"; aligned by bytes: the mean is over aligned spans, of the {kind[config.span_loss]}"
+            first = "first token, times the probability of those behind it"
+            last = "last token, times the probability of those before it"
+            parts = {"none": "", "observed": first, "bayesian": last}
+            said += f"; a span of several tokens has the distribution of its {parts[config.span_merge]}" * self.merges
         return said
 
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
@@ -141,7 +149,12 @@ class DCKD(BasicTrainer):
         assert pairs.columns is not None
         for number in np.flatnonzero(lacking.any(axis=1)).tolist():
             item(number)  # says what the caches have in its place
-        return Items(len(examples), item, pairs.columns._replace(entries=(teachers.identity(),) * 2))
+        return Items(len(examples), item, pairs.columns.having(NOTHING + asked([teachers.identity()] * 2)))
+
+    @property
+    def merges(self) -> bool:
+        """Tell whether spans of several tokens are merged into one distribution."""
+        return self.config.span_merge != "none"
 
     def _coverage(self, teachers: CachedTeachers, examples: Sequence[Example], lacking: np.ndarray | None) -> float:
         if lacking is not None:
@@ -166,7 +179,8 @@ class DCKD(BasicTrainer):
         if teacher.spans is None:
             return {"nll": chosen, "kl_chosen": chosen, "kl_rejected": rejected}
         parts = [_part(teacher, rows) for rows in (slice(0, chosen), slice(chosen, None))]
-        spans = [int((part.values > -math.inf).any(-1).sum()) + len(_logps_of(part)) for part in parts]
+        events = [0 if self.merges else len(_logps_of(part)) for part in parts]  # a merged span is its one distribution
+        spans = [int((part.values > -math.inf).any(-1).sum()) + more for part, more in zip(parts, events, strict=True)]
         return {"nll": chosen, "kl_chosen": spans[0], "kl_rejected": spans[1]}
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
@@ -211,24 +225,47 @@ class DCKD(BasicTrainer):
             found = distillation_scores(logits, out.targets, teacher.ids, teacher.values, config.tail)
             logps, divergences, mass = found.unbind(-1)
             return logps, divergences, mass.detach()
+        logps = token_logps(logits, out.targets)
+        factors = factors_of(logps, teacher, config.span_merge) if self.merges else None
         if config.span_loss == "uld":
-            divergences = sorted_distance(logits, teacher.values)
+            divergences = sorted_distance(logits, teacher.values, factors=factors)
         else:
             weights = config.hybrid_weights or self.hybrid_weights
             assert weights is not None, "items() knows how many of the teacher's ids match"
-            divergences = hybrid_distance(logits, teacher.ids, teacher.values, self.shared, config.hybrid_beta, weights)
+            entries = teacher.ids, teacher.values, self.shared
+            divergences = hybrid_distance(logits, *entries, config.hybrid_beta, weights, factors=factors)
         lacking = teacher.ids < 0  # span_loss=gold: tokens that the student has not
         held = teacher.ids.clamp_min(0), teacher.values.masked_fill(lacking, -math.inf)
-        return token_logps(logits, out.targets), divergences, support_mass(logits.detach(), *held)
+        return logps, divergences, support_mass(logits.detach(), *held)
 
     def _of_spans(self, logps: Tensor, teacher: TopK) -> Tensor:
         """Return the sum of the divergences of spans of several tokens, from log-probabilities [n] of the tokens."""
-        if teacher.spans is None or self.config.span_loss == "uld":
+        if teacher.spans is None or self.config.span_loss == "uld" or self.merges:
             return logps.new_zeros(())
         wanted = _logps_of(teacher)
         inside_one = teacher.spans >= 0
         numbers = teacher.spans[inside_one] - (teacher.spans[inside_one].min() if len(wanted) else 0)
         return event_kl(row_sums(logps[inside_one], numbers, len(wanted)), wanted).sum()
+
+
+def factors_of(logps: Tensor, teacher: TopK, merge: str) -> Factors:
+    """Return what multiplies the distributions at each token [N] of spans that are merged at their first token
+    (observed) or their last (bayesian): the probability of the span's other tokens, of which logps [N] are the
+    student's. Spans lie one after the other, and each token is in one at most.
+    """
+    assert teacher.spans is not None and teacher.span_logps is not None
+    places = (teacher.spans >= 0).nonzero().squeeze(-1)
+    numbers, sums = teacher.spans[places].unique_consecutive(return_inverse=True)
+    ends = torch.ones_like(sums, dtype=torch.bool)
+    if merge == "observed":
+        ends[1:] = sums[1:] != sums[:-1]
+    else:
+        ends[:-1] = sums[1:] != sums[:-1]
+    bases = places[ends]
+    others = row_sums(logps[places], sums, len(numbers)) - logps[bases]
+    zeros = torch.zeros_like(logps)
+    theirs = zeros.detach().index_copy(0, bases, teacher.span_logps[numbers].to(logps.dtype))
+    return Factors(zeros.index_copy(0, bases, others), theirs)
 
 
 def _part(teacher: TopK, rows: slice) -> TopK:

@@ -23,7 +23,7 @@ from settings.schema import require
 from settings.typed import Place
 from teacher.precision import teacher_logits
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, checked, pair_of
+from trainers.batches import Batch, Item, pair_items
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DistiLLM2(BasicTrainer):
 
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take both responses."""
-        return checked(len(examples), lambda i: Item(pair_of(examples[i], "distillm2")))
+        return pair_items(examples, "distillm2")
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count the tokens of the teacher's responses and of the student's."""

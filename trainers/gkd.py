@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,13 @@ from settings.needs import Needs
 from settings.schema import require
 from settings.typed import Places
 from teacher.live import check_teachers, mixed_logits, said, teacher_folders
+from tokens.columns import PROMPT, SIDES, either, sides_of, taken, with_prompts
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, checked
 from trainers.rollouts import Micros, row_seed, with_response
 from trainers.sampling import answers
+
+CHOSEN = SIDES.index("chosen")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,11 @@ class GKD(BasicTrainer):
 
         if split == "train":
             self.examples = examples
-        return checked(len(examples), item)
+        sides = sides_of(examples)
+        slots = either(sides, "response", "chosen")
+        if self.config.on_policy < 1 or split == "test":
+            return checked(len(examples), item, taken(sides, np.where(slots == PROMPT, CHOSEN, slots)[:, None]))
+        return checked(len(examples), item, with_prompts(examples, sides, slots[:, None], np.arange(len(examples))))
 
     def rollout(self, micros: Micros, step: int) -> Micros:
         """Let the student answer the share of the items that this step draws; held-out responses stay the data's."""

@@ -19,8 +19,8 @@ from functional import entropies, row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
-from tokens.examples import content_key
-from trainers.batches import Batch, Item, Items
+from tokens.columns import prompts_of
+from trainers.batches import Batch, Item, Items, columns_of
 from trainers.paired import check_humanline, humanline
 from trainers.policy_gradient import clipped_losses
 from trainers.rollouts import RewardedConfig, RolloutTrainer, sampled_logps
@@ -113,18 +113,23 @@ class GRPO(RolloutTrainer):
             "task=label write their "
             "rewards into the data, and leave out loss.verifier and loss.reward_model",
         )
-        prompts = [content_key(examples[item.source].prompt, ()) for item in items]
+        given, columns = self.rollouts.places[split], columns_of(items)
+        assert columns is not None
+        groups = prompts_of(examples).groups[given.rows].tolist()
         require(
-            len(set(prompts)) < len(prompts),
+            len(set(groups)) < len(groups),
             "loss=grpo compares responses to the same prompt, and every prompt in the data has one only",
         )
-        advantages = self.advantages([item.label or 0.0 for item in items], prompts)
+        advantages = self.advantages(given.rewards.tolist(), groups)
 
-        def item(number: int) -> Item:
-            found = items[number]
-            return _with_notes(found, [[0.0, 0.0, advantages[number]]] * found.sequences[0].num_supervised)
+        def notes(number: int) -> np.ndarray:
+            return np.tile(np.array([0.0, 0.0, advantages[number]], np.float32), (int(given.supervised[number]), 1))
 
-        return Items(len(items), item)
+        def behind(number: int) -> bytes:
+            return repr(float(given.rewards[number])).encode() + notes(number).tobytes()
+
+        item = lambda number: items[number]._replace(notes=notes(number))  # noqa: E731
+        return Items(len(items), item, columns.having(behind))
 
     def advantages(self, rewards: list[float], groups: Sequence[Any]) -> list[float]:
         """Compare rewards within groups."""
@@ -182,7 +187,3 @@ class GRPO(RolloutTrainer):
             "entropy": Mean(spread, tokens),
             "response_tokens": Mean(tokens, real.sum()),
         }
-
-
-def _with_notes(item: Item, notes: list[list[float]]) -> Item:
-    return item._replace(notes=np.array(notes, np.float32).reshape(-1, 3))

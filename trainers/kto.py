@@ -3,8 +3,8 @@
 z_0 = max(0, mean over the global batch of log pi_theta/pi_0 of a response to another prompt), without gradient.
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,11 +16,23 @@ from functional import row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
-from tokens.columns import sides_of
-from tokens.examples import content_key
+from tokens.columns import (
+    PROMPT,
+    SIDES,
+    keys_from,
+    labeled,
+    numbers_of,
+    part_of,
+    prompts_of,
+    sides_of,
+    taken,
+)
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, Items
 from trainers.paired import check_humanline, humanline
+
+CHOSEN, REJECTED, RESPONSE = range(len(SIDES))
+Part = tuple[np.ndarray, np.ndarray]  # ids and mask of a sequence
 
 
 @dataclass(frozen=True)
@@ -61,43 +73,40 @@ def kto_loss(
     return torch.where(desirable, desirable_weight * (1 - gain.sigmoid()), undesirable_weight * (1 - (-gain).sigmoid()))
 
 
-def kept(count: int, share: float, seed: int, last: bool) -> set[int]:
-    """Choose a share of the pairs whose chosen (or, `last`, rejected) response is used: from opposite ends of one
-    shuffle.
+def kept(count: int, share: float, seed: int, last: bool) -> np.ndarray:
+    """Choose a share of the pairs [count] whose chosen (or, `last`, rejected) response is used: from opposite ends of
+    one shuffle.
 
     So shares that add up to at most 1 leave no prompt with both of its responses.
     """
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    number = round(share * count)
-    return set(order[count - number :] if last else order[:number])
+    order = np.random.default_rng(seed).permutation(count)
+    number, found = round(share * count), np.zeros(count, np.bool_)
+    found[order[count - number :] if last else order[:number]] = True
+    return found
 
 
-def partners(prompts: Sequence[Hashable], seed: int) -> list[int]:
-    """Return for each response the next one, in a shuffled round, that answers another prompt.
+def partners(prompts: np.ndarray, seed: int) -> np.ndarray:
+    """Return for each response [n] the next one, in a shuffled round, that answers another prompt (a number each).
 
     Shuffled because in data made of pairs the next prompt's first response is always a chosen one. The round is a
     function of the seed and the data: no layout and no resume changes it.
     """
     count = len(prompts)
-    order = np.random.default_rng([seed, 1]).permutation(count).tolist()
-    places = {i: place for place, i in enumerate(order)}
-    found = []
-    for i, prompt in enumerate(prompts):
-        others = (order[(places[i] + step) % count] for step in range(1, count))
-        other = next((j for j in others if prompts[j] != prompt), None)
-        if other is None:
-            raise ValueError(
-                "loss=kto needs responses to at least two different prompts: z_0 is taken on mismatched ones"
-            )
-        found.append(other)
+    order = np.random.default_rng([seed, 1]).permutation(count)
+    round_ = prompts[order]
+    ends = np.flatnonzero(round_ != np.roll(round_, -1))  # places whose next one has another prompt
+    if not len(ends):
+        raise ValueError("loss=kto needs responses to at least two different prompts: z_0 is taken on mismatched ones")
+    of_place = ends[np.searchsorted(ends, np.arange(count)) % len(ends)]
+    found = np.empty(count, np.int64)
+    found[order] = order[(of_place + 1) % count]
     return found
 
 
-def mismatched(prompt: list[int], other: Tokens, max_length: int) -> Tokens:
-    """Join a prompt's ids with the response of another one; a longer sequence is cut to max_length."""
-    response = [token for token, on in zip(*other, strict=True) if on]
-    ids = (prompt + response)[:max_length]
-    return Tokens(ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt)))
+def mismatched(prompt: np.ndarray, other: Part, max_length: int) -> Part:
+    """Join a prompt's ids with the response (ids and mask) to another one; a longer sequence is cut to max_length."""
+    ids = np.concatenate([prompt, other[0][other[1]]])[:max_length]
+    return ids, np.arange(len(ids)) >= len(prompt)
 
 
 class KTO(BasicTrainer):
@@ -119,32 +128,38 @@ class KTO(BasicTrainer):
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take labeled responses; of a pair the chosen one is desirable, the rejected one is not."""
         config, seed = self.config, self.run_config.seed
-        good = kept(len(examples), config.frac_unique_desirable, seed, False)
-        bad = kept(len(examples), config.frac_unique_undesirable, seed, True)
-        rows: list[tuple[int, str, float]] = []
-        for i, (chosen, rejected, response) in enumerate((sides_of(examples).lengths >= 0).tolist()):
-            if chosen and i in good:
-                rows.append((i, "chosen", 1.0))
-            if rejected and i in bad:
-                rows.append((i, "rejected", 0.0))
-            if response:
-                rows.append((i, "response", self._label(examples[i])))
-        tokens_of = lambda number: getattr(examples[rows[number][0]], rows[number][1])  # noqa: E731
-        if not rows:
+        sides = sides_of(examples)
+        used = sides.lengths >= 0
+        used[:, CHOSEN] &= kept(len(examples), config.frac_unique_desirable, seed, False)
+        used[:, REJECTED] &= kept(len(examples), config.frac_unique_undesirable, seed, True)
+        rows, slots = np.nonzero(used)  # row after row; of a row chosen, rejected, response
+        if not len(rows):
             raise ValueError(
                 "loss=kto has no response left: raise loss.frac_unique_desirable or loss.frac_unique_undesirable"
             )
+        labels = (slots == CHOSEN).astype(np.float64)
+        single = slots == RESPONSE
+        labels[single] = numbers_of(examples, "label", rows[single], self._label) > 0
+        columns = labeled(taken(sides, slots[:, None], rows), labels)
+        tokens_of = lambda number: getattr(examples[int(rows[number])], SIDES[slots[number]])  # noqa: E731
+        label_of = lambda number: float(labels[number])  # noqa: E731
         if config.zero_reference_point:
-            return Items(len(rows), lambda number: Item((tokens_of(number),), label=rows[number][2]))
-        prompts = {i: content_key(examples[i].prompt, ()) for i in dict.fromkeys(i for i, _, _ in rows)}
-        others = partners([prompts[i] for i, _, _ in rows], seed)
+            return Items(len(rows), lambda number: Item((tokens_of(number),), label=label_of(number)), columns)
+        others = partners(prompts_of(examples).groups[rows], seed)
+
+        def scored(number: int) -> Part:
+            prompt, _ = part_of(examples, int(rows[number]), PROMPT)
+            other = others[number]
+            response = part_of(examples, int(rows[other]), int(slots[other]))
+            return mismatched(prompt, response, self.model_config.max_length)
 
         def item(number: int) -> Item:
-            source, _, label = rows[number]
-            other = mismatched(examples[source].prompt, tokens_of(others[number]), self.model_config.max_length)
-            return Item((tokens_of(number),), label=label, scored=(other,))
+            other = Tokens(*(part.tolist() for part in scored(number)))
+            return Item((tokens_of(number),), label=label_of(number), scored=(other,))
 
-        return Items(len(rows), item)
+        own = columns.make_keys
+        both = lambda: np.concatenate([own(), keys_from(scored, len(rows))[:, None]], axis=1)  # noqa: E731
+        return Items(len(rows), item, replace(columns, make_keys=both))
 
     def _label(self, example: Example) -> float:
         label = example.conversation.meta.get("label")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,9 @@ from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place
 from teacher.precision import teacher_logits
+from tokens.columns import labeled, numbers_of, side_numbers, sides_of, taken
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, checked, supervised_sequence
+from trainers.batches import Batch, Item, Items, checked, supervised_sequence
 from trainers.rollouts import reward_of
 
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # of the generalized JSD
@@ -81,7 +83,11 @@ class RewardWeighted(BasicTrainer):
             tokens = supervised_sequence(example.response, "teacher_response", name, example)
             return Item((tokens,), label=reward_of(example), source=number)
 
-        return checked(len(examples), item)
+        sides = sides_of(examples)
+        columns = taken(sides, side_numbers(len(examples), "response"))
+        items = checked(len(examples), item, columns)
+        rewards = numbers_of(examples, "reward", np.arange(len(examples)), reward_of)
+        return Items(len(items), item, labeled(columns, rewards))
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Count responses."""

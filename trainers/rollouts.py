@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from models import last_token_scores
 from rewards.verifiers import resolve_verifier, scored
 from settings.schema import one_of, require
 from settings.typed import Code, Place
+from tokens.columns import PROMPT, SIDES, Sides, labeled, numbers_of, sides_of, taken, with_prompts
 from trainers.basic import BasicTrainer
 from trainers.batches import Item, Items
 from trainers.sampling import Said, answers, stop_ids
@@ -80,6 +81,17 @@ class RewardedConfig(RolloutConfig):
         return self.has_rewards if self.online.lower() == "auto" else self.online.lower() == "true"
 
 
+class Given(NamedTuple):
+    """Responses that the data gives, [m] each: their rows, which side of it they are, their rewards, and how many
+    tokens of each are supervised.
+    """
+
+    rows: np.ndarray
+    sides: np.ndarray
+    rewards: np.ndarray
+    supervised: np.ndarray
+
+
 class Rollouts:
     """The rollout that a trainer learns from now, and who scores its responses."""
 
@@ -87,6 +99,7 @@ class Rollouts:
         run = trainer.run_config
         self.trainer, self.config = trainer, config
         self.examples: dict[str, Sequence[Example]] = {}
+        self.places: dict[str, Given] = {}
         self.verifier = resolve_verifier(config.verifier, "loss.verifier") if config.verifier else None
         self.kept: list[Micros] = []
         require(
@@ -106,30 +119,35 @@ class Rollouts:
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Make an item of each prompt (online) or of each response with its reward (offline)."""
         self.examples[split] = examples
+        sides = sides_of(examples)
         if self.config.is_online:
-            return Items(len(examples), lambda i: prompt_item(examples[i].prompt, i))
-        places = [(i, k) for i, example in enumerate(examples) for k in range(len(self._given(example)))]
+            every = np.arange(len(examples))
+            columns = with_prompts(examples, sides, np.full((len(examples), 1), PROMPT), every)
+            bare = labeled(columns, np.zeros(len(examples)))
+            return Items(len(examples), lambda i: prompt_item(examples[i].prompt, i), bare)
+        self.places[split] = given = self._given(examples, sides)
 
         def item(number: int) -> Item:
-            source, k = places[number]
-            tokens, label = self._given(examples[source])[k]
-            return Item((tokens,), label=label, source=source)
+            source, side = int(given.rows[number]), SIDES[given.sides[number]]
+            return Item((getattr(examples[source], side),), label=float(given.rewards[number]), source=source)
 
-        return Items(len(places), item)
+        columns = labeled(taken(sides, given.sides[:, None], given.rows), given.rewards)
+        return Items(len(given.rows), item, columns)
 
-    def _given(self, example: Example) -> list[tuple[Tokens, float]]:
-        """Return the responses of a row with their rewards: 1 and 0 for chosen and rejected, else the row's column."""
-        responses = [
-            (tokens, label) for tokens, label in ((example.chosen, 1.0), (example.rejected, 0.0)) if tokens is not None
-        ]
-        if example.response is not None:
-            responses.append((example.response, 0.0 if self.config.has_rewards else reward_of(example)))
+    def _given(self, examples: Sequence[Example], sides: Sides) -> "Given":
+        """Return the responses of all rows with their rewards: 1 and 0 for chosen and rejected, else the column."""
+        there = sides.lengths >= 0
         require(
-            bool(responses),
+            bool(there.any(axis=1).all()),
             "a row has a prompt and no response: let the policy answer, with loss.verifier=module:function or "
             "loss.reward_model=FOLDER to score what it says",
         )
-        return responses
+        rows, slots = np.nonzero(there)  # row after row
+        rewards = (slots == SIDES.index("chosen")).astype(np.float64)
+        if not self.config.has_rewards:
+            single = slots == SIDES.index("response")
+            rewards[single] = numbers_of(examples, "reward", rows[single], reward_of)
+        return Given(rows, slots, rewards, sides.supervised[rows, slots])
 
     # ---- steps
 
@@ -209,9 +227,13 @@ class RolloutTrainer(BasicTrainer):
 
     def data_digest(self) -> str:
         """Hash also what a verifier may read beside a prompt, such as a reference answer."""
-        metas = [example.conversation.meta for example in self.rollouts.examples["train"]]
-        told = json.dumps(metas, sort_keys=True, default=str) if self.rollouts.verifier else ""
-        return hashlib.sha256(f"{super().data_digest()} {told}".encode()).hexdigest()[:16]
+        digest = hashlib.sha256(f"{super().data_digest()} ".encode())
+        if self.rollouts.verifier:  # the JSON of a list, a row after the other
+            for number, example in enumerate(self.rollouts.examples["train"]):
+                told = json.dumps(example.conversation.meta, sort_keys=True, default=str)
+                digest.update(f"{', ' if number else '['}{told}".encode())
+            digest.update(b"]")
+        return digest.hexdigest()[:16]
 
     def micro_items(self, step: int) -> Micros:
         """Return the micro-batches of the rollout that this step learns from."""

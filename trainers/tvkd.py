@@ -28,7 +28,8 @@ from teacher.cache import Reader
 from teacher.entries import inside
 from teacher.lookup import check_held, identity_of, open_cache, stored_entry
 from teacher.quantities import Entry
-from trainers.batches import Batch, Item, checked, pair_of
+from tokens.columns import NOTHING
+from trainers.batches import Batch, Item, Items, asked, pair_items, pair_of
 from trainers.paired import BetaConfig, PairedTrainer, logistic_loss
 
 VALUES = ("logits", "lse", "max", "margin", "student_entropy", "student_expectation")
@@ -153,8 +154,11 @@ class TVKD(PairedTrainer):
         """Take both responses with the teacher's values; held-out rows that the cache lacks have none."""
         quantity = "value" if self.config.value == "logits" else "logprob"
         reader = open_cache(self.config.teacher_cache, quantity, self.tokenizer)
-        pairs = checked(len(examples), lambda i: Item(pair_of(examples[i], "tvkd")))
-        if split == "test" and not all(reader.holds(side.key) for pair in pairs for side in pair.sequences):
+        pairs = pair_items(examples, "tvkd")
+        assert pairs.columns is not None
+        keys = pairs.columns.keys
+        held = reader.held(keys.reshape(-1, keys.shape[-1])).reshape(keys.shape[:2]).all(axis=1)
+        if split == "test" and not held.all():
             self.processes.print("the teacher cache does not hold the test split: its values are 0 in loss/eval")
             return pairs
 
@@ -166,7 +170,9 @@ class TVKD(PairedTrainer):
                 check_held(reader, side)
             return Item(pair, tuple(StoredValue(reader, side) for side in pair))
 
-        return checked(len(examples), item)
+        for number in np.flatnonzero(~held).tolist():
+            item(number)  # says what the cache has in its place
+        return Items(len(pairs), item, pairs.columns.having(NOTHING + asked([identity_of(reader)] * 2)))
 
     def values(self, logits: Logits, teacher: TopK | None) -> Tensor | None:
         """Return V of the state before each token [N]; None without a teacher."""

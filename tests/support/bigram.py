@@ -101,15 +101,22 @@ def entries(sequence: Tokens, rng: np.random.Generator, advantage: bool) -> Entr
     return Entry(ids, values, tail, logps) if advantage else Entry(ids, logps, tail, None)
 
 
-def on_spans(entry: Entry, rng: np.random.Generator) -> Entry:
+def on_spans(entry: Entry, rng: np.random.Generator, merge: str) -> Entry:
     """Give entries the form of those of another tokenizer's teacher: some are missing, at some tokens all of them are,
-    and the last two tokens of a longer response are a span.
+    the first token of a long response is a span of the teacher's, and the last two tokens of a longer one are one.
+    Merged spans have the factor in the entries of their first (observed) or last (bayesian) token.
     """
     values = np.where(rng.random(entry.values.shape) < 0.3, -np.inf, entry.values).astype(np.float32)
     spans = np.full(len(values), -1)
     if len(values) > 2:
-        values[-2:], spans[-2:] = -np.inf, 0
+        spans[-2:] = 0
+    if len(values) > 3:
+        spans[0], spans[-2:] = 0, 1
     logps = rng.normal(-3, 0.5, size=int(spans.max() + 1)).astype(np.float32)
+    for number, logp in enumerate(logps):
+        inside = np.flatnonzero(spans == number)
+        base = {"none": -1, "observed": inside[0], "bayesian": inside[-1]}[merge]
+        values[inside] = np.where((inside == base)[:, None], values[inside] + logp, -np.inf)
     return entry._replace(values=values, spans=spans, span_logps=logps)
 
 
@@ -119,7 +126,8 @@ def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
     if name == "dckd":
         by_bytes = trainer.config.alignment == "bytes"
         drawn = [[entries(side, rng, False) for side in (e.chosen, e.rejected)] for e in examples()]
-        drawn = [[on_spans(entry, rng) if by_bytes else entry for entry in both] for both in drawn]
+        merge = trainer.config.span_merge
+        drawn = [[on_spans(entry, rng, merge) if by_bytes else entry for entry in both] for both in drawn]
         if trainer.config.span_loss == "gold":  # some entries are of tokens that the student lacks
             lacking = lambda e: e._replace(ids=np.where(rng.random(e.ids.shape) < 0.4, -1, e.ids))  # noqa: E731
             drawn = [[lacking(entry) for entry in both] for both in drawn]

@@ -236,25 +236,44 @@ def bucket_kl(teacher: list[float], student: list[float]) -> float:
 def dckd_tokens(world: World, sequence, entry) -> list[float]:
     """Return the divergence at each token that has entries."""
     found = []
-    for (before, _), ids, logps in zip(world.steps(sequence), entry.ids, entry.values, strict=True):
+    for place, ((before, _), ids, logps) in enumerate(zip(world.steps(sequence), entry.ids, entry.values, strict=True)):
         there = [(int(i), math.exp(float(x))) for i, x in zip(ids, logps, strict=True) if x > -math.inf]
         if not there:
             continue
-        p = world.p("policy", before)
+        mine, theirs = merged(world, sequence, entry, place)
+        p = [q * mine for q in world.p("policy", before)]
         if world.config.span_loss == "uld":
             top, other = sorted(p, reverse=True)[: len(there)], sorted((t for _, t in there), reverse=True)
-            ranks = [*zip(top, other, strict=True), (1 - sum(top), 1 - sum(other))]
+            ranks = [*zip(top, other, strict=True), (mine - sum(top), theirs - sum(other))]
             found.append(sum(abs(s - t) for s, t in ranks))
         elif world.config.span_loss == "gold":
-            found.append(hybrid(there, p, world.config.hybrid_beta, world.config.hybrid_weights))
+            config = world.config
+            found.append(hybrid(there, p, config.hybrid_beta, config.hybrid_weights, mine, theirs))
         else:
             student, teacher = [p[i] for i, _ in there], [t for _, t in there]
             found.append(tempered_kl(world.config, teacher, student))
     return found
 
 
-def hybrid(there: list[tuple[int, float]], p: list[float], beta: float, weights: list[float]) -> float:
-    """Return GOLD's hybrid of one token, from the teacher's probabilities (an id below 0: not the student's)."""
+def merged(world: World, sequence, entry, place: int) -> tuple[float, float]:
+    """Return what multiplies a token's distribution where it stands for a span of several: the probability of the
+    others, of the student and of the teacher."""
+    if world.config.span_merge == "none" or entry.spans is None or entry.spans[place] < 0:
+        return 1.0, 1.0
+    steps = [
+        step
+        for i, (step, span) in enumerate(zip(world.steps(sequence), entry.spans, strict=True))
+        if span == entry.spans[place] and i != place
+    ]
+    own = math.prod(world.p("policy", before)[token] for before, token in steps)
+    return own, math.exp(float(entry.span_logps[entry.spans[place]]))
+
+
+def hybrid(
+    there: list[tuple[int, float]], p: list[float], beta: float, weights: list[float], mine: float, other: float
+) -> float:
+    """Return GOLD's hybrid of one token, from the teacher's probabilities (an id below 0: not the student's) that sum
+    to `other`, and the student's, that sum to `mine`."""
     both = {i: t for i, t in there if i >= 0}
     divergence = 0.0
     for i, t in both.items():
@@ -263,7 +282,7 @@ def hybrid(there: list[tuple[int, float]], p: list[float], beta: float, weights:
     theirs = sorted((t for i, t in there if i < 0), reverse=True)
     ours = sorted((q for i, q in enumerate(p) if i not in both), reverse=True)[: len(theirs)]
     ours += [0.0] * (len(theirs) - len(ours))
-    rest = abs(sum(t for _, t in there) - sum(p[i] for i in both) - sum(ours))
+    rest = abs((other - sum(t for _, t in there)) - (mine - sum(p[i] for i in both) - sum(ours)))
     distance = sum(abs(s - t) for s, t in zip(ours, theirs, strict=True)) + rest
     return weights[0] * divergence + weights[1] * distance
 
@@ -281,6 +300,8 @@ def tempered_kl(config, teacher: list[float], student: list[float]) -> float:
 
 def dckd_spans(world: World, sequence, entry) -> list[float]:
     """Return the divergence of each span of several tokens: that its text comes, or not."""
+    if world.config.span_merge != "none":
+        return []
     if world.config.span_loss == "uld":
         return [0.0] * len(entry.span_logps)
     found = []
