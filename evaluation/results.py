@@ -31,7 +31,7 @@ class Verdicts(NamedTuple):
 def summary(one: Evaluated, temperature: float, phrases: Sequence[str]) -> dict[str, Any]:
     """Return score, interval, text statistics and end-of-turn rate of one model at one temperature.
 
-    The score is over all samples of a prompt, with pass@k and diversity beside it; the text statistics are of the first.
+    The score is over all samples of a prompt, with pass@k and diversity beside it. Text statistics are of the first.
     """
     scores, samples = one.scores(temperature), one.samples(temperature)
     found: dict[str, Any] = {"score": None, "ci95": None}

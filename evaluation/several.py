@@ -44,7 +44,7 @@ def grams(text: str) -> frozenset[tuple[str, ...]]:
 
 
 def differing(texts: Sequence[str]) -> tuple[float, float]:
-    """Return (chance, distance) of two responses drawn without repetition: that they differ, and how far they are apart.
+    """Return the chance that two responses drawn without repetition differ, and how far they are apart on average.
 
     The distance is 1 - Jaccard of their 2-grams of words, 0 for equal words. White space does not count. ValueError
     for fewer than two texts.
