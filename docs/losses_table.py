@@ -25,6 +25,7 @@ TEACHER = {
     "": "",
     "logprob": "; teacher cache",
     "advantage": "; generations and an advantage cache",
+    "token_logp": "; caches of token log-probs",
     "value": "; a cache of the teacher's values, or of log-probabilities",
     "live": "; live teachers",
 }

@@ -156,6 +156,13 @@ class BasicTrainer:
         with self.reference_model() as model, self.autocast(model):
             return response_logits(model, batch.sequences, self.vocab_size).logits
 
+    @torch.no_grad()
+    def scored_reference_logits(self, batch: Batch) -> Logits:
+        """Return the same of the sequences that are scored without learning."""
+        assert batch.scored is not None
+        with self.reference_model() as model, self.autocast(model):
+            return response_logits(model, batch.scored, self.vocab_size).logits
+
     def global_sum(self, *values: Tensor) -> list[float]:
         """Sum scalars over all ranks, in float64."""
         return self._reduce(torch.stack([value.detach().double().cpu() for value in values])).tolist()

@@ -3,7 +3,7 @@
 Letters: B pairs, N response tokens of a batch (flat, row after row). A method adds one function of `Pairs`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataloader import Example
+from dataloader import Example, Tokens
 from engine.metrics import Mean
 from functional import row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
+from teacher.cache import Reader
+from teacher.lookup import Stored
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, pair_items
+from trainers.batches import Batch, Item, checked, pair_items, pair_of
 
 
 class Pairs(NamedTuple):
@@ -101,6 +103,28 @@ def pairs_of(logps: Tensor, ratios: Tensor, rows: Tensor, size: int) -> Pairs:
     ones = torch.ones_like(logps.detach())
     sums = [row_sums(values, rows, 2 * size).split(size) for values in (logps, ratios, ones)]
     return Pairs(*(side for pair in sums for side in pair))
+
+
+def pairs_with_entries(
+    trainer: BasicTrainer,
+    examples: Sequence[Example],
+    split: str,
+    readers: Sequence[Reader],
+    entry: Callable[[Tokens], Stored],
+) -> Sequence[Item]:
+    """Take both responses with the teacher's entries; held-out rows that a cache lacks have none, which is said."""
+    name = type(trainer).__name__.lower()
+    pairs = checked(len(examples), lambda i: Item(pair_of(examples[i], name)))
+    sides = (side for pair in pairs for side in pair.sequences)
+    if split == "test" and not all(reader.holds(side.key) for side in sides for reader in readers):
+        trainer.processes.print("the teacher cache does not hold the test split: its values are 0 in loss/eval")
+        return pairs
+
+    def item(number: int) -> Item:
+        pair = pair_of(examples[number], name)
+        return Item(pair, tuple(entry(side) for side in pair))
+
+    return checked(len(examples), item)
 
 
 class PairedTrainer(BasicTrainer):
