@@ -69,10 +69,15 @@ class OPSD(OwnResponses):
     needs = Needs("responses", reference="distributions")
     formula = (
         "mean over response tokens of the generalized JSD({beta}) of π_0 with the solution in its prompt and π_θ "
-        "without it, at temperature {temperature}, an entry's part at most {clip}; responses: a share {on_policy} the "
-        "student's own, the rest the data's"
+        "without it, at temperature {temperature}; responses: a share {on_policy} the student's own, the rest the "
+        "data's"
     )
     source = "2601.18734"
+
+    def objective(self) -> str:
+        """Return the formula with the run's numbers, and the bound on an entry's part."""
+        clip = self.config.clip
+        return super().objective() + (f"; an entry of the vocabulary adds at most {clip}" if clip else "")
 
     def item(self, example: Example, response: Tokens, number: int) -> Item:
         """Return the item of a row, with its response behind the teacher's prompt."""
