@@ -71,7 +71,7 @@ def row(name: str, sft: int) -> str:
     """Return a loss's line."""
     trainer = trainer_of(name)
     method = type(trainer)
-    teacher = "; two live teachers" if name in ("gopd", "aligndistil") else TEACHER[method.needs.teacher]
+    teacher = "; two live teachers" if name in ("gopd", "aligndistil", "online-adpa") else TEACHER[method.needs.teacher]
     needs = DATA[method.needs.data] + REFERENCE[trainer.needs.reference] + teacher
     cases = ", ".join(f"`{case}`" for case in LOSS_CASES[name])
     formula = trainer.objective().removeprefix("L = ").replace("|", "\\|")

@@ -153,6 +153,7 @@ def test_three_generations_are_ranked_and_a_student_answers_itself(tmp_path: Pat
     found = rows_of(tmp_path / "opsd" / "metrics.jsonl")
     responses = [row["response_tokens/train"] for row in found if "response_tokens/train" in row]
     assert responses[-1] <= 6  # its own, not the data's
+    assert max(row.get("generated_tokens", 0) for row in found) >= 16  # four steps of four responses
     with pytest.raises(ValueError, match=r"loss\.n=2: a prompt has 3 generations"):
         launch.run_task(composed(*training, "loss=pad", "exp_name=two", *runs["pad"][:2], "loss.n=2"))
     assert json.loads((tmp_path / "scored/CACHE/meta.json").read_text())["quantity"] == "token_logp"

@@ -53,6 +53,10 @@ OPTIONS = {
     ],
     "pad": ["loss.n=3 loss.generations=none loss.beta=2.0"],
     "aligndistil": ["loss.adaptive=false loss.extrapolation=0.5", "loss.extrapolation=0.3 loss.target_temperature=0.5"],
+    "online-adpa": [
+        "loss.kl_reference=start loss.kl_weight=2.0 loss.target_temperature=0.3 loss.advantage_floor=0.1",
+        "loss.kl_reference=teacher loss.kl_weight=0.7 loss.advantage_floor=0",
+    ],
     "opsd": ["loss.beta=0 loss.temperature=1.3", "loss.beta=1", "loss.clip=0.03", "loss.beta=0 loss.clip=0.05"],
     "aot": ["loss.variant=unpaired", "loss.label_smoothing=0.2"],
     "tdpo": ["loss.variant=1"],

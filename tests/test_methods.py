@@ -19,7 +19,7 @@ LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 SETTINGS = {"sppo-hard": ["loss.beta=0.05"], "adpa": ["loss.gamma=0.5"], "gkd": ["loss.on_policy=0"]}
 SETTINGS |= {name: ["loss.on_policy=0"] for name in ("aligndistil", "opsd")}
 # Those that learn from rewards have another aim than a falling loss: test_rollouts.py shows that they reach it.
-REWARDED = {"ppo", "grpo", "opd", "iw-opd", "gopd", "reward-weighted-distill"}
+REWARDED = {"ppo", "grpo", "opd", "iw-opd", "gopd", "online-adpa", "reward-weighted-distill"}
 # Options with another objective, which has to fall, too.
 OTHERS = [
     ("adpa", ["loss.objective=regularized", "loss.sft_weight=0"]),

@@ -83,11 +83,11 @@ class AlignDistil(OwnResponses):
 
     def sums(self, out: ResponseLogits, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Mean]]:
         """Return the divergence's sum, and how far the target was extrapolated."""
-        asked = [
+        teacher, reverse = (
             teacher_logits(self.frozen_models[name], batch.sequences, self.vocab_size).logits
             for name in ("teacher", "reverse_teacher")
-        ]
-        divergences, alphas = adaptive_divergences(out.logits, *asked, self.config).unbind(-1)
+        )
+        divergences, alphas = adaptive_divergences(out.logits, teacher, reverse, self.config).unbind(-1)
         tokens, real = len(divergences), batch.supervised(0)
         with torch.no_grad():
             spread = entropies(out.logits).sum()

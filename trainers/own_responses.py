@@ -64,6 +64,7 @@ class OwnResponses(BasicTrainer):
             self.examples[items[i].source].prompt if items[i].source >= 0 else items[i].sequences[0].ids for i in asked
         ]
         responses = answers(self, prompts, [seeds[i] for i in asked], self.config.max_new_tokens)
+        self.written += sum(len(ids) for i, (ids, _) in zip(asked, responses, strict=True) if i in chosen)
         renewed = list(items)
         for i, prompt, (ids, _) in zip(asked, prompts, responses, strict=True):
             if i in chosen:

@@ -156,6 +156,9 @@ class Rollouts:
         responses = answers(
             self.trainer, [item.sequences[0].ids for item, _ in repeated], seeds, self.config.max_new_tokens
         )
+        if step:
+            known = zip(repeated, responses, strict=True)
+            self.trainer.written += sum(len(ids) for (item, _), (ids, _) in known if item.source >= 0)
         return [
             with_response(item, item.sequences[0].ids, ids)
             for (item, _), (ids, _) in zip(repeated, responses, strict=True)

@@ -71,6 +71,7 @@ LOSS_CASES: dict[str, list[str]] = {
     "ctpd": ["B_adpa_dpo_family/sigmoid"],
     "pad": ["D_gkd_jsd/gjsd_beta0.5_T1.0"],
     "aligndistil": ["D_opd_minillm/exact_per_token_reverse_kl"],
+    "online-adpa": ["D_opd_minillm/exact_per_token_reverse_kl"],
     "opsd": ["D_gkd_jsd/gjsd_beta0.5_T1.0", "D_gkd_jsd/gjsd_beta0.0_T1.0"],
     "mpo": ["B_trl_dpo_logits/mpo_mix"],
     "reward-weighted-distill": ["C_halos_sft/sft", "D_gkd_jsd/gjsd_beta0.0_T1.0"],

@@ -40,6 +40,7 @@ PATHS = {
     "iw-opd": ["loss.teacher=none"],
     "gopd": ["loss.teacher=none", "loss.reference_teacher=none"],
     "distillm2": ["loss.teacher=none"],
+    "online-adpa": ["loss.teacher=none", "loss.reference_teacher=none"],
     "ppo": ["loss.verifier=worlds.shop:check"],
     "grpo": ["loss.verifier=worlds.shop:check"],
 }
@@ -151,6 +152,8 @@ def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
             sides = (example.chosen, example.rejected, third)[: getattr(trainer.config, "n", 2)]
             items.append(Item(sides, tuple(columns(side, rng, COLUMNS[name]) for side in sides)))
         return items
+    if name == "online-adpa":  # given instead of a rollout
+        return [Item((e.chosen,), label=0.0) for e in examples()]
     if name == "opsd":  # another prompt of another length for the teacher
         contexts = [[1 + int(rng.integers(9)) for _ in range(1 + i % 3)] for i in range(6)]
         return [

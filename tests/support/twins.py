@@ -546,6 +546,24 @@ def aligndistil(world: World) -> float:
     return sum(losses) / len(losses)
 
 
+def online_adpa(world: World) -> float:
+    """By way of the optimum: tau T (log Z - KL(pi || pi*)), pi* normalized by hand."""
+    config, found = world.config, []
+    tau, sharp = config.kl_weight, config.target_temperature
+    for item in world.items:
+        for before, _ in world.steps(item.sequences[0]):
+            own, dpo, ref = (world.p(name, before) for name in ("policy", "teacher 0", "teacher 1"))
+            base = {"teacher": dpo, "reference_teacher": ref}.get(config.kl_reference) or world.p("reference", before)
+            gains = [
+                d / r if d >= config.advantage_floor or d <= r else 1.0 for d, r in zip(dpo, ref, strict=True)
+            ]  # exp(A)
+            wanted = [(b * gain ** (1 / tau)) ** (1 / sharp) for b, gain in zip(base, gains, strict=True)]
+            z = sum(wanted)
+            to_optimum = sum(p * math.log(p * z / w) for p, w in zip(own, wanted, strict=True))
+            found.append(tau * sharp * (math.log(z) - to_optimum))
+    return -sum(found) / len(found)
+
+
 def opsd(world: World) -> float:
     config, losses = world.config, []
     for item in world.items:
@@ -597,6 +615,7 @@ TWINS: dict[str, Callable[[World], float]] = {
     "pad": pad,
     "aligndistil": aligndistil,
     "opsd": opsd,
+    "online-adpa": online_adpa,
     "dpo": paired(dpo),
     "cdpo": paired(dpo),
     "robust-dpo": paired(robust),
