@@ -25,6 +25,7 @@ TEACHER = {
     "": "",
     "logprob": "; teacher cache",
     "advantage": "; generations and an advantage cache",
+    "token_logp": "; caches of token log-probs",
     "value": "; a cache of the teacher's values, or of log-probabilities",
     "live": "; live teachers",
 }
@@ -32,6 +33,7 @@ TEACHER = {
 
 CORE = ("sft", "dpo", "dckd", "adpa")
 REWARD_BASED = ("bradley-terry", "ppo", "grpo", "reward-weighted-distill")
+OWN_TEACHER = ("opsd",)  # the reference is the teacher
 GROUPS = ("Core: the stages of ADPA+", "Preference losses", "Distillation", "Reward-based")
 HEAD = (
     "| loss | minimized (values: the defaults) | needs | source | cost | golden cases |",
@@ -61,14 +63,15 @@ def group_of(name: str) -> str:
         return "Core: the stages of ADPA+"
     if name in REWARD_BASED:
         return "Reward-based"
-    return "Distillation" if type(trainer_of(name)).needs.teacher else "Preference losses"
+    taught = type(trainer_of(name)).needs.teacher or name in OWN_TEACHER
+    return "Distillation" if taught else "Preference losses"
 
 
 def row(name: str, sft: int) -> str:
     """Return a loss's line."""
     trainer = trainer_of(name)
     method = type(trainer)
-    teacher = "; two live teachers" if name == "gopd" else TEACHER[method.needs.teacher]
+    teacher = "; two live teachers" if name in ("gopd", "aligndistil", "online-adpa") else TEACHER[method.needs.teacher]
     needs = DATA[method.needs.data] + REFERENCE[trainer.needs.reference] + teacher
     cases = ", ".join(f"`{case}`" for case in LOSS_CASES[name])
     formula = trainer.objective().removeprefix("L = ").replace("|", "\\|")

@@ -12,7 +12,7 @@ from evaluation.intervals import Interval, seed_interval
 
 MORE, LESS, NEITHER = "more", "less", "neither"
 BOUNDS = {"share": (0.0, 1.0)}  # by unit: what no value can leave, so no interval may
-DIGITS = {"share": 3, "nats": 3, "number": 3, "tokens": 1, "words": 1}
+DIGITS = {"share": 3, "nats": 3, "number": 3, "tokens": 1, "words": 1, "count": 0}
 
 
 class Metric(NamedTuple):
@@ -46,6 +46,34 @@ METRICS = (
     Metric("logprob_accuracy", "log-prob accuracy", "share", MORE, "pairs", "logprob_accuracy_ci95"),
     Metric("logprob_margin", "log-prob margin, nats", "nats", MORE, "pairs"),
     Metric("num_pairs", "pairs", "number", NEITHER, "pairs", headline=False),
+    *(
+        Metric(
+            f"samples.pass_at.{k}", f"pass@{k}", "share", MORE, "samples", f"samples.pass_at_ci95.{k}", headline=False
+        )
+        for k in (2**i for i in range(1, 11))
+    ),
+    Metric(
+        "samples.distinct_right",
+        "right ones differ",
+        "share",
+        MORE,
+        "samples",
+        "samples.distinct_right_ci95",
+        headline=False,
+    ),
+    Metric(
+        "samples.distance_right",
+        "distance of right ones",
+        "share",
+        MORE,
+        "samples",
+        "samples.distance_right_ci95",
+        headline=False,
+    ),
+    Metric("samples.diverse_prompts", "prompts with two right", "count", NEITHER, "samples", headline=False),
+    Metric("temperature", "temperature", "number", NEITHER, "score", headline=False),
+    Metric("generated_tokens", "generated to learn from", "count", NEITHER, "text"),
+    Metric("token_entropy", "token entropy, nats", "nats", NEITHER, "text"),
     Metric("mean_response_tokens", "tokens", "tokens", NEITHER, "text"),
     Metric("p50_response_tokens", "tokens p50", "tokens", NEITHER, "text", headline=False),
     Metric("p95_response_tokens", "tokens p95", "tokens", NEITHER, "text", headline=False),
@@ -62,7 +90,7 @@ TRAINING = (  # the last value that a run wrote of it into metrics.jsonl
     Metric("rewards_train/accuracies", "training reward accuracy", "share", MORE, "training"),
     Metric("loss/train", "training loss", "number", LESS, "training"),
 )
-PASSES = ("greedy", "majority")  # entries below a model's own: the same metrics, decoded in another way
+PASSES = ("greedy", "majority", "matched")  # entries below a model's own: the same metrics, decoded in another way
 
 
 def at(entry: Mapping[str, Any], key: str | None) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from conversations import Conversation
+from evaluation.matched import Matched
 
 
 class Responses(NamedTuple):
@@ -13,6 +14,7 @@ class Responses(NamedTuple):
     num_tokens: list[int]
     ended: list[bool]
     scores: list[float]
+    entropy: float | None = None  # mean over the tokens of the distributions they were drawn from, nats; None: greedy
 
 
 class Evaluated(NamedTuple):
@@ -25,6 +27,23 @@ class Evaluated(NamedTuple):
     majority_scores: list[float] = []  # of the most frequent answer to each prompt, where it was asked for
     latency: list[dict[str, Any]] = []  # a row a backend and batch size
     benchmarks: dict[str, Any] = {}  # metrics of lm-evaluation-harness by task
+    more: dict[float, list[Responses]] = {}  # further responses to every prompt, with evaluation.n_samples
+    matched: Matched | None = None  # the temperature of evaluation.match_entropy
+
+    def samples(self, temperature: float) -> list[Responses]:
+        """Return all responses at a temperature, one list a sample."""
+        return [self.responses[temperature], *self.more.get(temperature, [])]
+
+    def scores(self, temperature: float | None) -> list[float]:
+        """Return each prompt's score at a temperature, the mean over its samples; empty without any."""
+        if temperature not in self.responses or not self.responses[temperature].scores:
+            return []
+        of_samples = [responses.scores for responses in self.samples(temperature)]
+        return [sum(row) / len(row) for row in zip(*of_samples, strict=True)]
+
+    def matched_scores(self) -> list[float]:
+        """Return each prompt's score at matched entropy; empty without a temperature."""
+        return self.scores(self.matched.temperature) if self.matched else []
 
 
 def main_temperature(temperatures: Sequence[float]) -> float | None:

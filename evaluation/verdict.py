@@ -26,6 +26,16 @@ def verdict(models: Mapping[str, Mapping[str, Any]], comparisons: Sequence[Mappi
     return "; ".join(parts) + "."
 
 
+def said_of(results: Mapping[str, Any], reference: str | None) -> str:
+    """Return what opens the results: the verdict at the main temperature, then at the entropy of the reference."""
+    matched = {name: row["matched"] for name, row in results["models"].items() if "matched" in row}
+    found = [
+        (verdict(results["models"], results["comparisons"]), ""),
+        (verdict(matched, results["matched_comparisons"]), f"At the token entropy of {reference}: "),
+    ]
+    return " ".join(opening + sentence for sentence, opening in found if sentence)
+
+
 def _has(row: Mapping[str, Any], name: str) -> bool:
     return name in (row["first"], row["second"])
 

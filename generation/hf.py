@@ -32,6 +32,29 @@ class Forbid(LogitsProcessor):
         return scores.masked_fill(self.forbidden, float("-inf"))
 
 
+class EntropyWatch(LogitsProcessor):
+    """Note the entropy of the distribution that each token is sampled from, at a temperature above 0; cut by nothing.
+
+    It changes no score. Put it behind every processor: generate tempers after them.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.steps: list[Tensor] = []  # [B] nats each
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Take and return scores [B, V]; an id of -inf has no part in the entropy."""
+        logps = (scores.float() / self.temperature).log_softmax(-1)
+        self.steps.append(-(logps.exp() * logps.masked_fill(logps == -torch.inf, 0.0)).sum(-1))
+        return scores
+
+    def totals(self, lengths: Sequence[int]) -> list[float]:
+        """Return the sum over each response's tokens in nats, and forget them; lengths: tokens of each response."""
+        steps = torch.stack(self.steps, dim=1).double().cpu()
+        self.steps = []
+        return [float(row[:length].sum()) for row, length in zip(steps, lengths, strict=True)]
+
+
 def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad prompts on the left, where generation goes on: ids [B, T] and their mask [B, T] of 1 and 0.
 
@@ -44,9 +67,14 @@ def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> 
 
 
 def hf_backend(
-    model: Any, tokenizer: Any, generation: GenerationConfig, stop: list[int], vocab_size: int
+    model: Any,
+    tokenizer: Any,
+    generation: GenerationConfig,
+    stop: list[int],
+    vocab_size: int,
+    watch: EntropyWatch | None = None,
 ) -> BatchSampler:
-    """Return a function that samples one batch with model.generate."""
+    """Return a function that samples one batch with model.generate; `watch` sees every step's scores."""
     width = model.get_output_embeddings().weight.shape[0]
     forbid = Forbid(forbidden_ids(tokenizer, stop, vocab_size, width).to(model.device))
     sampling: dict[str, Any] = {"do_sample": False}
@@ -75,7 +103,8 @@ def hf_backend(
         try:
             with torch.random.fork_rng(devices=cuda):
                 torch.manual_seed(seed)
-                processors = LogitsProcessorList([forbid, *calculators(generation.calculator, tokenizer, longest)])
+                hooks = calculators(generation.calculator, tokenizer, longest)
+                processors = LogitsProcessorList([forbid, *hooks, *([watch] if watch else [])])
                 out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
         finally:
             model.generation_config = own
@@ -123,13 +152,32 @@ def sample(
 
     No response holds an id >= vocab_size, padding, or a special token that ends no turn. Temperature 0 is greedy.
     """
-    backend = hf_backend(model, tokenizer, generation, stop, vocab_size)
-    responses: list[Response | None] = [None] * len(prompt_ids)
+    watched = sample_watched(model, tokenizer, prompt_ids, generation, stop, vocab_size, seed, watch=False)
+    return [(ids, reason) for ids, reason, _ in watched]
+
+
+def sample_watched(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt_ids: list[list[int]],
+    generation: GenerationConfig,
+    stop: list[int],
+    vocab_size: int,
+    seed: int,
+    watch: bool = True,
+) -> list[tuple[list[int], str, float]]:
+    """Answer as `sample` does, and give beside it the sum of the tokens' entropies in nats.
+
+    It is 0 for greedy responses, whose tokens are drawn from a point mass, and without `watch`.
+    """
+    watcher = EntropyWatch(generation.temperature) if watch and generation.temperature > 0 else None
+    backend = hf_backend(model, tokenizer, generation, stop, vocab_size, watcher)
+    found: dict[int, tuple[list[int], str, float]] = {}
     with Progress(len(prompt_ids), 0) as progress:
         for index, batch in enumerate(length_batches(prompt_ids, generation.batch_size)):
-            for i, response in zip(
-                batch, backend([prompt_ids[i] for i in batch], derived_seed(seed, index)), strict=True
-            ):
-                responses[i] = response
-                progress.add(response[0])
-    return [response for response in responses if response is not None]
+            responses = backend([prompt_ids[i] for i in batch], derived_seed(seed, index))
+            nats = watcher.totals([len(ids) for ids, _ in responses]) if watcher else [0.0] * len(batch)
+            for i, (ids, reason), total in zip(batch, responses, nats, strict=True):
+                found[i] = ids, reason, total
+                progress.add(ids)
+    return [found[i] for i in range(len(prompt_ids))]

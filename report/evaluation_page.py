@@ -6,30 +6,43 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from evaluation import bradley_terry, comparisons, latency
+from evaluation import comparisons, latency
 from evaluation import harness as benchmarks
+from evaluation.bradley_terry import cells as strength_cells
+from evaluation.matched import MATCHED
 from evaluation.records import Evaluated, main_temperature
-from evaluation.results import table, temperature_table
+from evaluation.results import markdown, samples_cells, table, temperature_cells
 from evaluation.win_rate import alpaca_eval_rows
 from models import local_source
 from report.gather import NUM_SAMPLES, Evaluation, advantages_of, curves_of, samples_of, tokens_of
 from report.page import write_report
-from report.tables import benchmarks_section, latency_section, metric_sections
+from report.tables import benchmarks_section, cells_section, latency_section, metric_sections
 from settings.artifacts import write_json, write_jsonl, write_text
 from settings.schema import EvaluationConfig, Settings
 from teacher.cache import Reader
 from teacher.quantities import Entry
 
 TITLE = "Evaluation"
+MATCHED_NOTE = (
+    "Entropy of a model: each other one at the temperature at which its tokens are as uncertain, chosen on prompts "
+    "that are scored nowhere. What is left there of a lead at one temperature was not sharpening."
+)
+STRENGTHS_NOTE = (
+    "The higher score of a prompt, or the verdict, wins; a tie is half a win. 400 points are odds of 10 to 1."
+)
 
 
 def summary_text(table: str, results: Mapping[str, Any], timed: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return summary.md: the verdict, the table, then what there is of comparisons, benchmarks and latency."""
     parts = {
-        "Scores at every temperature": temperature_table(results["models"], results.get("temperatures") or []),
+        "Scores at every temperature": markdown(temperature_cells(results)),
+        "Several responses to a prompt": markdown(samples_cells(results["models"])),
         "Differences on the same prompts": comparisons.table(results.get("comparisons") or []),
         "Differences on the same prompts, greedy": comparisons.table(results.get("greedy_comparisons") or []),
-        "Bradley-Terry strengths": bradley_terry.table(results.get("bradley_terry") or {}),
+        "Differences on the same prompts, at matched entropy": comparisons.table(
+            results.get("matched_comparisons") or []
+        ),
+        "Bradley-Terry strengths": markdown(strength_cells(results)),
         "lm-evaluation-harness": benchmarks.table(results["models"]),
         "Latency": latency.table(timed),
     }
@@ -87,7 +100,9 @@ def write_artifacts(
     write_text(run_dir / "summary.md", summary_text(table, results, timed))
     evaluation = Evaluation(run_dir, results["seed"], results, {})
     models = results["models"]
-    more = metric_sections(models) + benchmarks_section(models) + latency_section(timed)
+    more = cells_section("temperatures", "Scores at every temperature", temperature_cells(results), MATCHED_NOTE)
+    more += cells_section("strengths", "Bradley-Terry strengths", strength_cells(results), STRENGTHS_NOTE)
+    more += metric_sections(models) + benchmarks_section(models) + latency_section(timed)
     write_report(
         run_dir,
         TITLE,
@@ -116,7 +131,7 @@ def write_results(settings: Settings, results: dict[str, Any], evaluated: dict[s
     run_dir = settings.run.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     first = next(iter(evaluated.values()))
-    temperatures = list(first.responses)
+    temperatures = settings.evaluation.temperatures
     main = main_temperature(temperatures)
     if main is not None:
         samples = []
@@ -132,9 +147,12 @@ def write_results(settings: Settings, results: dict[str, Any], evaluated: dict[s
             rows = alpaca_eval_rows(one.prompts, one.responses[main].texts, name)
             write_json(run_dir / "alpaca_eval" / f"{name}.json", rows)
         every = {
-            f"{temperature:g}": {name: one.responses[temperature].scores for name, one in evaluated.items()}
+            f"{temperature:g}": {name: one.scores(temperature) for name, one in evaluated.items()}
             for temperature in temperatures
         }
+        matched = {name: one.matched_scores() for name, one in evaluated.items() if one.matched_scores()}
+        if matched:
+            every[MATCHED] = matched
         if first.majority_scores:
             every["majority"] = {name: one.majority_scores for name, one in evaluated.items()}
         write_json(run_dir / "scores.json", every, indent=None)

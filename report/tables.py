@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation.comparisons import interval_of
+from evaluation.matched import MATCHED
 from evaluation.metrics import DIGITS, Metric, at, is_number, present
 from report.markup import number, section, text
 
@@ -14,6 +15,12 @@ SECTIONS = {  # the groups of evaluation/metrics.py that have a section of their
         "Held-out pairs",
         '<p class="note">Reward: the log-ratio to the reference. Log-prob: without a reference.</p>',
     ),
+    "samples": (
+        "Several responses to a prompt",
+        '<p class="note">pass@k: the chance that k responses hold a right one. Right ones differ: the chance that two '
+        "right responses to a prompt are not the same words; their distance is 1 − Jaccard of 2-grams. Both are means "
+        "over the prompts with two right responses.</p>",
+    ),
     "text": (
         "Text statistics",
         '<p class="note">Refused: one of evaluation.refusal_phrases stands in the first 150 characters. Repeated '
@@ -21,6 +28,9 @@ SECTIONS = {  # the groups of evaluation/metrics.py that have a section of their
         "the same thing over and over.</p>",
     ),
 }
+
+
+DECODED = ("samples", "text")  # groups whose metrics every way of decoding has
 
 
 def html_table(label: str, columns: Row, rows: Sequence[Row]) -> str:
@@ -33,6 +43,14 @@ def html_table(label: str, columns: Row, rows: Sequence[Row]) -> str:
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="results metrics">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def cells_section(name: str, title: str, rows: Sequence[Sequence[str]], note: str) -> str:
+    """Write rows of plain cells, the heads first, as a section; empty for none."""
+    if not rows:
+        return ""
+    head, *body = [[text(cell) for cell in row] for row in rows]
+    return section(name, title, html_table(title, head, body) + f'<p class="note">{text(note)}</p>')
 
 
 def metric_cell(entry: Mapping[str, Any], metric: Metric, prefix: str = "") -> str:
@@ -51,11 +69,13 @@ def metric_section(group: str, models: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append((name, f"temperature {entry.get('temperature', 0):g}", entry, ""))
         if group == "text" and entry.get("temperature") != 0 and "greedy" in entry:
             rows.append((name, "greedy", entry, "greedy."))
-    metrics = present([entry for _, _, entry, _ in rows], group)
+        if group in DECODED and MATCHED in entry:
+            rows.append((name, f"matched, {at(entry, f'{MATCHED}.temperature'):.3g}", entry, f"{MATCHED}."))
+    metrics = present([at(entry, prefix[:-1]) if prefix else entry for _, _, entry, prefix in rows], group)
     if not metrics:
         return ""
     title, note = SECTIONS[group]
-    decoded = group == "text"
+    decoded = group in DECODED
     cells = [
         [text(name), *([how] if decoded else []), *(metric_cell(entry, metric, prefix) for metric in metrics)]
         for name, how, entry, prefix in rows

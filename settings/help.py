@@ -35,6 +35,7 @@ REFERENCE = {"logps": "reference log-probabilities (live or cached)", "distribut
 TEACHER = {
     "logprob": "a teacher cache (task=cache)",
     "advantage": "generations (task=generate) and an advantage cache on them (task=cache cache.reference=FOLDER)",
+    "token_logp": "caches of log-probabilities of the response tokens (task=cache cache.quantity=token_logp)",
     "value": "a cache of the teacher's values (task=cache cache.quantity=value), or of its log-probabilities",
     "live": "live teachers",
 }

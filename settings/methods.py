@@ -22,7 +22,7 @@ class Needs(NamedTuple):
     # responses | pairs | feedback (pairs, or responses with a label) | prompts (or rewarded responses) | rewards
     data: str
     reference: str = ""  # "" | logps (of the response tokens; may be cached) | distributions (a live model)
-    # "" | logprob | advantage | value (the quantity of the teacher cache) | live (a model in memory)
+    # "" | logprob | advantage | token_logp | value (the quantity of the teacher cache) | live (a model in memory)
     teacher: str = ""
     # (key, value) pairs of the loss section under which the reference is needed; none: always
     reference_if: tuple[tuple[str, str], ...] = ()

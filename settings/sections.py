@@ -128,6 +128,9 @@ class EvaluationConfig:
     reward_accuracy: bool
     reference: dict[str, Place]
     majority: int
+    n_samples: int
+    match_entropy: str | None
+    match_prompts: int
     calculator: bool
     refusal_phrases: list[str]
     advantages: Place | None
@@ -164,6 +167,7 @@ class EvaluationConfig:
             not self.majority or self.verifier is not None,
             f"evaluation.majority={self.majority} needs evaluation.verifier",
         )
+        self._check_samples()
         for phrase in self.refusal_phrases:
             require(
                 bool(phrase.strip()),
@@ -179,6 +183,27 @@ class EvaluationConfig:
             bool(self.lm_eval) or self.lm_eval_path is None,
             f"evaluation.lm_eval_path={self.lm_eval_path} holds task files, but evaluation.lm_eval names no task: "
             "evaluation.lm_eval=[TASK]",
+        )
+
+    def _check_samples(self) -> None:
+        require(self.n_samples >= 1, f"evaluation.n_samples={self.n_samples} must be at least 1")
+        require(
+            self.n_samples == 1 or any(self.temperatures),
+            f"evaluation.n_samples={self.n_samples} needs a temperature above 0 in evaluation.temperatures: "
+            "greedy responses are all the same",
+        )
+        require(self.match_prompts >= 1, f"evaluation.match_prompts={self.match_prompts} must be at least 1")
+        if self.match_entropy is None:
+            return
+        require(
+            self.match_entropy in self.models,
+            f"evaluation.match_entropy={self.match_entropy!r} is not among evaluation.models "
+            f"({', '.join(self.models)})",
+        )
+        require(
+            any(self.temperatures) and (1.0 in self.temperatures or self.temperatures[0] > 0),
+            f"evaluation.match_entropy={self.match_entropy} takes that model's entropy at temperature 1, or at the "
+            f"first of evaluation.temperatures={self.temperatures}, which must be above 0",
         )
 
     def _check_latency(self) -> None:

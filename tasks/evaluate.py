@@ -11,6 +11,7 @@ With several processes each asks every model for its share of the batches; rank 
 is answered stands in answers.jsonl until the end: a killed run goes on there.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,23 +26,27 @@ from evaluation.harness import benchmark_metrics, check_benchmarks
 from evaluation.intervals import score_interval
 from evaluation.latency import check_latency, latency_rows
 from evaluation.majority import majority_scores, majority_temperature, vote_settings
+from evaluation.matched import Matched, matched_temperature, mean_entropy, split_off
 from evaluation.pieces import Ledger, Piece, key_of
-from evaluation.records import Evaluated, Responses
+from evaluation.records import Evaluated, Responses, main_temperature
 from evaluation.results import results_of, table, verdicts_of
 from functional import row_sums, token_logps
-from generation.hf import sample
-from generation.interface import Response, length_batches
+from generation.hf import sample_watched
+from generation.interface import length_batches
 from report.evaluation_page import check_advantages, write_results
 from rewards.verifiers import Verifier, prompt_text, resolve_verifier, scored, vote_of
 from settings.parts import Parts
 from settings.schema import EvaluationConfig, GenerationConfig, Settings
 
+Answered = tuple[list[int], str, float]  # token ids, stop or length, sum of the tokens' entropies in nats
+
 
 class HeldOut(NamedTuple):
-    """What the models are judged on: prompts to answer, and pairs to rank."""
+    """What the models are judged on: prompts to answer, pairs to rank, prompts that choose matched temperatures."""
 
     prompts: list[Example]
     pairs: list[Example]
+    validation: list[Example]
 
 
 # ---- inputs
@@ -98,8 +103,11 @@ def held_out(settings: Settings, tokenizer: Any) -> HeldOut:
     pairs = [row for row in rows if row.chosen is not None and row.rejected is not None]
     if settings.evaluation.reward_accuracy and not pairs:
         raise ValueError("evaluation.reward_accuracy=true needs held-out pairs: no test row has chosen and rejected")
-    prompts = [row for row in rows if row.chosen is None and row.response is None]
-    return HeldOut(prompts or rows, pairs)
+    prompts = [row for row in rows if row.chosen is None and row.response is None] or rows
+    if settings.evaluation.match_entropy is None:
+        return HeldOut(prompts, pairs, [])
+    scored, validation = split_off(len(prompts), settings.evaluation.match_prompts, run.seed)
+    return HeldOut([prompts[i] for i in scored], pairs, [prompts[i] for i in validation])
 
 
 # ---- one model
@@ -110,8 +118,8 @@ def batches_to_answer(prompts: list[Example], size: int) -> list[list[int]]:
     return length_batches([row.prompt for row in prompts], size)
 
 
-def answer(asked: "Asked", batch: list[int], temperature: float, seed: int) -> list[Response]:
-    """Give one response to each prompt of a batch, from the whole distribution."""
+def answer(asked: "Asked", rows: Sequence[Example], temperature: float, seed: int) -> list[Answered]:
+    """Give one response to each prompt of a batch, from the whole distribution, and the entropy it was drawn with."""
     config, model, tokenizer = asked.settings.evaluation, asked.model(), asked.tokenizer
     generation: GenerationConfig = replace(
         asked.settings.generation,
@@ -123,18 +131,21 @@ def answer(asked: "Asked", batch: list[int], temperature: float, seed: int) -> l
         batch_size=config.batch_size,
         calculator=config.calculator,
     )
-    ids = [asked.data.prompts[i].prompt for i in batch]
-    return sample(model, tokenizer, ids, generation, models.stop_ids(tokenizer, model), len(tokenizer), seed)
+    ids = [row.prompt for row in rows]
+    return sample_watched(model, tokenizer, ids, generation, models.stop_ids(tokenizer, model), len(tokenizer), seed)
 
 
-def verified(samples: list[Response], tokenizer: Any, prompts: list[Example], verifier: Verifier | None) -> Responses:
+def verified(
+    samples: list[Answered], tokenizer: Any, prompts: list[Example], verifier: Verifier | None, greedy: bool
+) -> Responses:
     """Decode the responses, without their end-of-turn token, and score each beside its prompt."""
-    bodies = [ids[:-1] if reason == "stop" else ids for ids, reason in samples]
+    bodies = [ids[:-1] if reason == "stop" else ids for ids, reason, _ in samples]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in bodies]
     scores = []
     if verifier is not None:
         scores = [scored(verifier, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
-    return Responses(texts, [len(ids) for ids, _ in samples], [reason == "stop" for _, reason in samples], scores)
+    lengths, ended = [len(ids) for ids, _, _ in samples], [reason == "stop" for _, reason, _ in samples]
+    return Responses(texts, lengths, ended, scores, None if greedy else mean_entropy(samples))
 
 
 def pair_batches(num_pairs: int, batch_size: int) -> list[range]:
@@ -192,6 +203,17 @@ class Asked:
             self.loaded = (source, model.to(self.device))
         return self.loaded[1]
 
+    @property
+    def facts(self) -> list[Any]:
+        """Return what decides the model's answers, beside prompts and sampling."""
+        return [
+            models.model_digest(self.settings.evaluation.models[self.name]),
+            models.tokenizer_digest(self.tokenizer),
+            models.stop_ids_of(self.own, self.tokenizer),
+            str(self.dtype),
+            self.device.type,
+        ]
+
 
 class Work(NamedTuple):
     """The pieces of one model; a pass is every prompt once, at a temperature, as the k-th vote (0: the main pass)."""
@@ -208,27 +230,61 @@ class Work(NamedTuple):
         return [*answers, *self.benchmarks, *self.pairs, *self.reference_pairs]
 
 
-def work_of(asked: Asked) -> Work:
+def answer_pieces(asked: Asked, prompts: list[Example], temperature: float, k: int, facts: list[Any]) -> list[Piece]:
+    """Return a piece for each batch of prompts, answered at a temperature for the k-th time."""
+    config, pieces = asked.settings.evaluation, []
+    seed = vote_settings(asked.settings, k).run.seed
+    for number, batch in enumerate(batches_to_answer(prompts, config.batch_size)):
+        rows = [prompts[i] for i in batch]
+        own = seed * 1_000_003 + number * config.batch_size
+        sampling = [temperature, own, config.max_new_tokens, config.calculator]
+        key = key_of("answer and entropy", facts, [row.prompt for row in rows], sampling)
+        pieces.append(Piece(key, partial(answer, asked, rows, temperature, own)))
+    return pieces
+
+
+def matched_temperatures(asked: dict[str, Asked], ledger: Ledger, show: bool) -> dict[str, Matched]:
+    """Return the temperature of each model whose token entropy is the reference's; empty without match_entropy.
+
+    A model's search is one piece: its trials follow each other.
+    """
+    config = next(iter(asked.values())).settings.evaluation
+    reference, main = config.match_entropy, main_temperature(config.temperatures)
+    if reference is None or main is None:
+        return {}
+
+    def entropy_of(one: Asked, temperature: float) -> float:
+        pieces = answer_pieces(one, one.data.validation, temperature, 0, [])
+        return mean_entropy([row for piece in pieces for row in piece.work()])
+
+    def shared(names: Sequence[str], key: Sequence[Any], work: Callable[[Asked], Any]) -> list[Any]:
+        pieces = []
+        for name in names:
+            one = asked[name]
+            decisive = [config.max_new_tokens, config.calculator, config.batch_size, one.settings.run.seed]
+            prompts = [row.prompt for row in one.data.validation]
+            pieces.append(Piece(key_of(*key, one.facts, prompts, decisive), partial(work, one)))
+        for name, piece in zip(names, pieces, strict=True):
+            ledger.share([piece], f"matching {name}" if show else "")
+            asked[name].loaded = ("", None)
+        ledger.wait(pieces)
+        return ledger.answers(pieces)
+
+    target = shared([reference], ["entropy", main], lambda one: entropy_of(one, main))[0]
+    others = [name for name in asked if name != reference]
+    found = shared(others, ["match", target], lambda one: matched_temperature(partial(entropy_of, one), target))
+    return {reference: Matched(main, target, target, [])} | {
+        name: Matched(*fields) for name, fields in zip(others, found, strict=True)
+    }
+
+
+def work_of(asked: Asked, matched: Matched | None) -> Work:
     """Return what one model is asked for."""
-    settings, config, data = asked.settings, asked.settings.evaluation, asked.data
-    facts = [
-        models.model_digest(config.models[asked.name]),
-        models.tokenizer_digest(asked.tokenizer),
-        models.stop_ids_of(asked.own, asked.tokenizer),
-        str(asked.dtype),
-        asked.device.type,
-    ]
-    passes = {}
-    for temperature, k in _passes(config):
-        seed, pieces = vote_settings(settings, k).run.seed, []
-        for number, batch in enumerate(batches_to_answer(data.prompts, config.batch_size)):
-            ids = [data.prompts[i].prompt for i in batch]
-            own = seed * 1_000_003 + number * config.batch_size
-            sampling = [temperature, own, config.max_new_tokens, config.calculator]
-            pieces.append(
-                Piece(key_of("answer", facts, ids, sampling), partial(answer, asked, batch, temperature, own))
-            )
-        passes[temperature, k] = pieces
+    settings, config, data, facts = asked.settings, asked.settings.evaluation, asked.data, asked.facts
+    passes = {
+        (temperature, k): answer_pieces(asked, data.prompts, temperature, k, facts)
+        for temperature, k in _passes(config, matched.temperature if matched else None)
+    }
     benchmarks = []
     if config.lm_eval:
         key = key_of("lm_eval", facts, settings.run.seed, settings.raw["evaluation"], settings.raw["model"])
@@ -239,10 +295,12 @@ def work_of(asked: Asked) -> Work:
     return Work(passes, benchmarks, own_pairs, theirs)
 
 
-def _passes(config: EvaluationConfig) -> list[tuple[float, int]]:
-    """Return (temperature, vote) of every pass over the prompts; the main pass votes, too."""
+def _passes(config: EvaluationConfig, matched: float | None) -> list[tuple[float, int]]:
+    """Return (temperature, k) of every pass over the prompts, each once; a sample votes, too."""
+    temperatures = [*config.temperatures, *([] if matched is None else [matched])]
+    found = [(t, k) for t in temperatures for k in range(config.n_samples if t > 0 else 1)]
     votes = range(1, config.majority or 0) if config.verifier else range(0)
-    return [(t, 0) for t in config.temperatures] + [(majority_temperature(config.temperatures), k) for k in votes]
+    return list(dict.fromkeys(found + [(majority_temperature(config.temperatures), k) for k in votes]))
 
 
 def _pair_pieces(asked: Asked, source: str, facts: list[Any]) -> list[Piece]:
@@ -259,20 +317,23 @@ def _pair_pieces(asked: Asked, source: str, facts: list[Any]) -> list[Piece]:
     return pieces
 
 
-def evaluated(asked: Asked, work: Work, ledger: Ledger, verifier: Verifier | None) -> Evaluated:
+def evaluated(
+    asked: Asked, work: Work, ledger: Ledger, verifier: Verifier | None, matched: Matched | None
+) -> Evaluated:
     """Put a model's pieces together."""
     config, data, tokenizer = asked.settings.evaluation, asked.data, asked.tokenizer
     order = [i for batch in batches_to_answer(data.prompts, config.batch_size) for i in batch]
 
     def answered(temperature: float, k: int) -> Responses:
-        found = [(ids, reason) for batch in ledger.answers(work.passes[temperature, k]) for ids, reason in batch]
+        found = [tuple(row) for batch in ledger.answers(work.passes[temperature, k]) for row in batch]
         samples = dict(zip(order, found, strict=True))
-        judge = verifier if k == 0 else None
-        return verified([samples[i] for i in range(len(order))], tokenizer, data.prompts, judge)
+        judge = verifier if k < config.n_samples else None
+        return verified([samples[i] for i in range(len(order))], tokenizer, data.prompts, judge, temperature == 0)
 
     conversations = [row.conversation for row in data.prompts]
     passes = {key: answered(*key) for key in work.passes}
     responses = {temperature: found for (temperature, k), found in passes.items() if k == 0}
+    more = {t: [passes[t, k] for k in range(1, config.n_samples)] for t in responses if t > 0}
     votes: list[float] = []
     if config.majority and verifier is not None:
         voting = majority_temperature(config.temperatures)
@@ -286,7 +347,7 @@ def evaluated(asked: Asked, work: Work, ledger: Ledger, verifier: Verifier | Non
     benchmarks = ledger.answers(work.benchmarks)[0] if work.benchmarks else {}
     prompts = [prompt_text(c.prompt) for c in conversations]
     timed = latency_rows(asked.settings, asked.own, asked.model(), tokenizer, data.prompts) if config.latency else []
-    return Evaluated(prompts, conversations, responses, metrics, votes, timed, benchmarks)
+    return Evaluated(prompts, conversations, responses, metrics, votes, timed, benchmarks, more, matched)
 
 
 def run(settings: Settings) -> None:
@@ -307,16 +368,17 @@ def run(settings: Settings) -> None:
         )
     parts = Parts(settings.run.run_dir / "answers.jsonl", process.rank)
     ledger = Ledger(parts, process.rank, process.world_size)
-    works: dict[str, tuple[Asked, Work]] = {}
-    for name in config.models:
-        asked = Asked(settings, name, process.device)
-        works[name] = asked, work_of(asked)
-        ledger.share(works[name][1].every, f"asking {name}" if process.is_main else "")
-        asked.loaded = ("", None)
+    asked = {name: Asked(settings, name, process.device) for name in config.models}
+    matched = matched_temperatures(asked, ledger, process.is_main)
+    works: dict[str, Work] = {}
+    for name, one in asked.items():
+        works[name] = work_of(one, matched.get(name))
+        ledger.share(works[name].every, f"asking {name}" if process.is_main else "")
+        one.loaded = ("", None)
     if not process.is_main:
         return
-    ledger.wait(piece for _, work in works.values() for piece in work.every)
-    found = {name: evaluated(*works[name], ledger, verifier) for name in works}
+    ledger.wait(piece for work in works.values() for piece in work.every)
+    found = {name: evaluated(asked[name], works[name], ledger, verifier, matched.get(name)) for name in works}
     first = next(iter(works))
     for name in works:
         if found[name].prompts != found[first].prompts:

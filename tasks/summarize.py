@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.intervals import paired_difference, score_interval, seed_interval
+from evaluation.matched import MATCHED
 from evaluation.metrics import DIGITS, METRICS, PASSES, at, interval_over_seeds, is_number, present, put
 from report.gather import Evaluation, advantages_of, curves_of, read_evaluation, samples_of
 from report.page import write_report
@@ -95,19 +96,26 @@ def summarized(evaluations: list[Evaluation], comparisons: list[list[str]]) -> d
             )
     main = "1" if "1" in temperatures else temperatures[0]
     models = {name: pooled(evaluations, main, name) | {"temperature": float(main)} for name in names}
-    for decoded, key in {"greedy": "0", "majority": "majority"}.items():
-        for name in names if key in temperatures else ():
+    keys = {"greedy": "0", "majority": "majority", MATCHED: MATCHED}
+    for decoded, key in keys.items():
+        for name in scored_in_all(evaluations, key):
             models[name][decoded] = pooled(evaluations, key, name, decoded)
     pairs = pairs_of(comparisons, names)
-    compare = {"comparisons": main, "greedy_comparisons": "0", "majority_comparisons": "majority"}
-    return {
-        "models": models,
-        "temperature": float(main),
-        **{
-            name: [compared(evaluations, key, *pair) for pair in pairs] if key in temperatures else []
-            for name, key in compare.items()
-        },
-    }
+    compare = {"comparisons": main, **{f"{decoded}_comparisons": key for decoded, key in keys.items()}}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, key in compare.items():
+        there = set(scored_in_all(evaluations, key))
+        found[name] = [compared(evaluations, key, *pair) for pair in pairs if set(pair) <= there]
+    return {"models": models, "temperature": float(main), **found}
+
+
+def scored_in_all(evaluations: list[Evaluation], key: str) -> list[str]:
+    """Return the models that have scores of this pass in every evaluation, in their order.
+
+    At matched entropy a model may have none: no temperature gave the entropy.
+    """
+    first, *others = (e.scores.get(key, {}) for e in evaluations)
+    return [name for name in first if all(name in scores for scores in others)]
 
 
 # ---- tables
@@ -132,16 +140,16 @@ def scores_table(results: dict[str, Any]) -> str:
     """Return the scores by seed and pooled with both intervals, sampled and in every other way of decoding."""
     first = next(iter(results["models"].values()))
     several = len(first["seeds"]) > 1
-    extra = [name for name in PASSES if name in first]
+    extra = [name for name in PASSES if any(name in row for row in results["models"].values())]
     head = ["model", *([f"seed {seed}" for seed in first["seeds"]] if several else [])]
     for words in (f"temperature {results['temperature']:g}", *extra):
         head += [words, "95 % over prompts"] + (["95 % over seeds"] if several else [])
     rows = [head]
     for name, row in results["models"].items():
         cells = [name, *([f"{score:.3f}" for score in row["per_seed"].values()] if several else [])]
-        for part in (row, *(row[name] for name in extra)):
-            cells += [f"{part['score']:.3f}", _span(part["ci95"])]
-            cells += [_span(part["ci95_over_seeds"])] if several else []
+        for part in (row, *(row.get(name) for name in extra)):
+            cells += [f"{part['score']:.3f}", _span(part["ci95"])] if part else ["-", "-"]
+            cells += [_span(part and part["ci95_over_seeds"])] if several else []
         rows.append(cells)
     return _markdown(rows)
 

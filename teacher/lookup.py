@@ -101,6 +101,31 @@ class StoredLogps(NamedTuple):
         return self.reader.get(self.tokens.ids, self.tokens.response)["logps"]
 
 
+class StoredColumns(NamedTuple):
+    """A sequence's numbers in one cache or several of one number a token, as K = len(readers) entries with the id 0."""
+
+    readers: tuple[Reader, ...]
+    tokens: Tokens
+    array: str  # which array of the quantity
+
+    def read(self) -> Entry:
+        """Read the numbers [L, K] of every response token."""
+        found = [reader.get(self.tokens.ids, self.tokens.response)[self.array] for reader in self.readers]
+        values = np.stack(found, axis=1)
+        return Entry(np.zeros(values.shape, np.int64), values, np.zeros(len(values), np.float32))
+
+    def identity(self) -> bytes:
+        """Return the caches' identities."""
+        return b"".join(map(identity_of, self.readers))
+
+
+def stored_columns(readers: tuple[Reader, ...], tokens: Tokens, array: str) -> StoredColumns:
+    """Find a sequence's numbers, by its key alone; ValueError shows the nearest sequence where a cache has none."""
+    for reader in readers:
+        check_held(reader, tokens)
+    return StoredColumns(readers, tokens, array)
+
+
 def check_generated(generations: GeneratedSequences, examples: Sequence[Example], source: str) -> None:
     """Refuse rows whose prompt has no generation; the first of them is shown.
 

@@ -48,6 +48,20 @@ OPTIONS = {
         *(f"loss.form=released loss.value={kind}" for kind in ("logits", "margin", "student_entropy")),
         "loss.form=released loss.value=student_expectation",
     ],
+    "dadpo": [
+        "loss.teacher_weight=0.4 loss.nll_weight=0.2 loss.humanline=true loss.log_epsilon_P=-0.3",
+        "loss.teacher_weight=0",
+    ],
+    "ctpd": [
+        "loss.weight_exponent=0.7 loss.weight_scale=1.3 loss.clamp_low=-0.2 loss.clamp_high=0.6 loss.nll_weight=0.2"
+    ],
+    "pad": ["loss.n=3 loss.generations=none loss.beta=2.0"],
+    "aligndistil": ["loss.adaptive=false loss.extrapolation=0.5", "loss.extrapolation=0.3 loss.target_temperature=0.5"],
+    "online-adpa": [
+        "loss.kl_reference=start loss.kl_weight=2.0 loss.target_temperature=0.3 loss.advantage_floor=0.1",
+        "loss.kl_reference=teacher loss.kl_weight=0.7 loss.advantage_floor=0",
+    ],
+    "opsd": ["loss.beta=0 loss.temperature=1.3", "loss.beta=1", "loss.clip=0.03", "loss.beta=0 loss.clip=0.05"],
     "aot": ["loss.variant=unpaired", "loss.label_smoothing=0.2"],
     "tdpo": ["loss.variant=1"],
     "ra-dpo": ["loss.variant=1", "loss.confidence_level=0.3", "loss.confidence_level=1.0", "loss.risk=reference"],
@@ -84,7 +98,16 @@ PLAIN = {"sppo-hard": "loss.beta=0.1"}  # its default asks for log-ratios of 500
 CASES = [(name, PLAIN.get(name, "")) for name in LOSSES] + [
     (name, option) for name, options in OPTIONS.items() for option in options
 ]
-LAID_OUT = ("adpa", "dpo", "tvkd", "dckd", "gkd")  # whose options are held against other layouts, too
+LAID_OUT = (
+    "adpa",
+    "dpo",
+    "tvkd",
+    "dckd",
+    "gkd",
+    "ctpd",
+    "pad",
+    "opsd",
+)  # whose options are held against other layouts, too
 # Where a gradient is stopped, the slope of the value is not the gradient: tests of their own hold these.
 STOPPED = [
     (n, o) for n, o in CASES if (n in ("tdpo", "ra-dpo") and "variant=1" not in o) or (n == "aot" and "unpaired" in o)

@@ -17,8 +17,9 @@ from tests.support.helpers import ROOT, composed, free_port, rows_of, write_pair
 LOSSES = sorted(path.stem for path in (ROOT / "config" / "loss").glob("*.yaml"))
 # Where a default is meant for large models or long runs, a value at which 20 steps of a tiny one move.
 SETTINGS = {"sppo-hard": ["loss.beta=0.05"], "adpa": ["loss.gamma=0.5"], "gkd": ["loss.on_policy=0"]}
+SETTINGS |= {name: ["loss.on_policy=0"] for name in ("aligndistil", "opsd")}
 # Those that learn from rewards have another aim than a falling loss: test_rollouts.py shows that they reach it.
-REWARDED = {"ppo", "grpo", "opd", "iw-opd", "gopd", "reward-weighted-distill"}
+REWARDED = {"ppo", "grpo", "opd", "iw-opd", "gopd", "online-adpa", "reward-weighted-distill"}
 # Options with another objective, which has to fall, too.
 OTHERS = [
     ("adpa", ["loss.objective=regularized", "loss.sft_weight=0"]),
@@ -28,7 +29,13 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> dict[str, str]:
-    return chain_of(tmp_path_factory.mktemp("methods"))
+    found = chain_of(tmp_path_factory.mktemp("methods"))
+    common = [f"cache_dir={found['base']}", "model=tiny", "datasets=[local]", f"datasets.local.train={found['data']}"]
+    for who in ("teacher", "start"):
+        found[f"tokens_{who}"] = f"{found['base']}/tokens_{who}/CACHE"
+        model = f"model.load_from={found['base']}/{who}/FINAL"
+        launch.run_task(composed(*common, "task=cache", "cache.quantity=token_logp", f"exp_name=tokens_{who}", model))
+    return found
 
 
 @pytest.mark.slow
@@ -40,6 +47,17 @@ def test_twenty_steps_lower_the_objective(name, options, chain):
         "adpa": [f"loss.generations={chain['generations']}", f"loss.advantages={chain['base']}/adv/CACHE"],
         "gkd": [f"loss.teacher={chain['base']}/teacher/FINAL"],
         "distillm2": [f"loss.teacher={chain['base']}/teacher/FINAL"],
+        "aligndistil": [
+            f"loss.teacher={chain['base']}/teacher/FINAL",
+            f"loss.reverse_teacher={chain['base']}/start/FINAL",
+        ],
+        "dadpo": [f"loss.teacher_cache={chain['tokens_teacher']}"],
+        "pad": [f"loss.teacher_cache={chain['tokens_teacher']}"],
+        "ctpd": [
+            f"loss.teacher_cache={chain['tokens_start']}",
+            f"loss.positive_cache={chain['tokens_teacher']}",
+            f"loss.negative_cache={chain['tokens_start']}",
+        ],
         "tvkd": [f"loss.teacher_cache={chain['base']}/cache/CACHE", "loss.value=lse", "loss.value_temperature=2.0"],
     }
     run = [

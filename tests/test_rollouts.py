@@ -337,14 +337,19 @@ def test_what_cannot_work_is_refused(base, overrides, message):
 # ---- that they do what they are for
 
 
-@pytest.mark.parametrize("name", ["gkd", "opd"])
+@pytest.mark.parametrize("name", ["gkd", "opd", "online-adpa"])
 def test_on_policy_distillation_comes_nearer_to_the_teacher(name, base):
     """The exact reverse KL on the student's own responses falls, from prompts alone."""
     (base / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"say {word}"}) + "\n" for word in ("ant", "bee", "cat", "dog"))
     )
     teacher = [f"loss.teacher={base}/teacher/FINAL", f"datasets.local.train={base}/prompts.jsonl", "scheduler=constant"]
-    settings = {"gkd": ["loss=gkd", "loss.on_policy=1", "loss.beta=1"], "opd": ["loss=opd", "loss.n=4"]}[name]
+    online_adpa = ["loss=online-adpa", f"loss.reference_teacher={base}/start/FINAL", "loss.advantage_floor=0"]
+    settings = {
+        "gkd": ["loss=gkd", "loss.on_policy=1", "loss.beta=1"],
+        "opd": ["loss=opd", "loss.n=4"],
+        "online-adpa": [*online_adpa, "loss.rollout_batches=2"],
+    }[name]
     launch.run_task(composed(*online(base, *settings, *teacher, f"exp_name={name}", "n_steps=30")))
     found = []
     for folder in (

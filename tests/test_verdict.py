@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.bradley_terry import ELO, elo_rows, strengths, table, wins_of
+from evaluation.bradley_terry import ELO, cells, elo_rows, strengths, wins_of
 from evaluation.comparisons import compare_all
-from evaluation.results import temperature_table
+from evaluation.results import temperature_cells
 from evaluation.verdict import verdict
 
 
@@ -35,13 +35,13 @@ def test_ties_are_half_a_win_and_equal_models_have_no_points():
     assert wins_of(np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])).tolist() == [[0, 1.5], [1.5, 0]]
     rows = elo_rows({"a": [1.0] * 8, "b": [1.0] * 8})
     assert rows["a"] == {"elo": pytest.approx(0.0), "ci95": pytest.approx([0.0, 0.0])}
-    assert elo_rows({"a": [1.0], "b": []}) == {} and table({}) == ""
+    assert elo_rows({"a": [1.0], "b": []}) == {}
 
 
 def test_a_model_that_always_wins_has_finite_points_and_stands_first():
     rows = elo_rows({"b": [0.0] * 10, "a": [1.0] * 10})
     assert rows["a"]["elo"] - rows["b"]["elo"] == pytest.approx(math.log(10.5 / 0.5) * ELO)
-    assert table(rows).splitlines()[2].startswith("| a | +")
+    assert cells({"bradley_terry": rows})[1][0] == "a" and cells({"bradley_terry": rows})[1][1].startswith("+")
 
 
 def test_the_verdict_says_above_only_of_pairs_that_are_separate():
@@ -60,7 +60,7 @@ def test_the_sheet_holds_every_temperature_in_order():
         return {"score": score, "ci95": [score - 0.1, score + 0.1]}
 
     row = {**entry(0.5), "temperature": 1.0, "greedy": entry(0.7), "other_temperatures": {"0.3": entry(0.6)}}
-    lines = temperature_table({"a": row}, [1.0, 0.0, 0.3]).splitlines()
-    assert lines[0] == "| model | greedy | t 0.3 | t 1 |"
-    assert lines[2] == "| a | 0.700 [0.600, 0.800] | 0.600 [0.500, 0.700] | 0.500 [0.400, 0.600] |"
-    assert temperature_table({"a": row}, [1.0]) == ""
+    rows = temperature_cells({"models": {"a": row}, "temperatures": [1.0, 0.0, 0.3]})
+    assert rows[0] == ["model", "greedy", "t 0.3", "t 1"]
+    assert rows[1] == ["a", "0.700 [0.600, 0.800]", "0.600 [0.500, 0.700]", "0.500 [0.400, 0.600]"]
+    assert temperature_cells({"models": {"a": row}, "temperatures": [1.0]}) == []

@@ -38,6 +38,8 @@ from trainers.batches import Batch, Item, cost_of, items_digest, make_batch
 from trainers.sampling import Sampler, check_responder, due
 from trainers.value_head import VALUE_HEAD
 
+GENERATED = "generated_tokens"  # in metrics.jsonl: tokens that the policy wrote so far to learn from
+
 
 class BasicTrainer:
     """Train a policy on items. Subclasses set Config, needs, formula and source, and define items, counts and sums."""
@@ -75,6 +77,7 @@ class BasicTrainer:
         self.ahead: Prefetch[list[Batch]] | None = None  # makes the batches of the next step
         self.keeps_start = False  # items carry the start's log-probabilities even beside a live reference, which moves
         self.norms: dict[int, Tensor | float] = {}  # step -> gradient norm, not looked at yet
+        self.written = 0  # tokens that the policy wrote to learn from, in this process, and that are not in `state` yet
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
     # ---- what a method defines
@@ -161,6 +164,13 @@ class BasicTrainer:
         """Return the reference's logits [N, V] at the response tokens."""
         with self.reference_model() as model, self.autocast(model):
             return response_logits(model, batch.sequences, self.vocab_size).logits
+
+    @torch.no_grad()
+    def scored_reference_logits(self, batch: Batch) -> Logits:
+        """Return the same of the sequences that are scored without learning."""
+        assert batch.scored is not None
+        with self.reference_model() as model, self.autocast(model):
+            return response_logits(model, batch.scored, self.vocab_size).logits
 
     def global_sum(self, *values: Tensor) -> list[float]:
         """Sum scalars over all ranks, in float64."""
@@ -373,11 +383,23 @@ class BasicTrainer:
     def _log_train(self, step: int, tokens: int, seconds: float) -> None:
         self.check_norms()
         row = named(means(self.window.reduced(self._reduce)), "train")
-        total = float(self._reduce(torch.tensor([float(tokens)], dtype=torch.float64))[0])
+        counted = torch.tensor([float(tokens), float(self.written)], dtype=torch.float64)
+        total, written = self._reduce(counted).tolist()
+        self._keep_written(written)
         lr = self.placement.optimizer.param_groups[0]["lr"]
         speed = {"tokens_per_second": round(total / max(seconds, 1e-9), 1)}
-        self.book.write({"step": step, "examples": self.examples_seen, **row, "lr": lr, **speed})
+        said = {key: int(self.state[key]) for key in (GENERATED,) if key in self.state}
+        self.book.write({"step": step, "examples": self.examples_seen, **row, "lr": lr, **speed, **said})
         self.window = Window()
+
+    def count_written(self) -> None:
+        """Add what the policies of all ranks wrote to the run's count; all ranks call it."""
+        self._keep_written(float(self._reduce(torch.tensor([float(self.written)], dtype=torch.float64))[0]))
+
+    def _keep_written(self, total: float) -> None:
+        self.written = 0
+        if total:
+            self.state[GENERATED] = self.state.get(GENERATED, 0.0) + total
 
     # ---- save and resume
 

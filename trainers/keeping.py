@@ -11,6 +11,7 @@ from engine.metrics import Window
 def save(trainer: Any, step: int) -> None:
     """Write checkpoint-STEP; all ranks call it."""
     trainer.check_norms()
+    trainer.count_written()
     sums = trainer.window.reduced(trainer.processes.reduce)
     if not trainer.processes.is_main:
         trainer.window = Window()  # rank 0 carries the window of all from here on

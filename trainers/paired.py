@@ -3,22 +3,26 @@
 Letters: B pairs, N response tokens of a batch (flat, row after row). A method adds one function of `Pairs`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataloader import Example
+from dataloader import Example, Tokens
 from engine.metrics import Mean
 from functional import row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import require
+from teacher.cache import Reader
+from teacher.lookup import Stored, identity_of
+from tokens.columns import NOTHING
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, pair_items
+from trainers.batches import Batch, Item, Items, asked, pair_items, pair_of
 
 
 class Pairs(NamedTuple):
@@ -101,6 +105,34 @@ def pairs_of(logps: Tensor, ratios: Tensor, rows: Tensor, size: int) -> Pairs:
     ones = torch.ones_like(logps.detach())
     sums = [row_sums(values, rows, 2 * size).split(size) for values in (logps, ratios, ones)]
     return Pairs(*(side for pair in sums for side in pair))
+
+
+def pairs_with_entries(
+    trainer: BasicTrainer,
+    examples: Sequence[Example],
+    split: str,
+    readers: Sequence[Reader],
+    entry: Callable[[Tokens], Stored],
+) -> Sequence[Item]:
+    """Take both responses with the teacher's entries; held-out rows that a cache lacks have none, which is said."""
+    name = type(trainer).__name__.lower()
+    pairs = pair_items(examples, name)
+    assert pairs.columns is not None
+    keys = pairs.columns.keys
+    flat = keys.reshape(-1, keys.shape[-1])
+    held = np.all([reader.held(flat) for reader in readers], axis=0).reshape(keys.shape[:2]).all(axis=1)
+    if split == "test" and not held.all():
+        trainer.processes.print("the teacher cache does not hold the test split: its values are 0 in loss/eval")
+        return pairs
+
+    def item(number: int) -> Item:
+        pair = pair_of(examples[number], name)
+        return Item(pair, tuple(entry(side) for side in pair))
+
+    for number in np.flatnonzero(~held).tolist():
+        item(number)  # says what the cache has in its place
+    teachers = b"".join(map(identity_of, readers))
+    return Items(len(pairs), item, pairs.columns.having(NOTHING + asked([teachers] * 2)))
 
 
 class PairedTrainer(BasicTrainer):

@@ -175,6 +175,9 @@ class Rollouts:
         seeds = [row_seed(self.trainer.run_config.seed, step, item.source, k) for item, k in repeated]
         prompts = [item.sequences[0].ids for item, _ in repeated]
         found = answers(self.trainer, prompts, seeds, self.config.max_new_tokens, step)
+        if step:
+            known = zip(repeated, found, strict=True)
+            self.trainer.written += sum(len(said.ids) for (item, _), said in known if item.source >= 0)
         return [
             with_response(item, prompt, said) for (item, _), prompt, said in zip(repeated, prompts, found, strict=True)
         ]

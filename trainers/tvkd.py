@@ -10,9 +10,7 @@ or a beta. Letters: B pairs, N response tokens of a batch, K entries, E = K + 1 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +22,10 @@ from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
 from settings.typed import Place
-from teacher.cache import Reader
 from teacher.entries import inside
-from teacher.lookup import check_held, identity_of, open_cache, stored_entry
-from teacher.quantities import Entry
-from tokens.columns import NOTHING
-from trainers.batches import Batch, Item, Items, asked, pair_items, pair_of
-from trainers.paired import BetaConfig, PairedTrainer, logistic_loss
+from teacher.lookup import Stored, open_cache, stored_columns, stored_entry
+from trainers.batches import Batch, Item
+from trainers.paired import BetaConfig, PairedTrainer, logistic_loss, pairs_with_entries
 
 VALUES = ("logits", "lse", "max", "margin", "student_entropy", "student_expectation")
 OF_STUDENT = ("student_entropy", "student_expectation")
@@ -63,22 +58,6 @@ class TVKDConfig(BetaConfig):
             f"loss.form=shaped with loss.value={self.value}, loss.student_weight={self.student_weight}: a potential "
             "must not move with the policy. Take values of the teacher, or loss.form=released",
         )
-
-
-class StoredValue(NamedTuple):
-    """A sequence's values in a cache of quantity value."""
-
-    reader: Reader
-    tokens: Tokens
-
-    def read(self) -> Entry:
-        """Read one number a response token, as one entry [L, 1] with the id 0."""
-        values = self.reader.get(self.tokens.ids, self.tokens.response)["values"][:, None]
-        return Entry(np.zeros(values.shape, np.int64), values, np.zeros(len(values), np.float32))
-
-    def identity(self) -> bytes:
-        """Return the cache's identity."""
-        return identity_of(self.reader)
 
 
 def with_rest(logps: Tensor) -> Tensor:
@@ -154,25 +133,11 @@ class TVKD(PairedTrainer):
         """Take both responses with the teacher's values; held-out rows that the cache lacks have none."""
         quantity = "value" if self.config.value == "logits" else "logprob"
         reader = open_cache(self.config.teacher_cache, quantity, self.tokenizer)
-        pairs = pair_items(examples, "tvkd")
-        assert pairs.columns is not None
-        keys = pairs.columns.keys
-        held = reader.held(keys.reshape(-1, keys.shape[-1])).reshape(keys.shape[:2]).all(axis=1)
-        if split == "test" and not held.all():
-            self.processes.print("the teacher cache does not hold the test split: its values are 0 in loss/eval")
-            return pairs
 
-        def item(number: int) -> Item:
-            pair = pair_of(examples[number], "tvkd")
-            if quantity == "logprob":
-                return Item(pair, tuple(stored_entry(reader, side) for side in pair))
-            for side in pair:
-                check_held(reader, side)
-            return Item(pair, tuple(StoredValue(reader, side) for side in pair))
+        def entry(side: Tokens) -> Stored:
+            return stored_entry(reader, side) if quantity == "logprob" else stored_columns((reader,), side, "values")
 
-        for number in np.flatnonzero(~held).tolist():
-            item(number)  # says what the cache has in its place
-        return Items(len(pairs), item, pairs.columns.having(NOTHING + asked([identity_of(reader)] * 2)))
+        return pairs_with_entries(self, examples, split, (reader,), entry)
 
     def values(self, logits: Logits, teacher: TopK | None) -> Tensor | None:
         """Return V of the state before each token [N]; None without a teacher."""

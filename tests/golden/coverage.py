@@ -67,6 +67,12 @@ LOSS_CASES: dict[str, list[str]] = {
     "iw-opd": ["D_opd_minillm/iw_opd_gamma0.0", "D_opd_minillm/iw_opd_gamma1.0"],
     "gopd": ["D_opd_minillm/opd_per_token_advantage"],
     "distillm2": ["D_gkd_jsd/gjsd_beta0.0_T1.0", "D_gkd_jsd/gjsd_beta1.0_T1.0"],
+    "dadpo": ["B_adpa_dpo_family/sigmoid"],
+    "ctpd": ["B_adpa_dpo_family/sigmoid"],
+    "pad": ["D_gkd_jsd/gjsd_beta0.5_T1.0"],
+    "aligndistil": ["D_opd_minillm/exact_per_token_reverse_kl"],
+    "online-adpa": ["D_opd_minillm/exact_per_token_reverse_kl"],
+    "opsd": ["D_gkd_jsd/gjsd_beta0.5_T1.0", "D_gkd_jsd/gjsd_beta0.0_T1.0"],
     "mpo": ["B_trl_dpo_logits/mpo_mix"],
     "reward-weighted-distill": ["C_halos_sft/sft", "D_gkd_jsd/gjsd_beta0.0_T1.0"],
 }

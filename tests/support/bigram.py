@@ -24,6 +24,7 @@ from tests.support.helpers import composed
 from trainers.basic import BasicTrainer
 from trainers.batches import Item
 from trainers.csft import with_control
+from trainers.opsd import continued
 
 VOCAB, PAD, TOP_K = 11, 0, 3
 PATHS = {
@@ -31,13 +32,19 @@ PATHS = {
     "adpa": ["loss.generations=none", "loss.advantages=none"],
     "gkd": ["loss.teacher=none"],
     "tvkd": ["loss.teacher_cache=none"],
+    "dadpo": ["loss.teacher_cache=none"],
+    "ctpd": ["loss.teacher_cache=none", "loss.positive_cache=none", "loss.negative_cache=none"],
+    "pad": ["loss.teacher_cache=none"],
+    "aligndistil": ["loss.teacher=none", "loss.reverse_teacher=none"],
     "opd": ["loss.teacher=none"],
     "iw-opd": ["loss.teacher=none"],
     "gopd": ["loss.teacher=none", "loss.reference_teacher=none"],
     "distillm2": ["loss.teacher=none"],
+    "online-adpa": ["loss.teacher=none", "loss.reference_teacher=none"],
     "ppo": ["loss.verifier=worlds.shop:check"],
     "grpo": ["loss.verifier=worlds.shop:check"],
 }
+COLUMNS = {"dadpo": 1, "pad": 1, "ctpd": 3}  # log-probabilities of each token that caches give
 FIGURES = {"ppo": 5, "grpo": 3, "opd": 2, "iw-opd": 2, "gopd": 2}  # columns that a rollout notes of each token
 
 
@@ -101,6 +108,12 @@ def entries(sequence: Tokens, rng: np.random.Generator, advantage: bool) -> Entr
     return Entry(ids, values, tail, logps) if advantage else Entry(ids, logps, tail, None)
 
 
+def columns(sequence: Tokens, rng: np.random.Generator, count: int) -> Entry:
+    """Draw `count` log-probabilities of every response token."""
+    values = -rng.exponential(size=(sum(sequence.response), count)).astype(np.float32)
+    return Entry(np.zeros(values.shape, np.int64), values, np.zeros(len(values), np.float32))
+
+
 def on_spans(entry: Entry, rng: np.random.Generator, merge: str) -> Entry:
     """Give entries the form of those of another tokenizer's teacher: some are missing, at some tokens all of them are,
     the first token of a long response is a span of the teacher's, and the last two tokens of a longer one are one.
@@ -139,6 +152,21 @@ def items_of(trainer: BasicTrainer, name: str) -> list[Item]:
         return [
             Item((e.chosen, e.rejected), tuple(entry if wide else first(entry) for entry in both))
             for e, both in zip(examples(), drawn, strict=True)
+        ]
+    if name in COLUMNS:
+        items = []
+        for example in examples():
+            third = tokens(example.prompt, rng.integers(1, VOCAB, size=int(rng.integers(1, 6))).tolist())
+            sides = (example.chosen, example.rejected, third)[: getattr(trainer.config, "n", 2)]
+            items.append(Item(sides, tuple(columns(side, rng, COLUMNS[name]) for side in sides)))
+        return items
+    if name == "online-adpa":  # given instead of a rollout
+        return [Item((e.chosen,), label=0.0) for e in examples()]
+    if name == "opsd":  # another prompt of another length for the teacher
+        contexts = [[1 + int(rng.integers(9)) for _ in range(1 + i % 3)] for i in range(6)]
+        return [
+            Item((e.chosen,), scored=(continued(context, e.chosen),))
+            for e, context in zip(examples(), contexts, strict=True)
         ]
     if name == "adpa":
         return [Item((e.chosen, e.rejected), (None, entries(e.rejected, rng, True))) for e in examples()]

@@ -6,6 +6,7 @@ one, for `policy` and `reference`. It returns the global mean loss.
 
 import math
 from collections.abc import Callable
+from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
 
@@ -501,6 +502,112 @@ def distillm2(world: World) -> float:
     return total
 
 
+def dadpo(world: World) -> float:
+    config, losses = world.config, []
+    for item, pair in zip(world.items, world.pairs(), strict=True):
+        to_teacher = [
+            world.logp("policy", side) - sum(float(row[0]) for row in entry.values)
+            for side, entry in zip((pair.w, pair.l), item.entries, strict=True)
+        ]
+        rewards = [
+            config.beta * u + config.teacher_weight * t for u, t in zip((pair.u, pair.v), to_teacher, strict=True)
+        ]
+        losses.append(-LOG_SIGMOID(rewards[0] - rewards[1]))
+    return sum(losses) / len(losses) + config.nll_weight * world.nll()
+
+
+def ctpd(world: World) -> float:
+    config, losses = world.config, []
+    for item in world.items:
+        rewards = []
+        for sign, side, entry in zip((1, -1), item.sequences, item.entries, strict=True):
+            total = 0.0
+            for (before, token), row in zip(world.steps(side), entry.values, strict=True):
+                teacher, plus, minus = (math.exp(float(x)) for x in row)
+                bounded = min(max(math.log(plus / minus), config.clamp_low), config.clamp_high)
+                weight = config.weight_scale * math.exp(bounded) ** (sign * config.weight_exponent)
+                total += weight * math.log(world.p("policy", before)[token] / teacher)
+            rewards.append(config.beta * total)
+        losses.append(-LOG_SIGMOID(rewards[0] - rewards[1]))
+    return sum(losses) / len(losses) + config.nll_weight * world.nll()
+
+
+def rankings(scores: list[float]) -> list[float]:
+    found = []
+    for order in permutations(scores):
+        left, probability = list(order), 1.0
+        for score in order:
+            probability *= math.exp(score) / sum(math.exp(other) for other in left)
+            left.remove(score)
+        found.append(probability)
+    return found
+
+
+def pad(world: World) -> float:
+    losses = []
+    for item in world.items:
+        own = [world.config.beta * world.mean(side, lambda s: world.logp("policy", s)) for side in item.sequences]
+        theirs = [world.config.beta * float(entry.values.astype(float).mean()) for entry in item.entries]
+        losses.append(jsd(rankings(own), rankings(theirs), 0.5))
+    return sum(losses) / len(losses)
+
+
+def aligndistil(world: World) -> float:
+    config, losses = world.config, []
+    for item in world.items:
+        for before, _ in world.steps(item.sequences[0]):
+            student, plus, minus = (world.p(name, before) for name in ("policy", "teacher 0", "teacher 1"))
+            alpha = config.extrapolation
+            if config.adaptive:
+                alpha = alpha * sum(abs(a - b) for a, b in zip(plus, minus, strict=True)) + 1e-3
+            powers = [a ** (1 + alpha) * b**-alpha for a, b in zip(plus, minus, strict=True)]
+            target = tempered([x / sum(powers) for x in powers], config.target_temperature)
+            kl_to = sum(s * math.log(s / t) for s, t in zip(student, target, strict=True))
+            losses.append(config.beta / alpha * kl_to)
+    return sum(losses) / len(losses)
+
+
+def online_adpa(world: World) -> float:
+    """By way of the optimum: tau T (log Z - KL(pi || pi*)), pi* normalized by hand."""
+    config, found = world.config, []
+    tau, sharp = config.kl_weight, config.target_temperature
+    for item in world.items:
+        for before, _ in world.steps(item.sequences[0]):
+            own, dpo, ref = (world.p(name, before) for name in ("policy", "teacher 0", "teacher 1"))
+            base = {"teacher": dpo, "reference_teacher": ref}.get(config.kl_reference) or world.p("reference", before)
+            gains = [
+                d / r if d >= config.advantage_floor or d <= r else 1.0 for d, r in zip(dpo, ref, strict=True)
+            ]  # exp(A)
+            wanted = [(b * gain ** (1 / tau)) ** (1 / sharp) for b, gain in zip(base, gains, strict=True)]
+            z = sum(wanted)
+            to_optimum = sum(p * math.log(p * z / w) for p, w in zip(own, wanted, strict=True))
+            found.append(tau * sharp * (math.log(z) - to_optimum))
+    return -sum(found) / len(found)
+
+
+def opsd(world: World) -> float:
+    config, losses = world.config, []
+    for item in world.items:
+        seen = zip(world.steps(item.sequences[0]), world.steps(item.scored[0]), strict=True)
+        for (before, _), (theirs, _) in seen:
+            student = tempered(world.p("policy", before), config.temperature)
+            teacher = tempered(world.p("reference", theirs), config.temperature)
+            most = 9e9 if config.clip is None else config.clip
+            losses.append(sum(min(part, most) for part in jsd_parts(student, teacher, config.beta)))
+    return sum(losses) / len(losses)
+
+
+def jsd_parts(student: list[float], teacher: list[float], beta: float) -> list[float]:
+    if beta in (0, 1):
+        first, second = (teacher, student) if beta == 0 else (student, teacher)
+        return [a * math.log(a / b) for a, b in zip(first, second, strict=True)]
+    mixed = [beta * t + (1 - beta) * s for s, t in zip(student, teacher, strict=True)]
+    return [
+        beta * t * math.log(t / m) + (1 - beta) * s * math.log(s / m)
+        for s, t, m in zip(student, teacher, mixed, strict=True)
+    ]
+
+
 def reward_weighted(world: World) -> float:
     config, total = world.config, 0.0
     weights = [math.exp(item.label / config.reward_temperature) for item in world.items]
@@ -524,6 +631,12 @@ TWINS: dict[str, Callable[[World], float]] = {
     "dckd": dckd,
     "adpa": adpa,
     "tvkd": tvkd,
+    "dadpo": dadpo,
+    "ctpd": ctpd,
+    "pad": pad,
+    "aligndistil": aligndistil,
+    "opsd": opsd,
+    "online-adpa": online_adpa,
     "dpo": paired(dpo),
     "cdpo": paired(dpo),
     "robust-dpo": paired(robust),

@@ -1,0 +1,54 @@
+"""How many tokens were sampled so that a model could learn: what generated responses cost, beside the score.
+
+Read from the run folders: what the policy wrote while it trained (metrics.jsonl), the generations that it learned
+from (summary.json of task=generate), and the same of the models it was trained from, each file once. Tokens that a
+teacher was trained on do not count.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from settings.artifacts import read_jsonl
+
+GENERATED = "generated_tokens"
+HIGHEST = 4  # folders between a file and the run that wrote it
+
+
+def run_of(path: Any) -> Path | None:
+    """Return the run folder that a file or folder lies in; None for anything else (a hub's name, a data file)."""
+    if not isinstance(path, str) or not Path(path).expanduser().exists():
+        return None
+    place = Path(path).expanduser().resolve()
+    return next((up for up in [place, *place.parents][:HIGHEST] if (up / "config.yaml").is_file()), None)
+
+
+def inputs_of(config: dict[str, Any]) -> list[Any]:
+    """Return what a run's model and responses came from: its start, its generations, its training rows."""
+    data = [source.get("train") for source in (config.get("datasets") or {}).values() if isinstance(source, dict)]
+    sections = {"model": "load_from", "loss": "generations", "label": "responses", "select": "generations"}
+    return [(config.get(section) or {}).get(key) for section, key in sections.items()] + data
+
+
+def generated_tokens(folder: str) -> int | None:
+    """Return the tokens sampled for a model's training; None where there are none, or nobody knows."""
+    todo, seen, total = [run_of(folder)], set(), 0
+    while todo:
+        run = todo.pop()
+        if run is None or run in seen:
+            continue
+        seen.add(run)
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+        if config.get("task") == "generate":
+            total += _number(run / "summary.json", "tokens")
+            continue
+        if (run / "metrics.jsonl").is_file():
+            total += max((int(row.get(GENERATED, 0)) for row in read_jsonl(run / "metrics.jsonl")), default=0)
+        todo += [run_of(path) for path in inputs_of(config)]
+    return total or None
+
+
+def _number(file: Path, key: str) -> int:
+    return int(json.loads(file.read_text(encoding="utf-8")).get(key, 0)) if file.is_file() else 0
