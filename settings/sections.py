@@ -265,6 +265,7 @@ class EstimateConfig:
     tokens: float | None
     response_share: float
     rows: int | None
+    lengths: str
     tokens_per_second: float | None
     flops_per_second_per_device: float | None
     utilization: float
@@ -274,6 +275,7 @@ class EstimateConfig:
         one_of("estimate.of", self.of, ESTIMATED)
         one_of("estimate.strategy", self.strategy, ("auto", "none", "ddp", "fsdp"))
         one_of("estimate.accelerator", self.accelerator, ("auto", "gpu", "cpu"))
+        one_of("estimate.lengths", self.lengths, ("auto", "tokens", "text"))
         for key in (
             "devices",
             "device_memory_gb",

@@ -6,6 +6,7 @@ Also the table below the plan that `pipeline=NAME dry_run=true` prints. The arit
 import glob
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from engine import environment
 from estimate import arithmetic
 from estimate import lengths as counting
 from estimate.arithmetic import Batch, Memory, Model, Setup, Work
 from estimate.shape import shape_of
+from estimate.text_lengths import SAID
 from estimate.tables import comparison, cost_table, single, table
 from pipeline.plan import Stage
 from settings.artifacts import write_json
@@ -88,6 +91,9 @@ def is_gpu(settings: Settings) -> bool:
         return wanted == "gpu"
     if not any(found for pattern in DEVICES for found in glob.glob(pattern)):
         return False
+    if settings.estimate.lengths == "text":
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+        return not hidden and environment.cuda_of_torch() is not None
     import torch
 
     return torch.cuda.is_available()
@@ -133,7 +139,7 @@ def estimated(settings: Settings, task: str) -> dict[str, Any]:
     """Return the estimate of one task of a run as plain numbers; ValueError if its model has no readable
     configuration.
     """
-    model = shape_of(settings.model)
+    model = shape_of(settings.model, settings.estimate.lengths != "text")
     return {"train": training, "cache": scoring, "generate": generation}[task](settings, model)
 
 
@@ -316,6 +322,8 @@ def of_stage(stage: Stage, section: dict[str, Any]) -> dict[str, Any] | str:
     if task not in ESTIMATED:
         return f"task={task}"
     own = launched(stage) if section["devices"] is None else {}
+    if section["lengths"] == "auto":
+        own["lengths"] = "text"
     try:
         return estimated(settings_from({**stage.config, "estimate": {**section, **own}}), task)
     except ValueError as error:
@@ -336,4 +344,7 @@ def costs(stages: list[Stage], section: dict[str, Any]) -> str:
 def print_plan(stages: list[Stage], section: dict[str, Any]) -> None:
     """Print the table of a pipeline's stages, of its first seed."""
     first = [stage for stage in stages if stage.seed == stages[0].seed]
-    print("\n" + table([(stage.name, of_stage(stage, section)) for stage in first]))
+    rows = [(stage.name, of_stage(stage, section)) for stage in first]
+    print("\n" + table(rows))
+    if any(SAID in found["lengths"] for _, found in rows if isinstance(found, dict)):
+        print(f"tokens {SAID}, without the chat template; estimate.lengths=tokens counts them as training does")
