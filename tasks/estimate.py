@@ -159,6 +159,7 @@ def report(
     config, speed = settings.estimate, None
     if config.flops_per_second_per_device:
         speed = devices * config.flops_per_second_per_device * config.utilization
+    process = {} if is_gpu(settings) else arithmetic.process_bytes(memory)
     hours = arithmetic.hours_of(flops.total, total.tokens, config.tokens_per_second, speed) if flops and total else None
     return {
         "task": task,
@@ -178,6 +179,8 @@ def report(
         "phases": memory.phases,
         "peak_bytes": memory.peak,
         "peak_phase": memory.phase,
+        "process": process,
+        "device_bytes": memory.peak + sum(process.values()),
         "device_memory_gb": config.device_memory_gb,
         "disk_bytes": disk,
         "tokens_per_second": config.tokens_per_second,

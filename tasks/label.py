@@ -38,7 +38,7 @@ from settings.parts import Parts, share_of, wait_for
 from settings.schema import LabelConfig, Settings
 from tokens.sources import read_rows
 
-VERSION = 2
+VERSION = 3
 
 
 class Response(NamedTuple):
