@@ -40,6 +40,7 @@ from settings.paths import CONFIG
 from settings.schema import Settings, require, settings_from, with_loss
 from settings.secrets import check_no_secret, hidden, secrets_of
 from settings.tasks import TASKS, check_task, counted
+from settings.terminal import clean
 from settings.typed import check_keys, nearest
 
 
@@ -281,7 +282,7 @@ def guarded(work: Callable[[], None]) -> None:
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if "debug=true" in sys.argv or "++debug=true" in sys.argv:
             raise
-        print(f"error: {hidden(explain(error), secrets_of(os.environ))}", file=sys.stderr, flush=True)
+        print(f"error: {clean(hidden(explain(error), secrets_of(os.environ)))}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
