@@ -295,6 +295,24 @@ class EstimateConfig:
 
 
 @dataclass(frozen=True)
+class HubConfig:
+    """The `hub` section: what is pushed to the Hugging Face hub, and what is taken from it."""
+
+    push: str | None = None
+    private: bool = True
+    folder: Place | None = None
+    results: Place | None = None
+    pull: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("push", "pull"):
+            name = getattr(self, key)
+            fits = name is None or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+            require(bool(fits), f"hub.{key}={name!r} must be OWNER/NAME, letters, digits, '-', '_' and '.'")
+
+
+@dataclass(frozen=True)
 class WorldConfig:
     """The `world` section: which generated world task=world writes."""
 
