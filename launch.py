@@ -178,7 +178,9 @@ def check_push(settings: Settings) -> None:
     if not settings.hub.push:
         return
     task = settings.run.task
-    require(TASKS[task].is_done_once or task in ("report", "push"), f"task={task} makes nothing that hub.push could push")
+    require(
+        TASKS[task].is_done_once or task in ("report", "push"), f"task={task} makes nothing that hub.push could push"
+    )
     from assets.hub import hub_reachable
 
     require(
@@ -206,7 +208,7 @@ def say_what_would_be_pushed(settings: Settings) -> None:
     )
     require(
         is_done(settings.run.run_dir),
-        f"dry_run=true hub.push={settings.hub.push}: {settings.run.run_dir} is not finished, so nothing is there to push",
+        f"dry_run=true hub.push={settings.hub.push}: {settings.run.run_dir} is not finished: nothing is there yet",
     )
     from report import publishing
 

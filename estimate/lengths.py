@@ -134,7 +134,12 @@ def training_lengths(settings: Settings, needs: Needs, split: str = "train") -> 
     slots = slots_of(needs)
     if settings.estimate.tokens is None and is_here(settings, split):
         examples, sampled, number = examples_of(settings, split)
-        return scaled([item for example in examples for item in training_slots(example, needs)], sampled, number, from_text(settings))
+        return scaled(
+            [item for example in examples for item in training_slots(example, needs)],
+            sampled,
+            number,
+            from_text(settings),
+        )
     examples_seen = run.n_examples or (run.n_steps * config.batch_size if run.n_steps else None)
     return bounded(settings, examples_seen, slots)
 

@@ -146,9 +146,7 @@ def _counted(keys: dict[str, Any], config: ModelConfig, kind: str) -> Model | No
     )
 
 
-def _lora(
-    config: ModelConfig, hidden: int, middle: int, attention: int, key_value: int
-) -> tuple[int, int, int] | None:
+def _lora(config: ModelConfig, hidden: int, middle: int, attention: int, key_value: int) -> tuple[int, int, int] | None:
     """Return the parameters of a block's adapters, the units that go into them, and those between their matrices."""
     if not config.use_peft:
         return 0, 0, 0

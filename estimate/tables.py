@@ -160,7 +160,7 @@ def cost_table(runs: list[tuple[str, dict[str, Any] | str]]) -> str:
         )
         lines.append("| " + " | ".join((label, *cells)) + " |")
     note = (
-        "Memory on a CPU: all that the process held, its libraries too. Responses sampled while training are not predicted."
+        "Memory on a CPU: all that a process held, libraries too. Responses sampled while training are not predicted."
     )
     return "\n".join([*lines, "", note])
 

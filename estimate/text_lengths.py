@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from assets import smollm2
-from conversations import Conversation, Message, format_of, to_conversation
+from conversations import Conversation, format_of, to_conversation
 from settings import paths
 from settings.schema import DatasetConfig, ModelConfig, Settings
 from tokens.examples import Example, Tokens

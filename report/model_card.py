@@ -139,7 +139,9 @@ def _settings(facts: Facts) -> str:
 
 
 def _repeat(facts: Facts) -> str:
-    commit = f"Commit {code(facts.commit)}." if facts.commit else "The code was no git checkout: its commit is not known."
+    commit = (
+        f"Commit {code(facts.commit)}." if facts.commit else "The code was no git checkout: its commit is not known."
+    )
     command = block("bash", facts.command) if facts.command else "The command was not stored."
     versions = ", ".join(plain(f"{name} {number}") for name, number in facts.versions.items()) or "not stored"
     return f"## To do it again\n\n{command}\n\n{commit} Versions: {versions}.\n"

@@ -70,7 +70,7 @@ def _found(run: Path) -> tuple[str, str, Path, dict[str, Path]]:
     if "report.html" in found or "results.json" in found:
         return "report", "dataset", run, found
     raise ValueError(
-        f"hub.push: {run} holds no model (FINAL), cache (CACHE), labeled data (LABEL, SELECT), generations.jsonl or report"
+        f"hub.push: {run} holds no FINAL (model), CACHE, LABEL or SELECT (labeled data), generations.jsonl or report"
     )
 
 
@@ -108,7 +108,8 @@ def _card(kind: str, folder: Path, run: Path, files: Mapping[str, Path], hub: Hu
         front["configs"] = [{"config_name": "default", "data_files": [n for n in files if n.endswith(".jsonl")]}]
     body = own.read_text(encoding="utf-8").partition("\n---\n")[2].strip() if own.is_file() else ""
     # A model's card says its own command; other kinds have none yet.
-    said = body or f"# {plain(run.name)}\n\n{kind.capitalize()} of {code('task=' + str(config.get('task')))}.\n\n{_command(run)}"
+    task = code(f"task={config.get('task')}")
+    said = body or f"# {plain(run.name)}\n\n{kind.capitalize()} of {task}.\n\n{_command(run)}"
     parts = [said, _parents(parents), _scores(folder, hub), _digests(folder, files)]
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n" + "\n".join(part for part in parts if part) + "\n"
@@ -144,7 +145,9 @@ def _scores(folder: Path, hub: HubConfig) -> str:
         value = at(entry, metric.key)
         if metric.headline and is_number(value):
             rows.append(f"| {plain(metric.label)} | {value:.4g} | {bounds} |")
-    head = f"Judged as {code(name)} by `task=evaluate`, run digest {code(digest_of(results))}; intervals are over prompts."
+    head = (
+        f"Judged as {code(name)} by `task=evaluate`, run digest {code(digest_of(results))}; intervals are over prompts."
+    )
     return f"\n## Scores\n\n{head}\n\n| metric | value | 95 % |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
@@ -194,7 +197,9 @@ def push(upload: Upload, hub: HubConfig) -> str:
     """
     name = str(hub.push)
     if not hub_reachable():
-        raise ValueError(f"hub.push={name}: the hub cannot be reached from here. Push later: task=push hub.folder=FOLDER")
+        raise ValueError(
+            f"hub.push={name}: the hub cannot be reached from here. Push later: task=push hub.folder=FOLDER"
+        )
     api = HfApi()
     try:
         api.create_repo(name, repo_type=upload.repo_type, private=hub.private, exist_ok=True)
@@ -209,7 +214,7 @@ def push(upload: Upload, hub: HubConfig) -> str:
     except (HfHubHTTPError, RepositoryNotFoundError, OSError) as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"hub.push={name}: {why[0]} (the token comes from HF_TOKEN or `hf auth login`, and must be allowed to write)"
+            f"hub.push={name}: {why[0]} (the token comes from HF_TOKEN or `hf auth login`; it must be allowed to write)"
         ) from error
     return str(done.commit_url)
 

@@ -1,4 +1,4 @@
-"""What others wrote, on a terminal: no escape code, no mark of direction, no control character of theirs gets through."""
+"""What others wrote, on a terminal: none of its escape codes, marks of direction or control characters gets through."""
 
 
 def clean(text: str) -> str:

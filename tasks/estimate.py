@@ -19,8 +19,8 @@ from estimate import arithmetic
 from estimate import lengths as counting
 from estimate.arithmetic import Batch, Memory, Model, Setup, Work
 from estimate.shape import shape_of
-from estimate.text_lengths import SAID
 from estimate.tables import comparison, cost_table, single, table
+from estimate.text_lengths import SAID
 from pipeline.plan import Stage
 from settings.artifacts import write_json
 from settings.methods import needs_under

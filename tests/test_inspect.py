@@ -18,6 +18,7 @@ from report.inspection_page import inspection_page
 from report.inspection_text import colored, in_terminal
 from settings.schema import DatasetConfig, ModelConfig, typed
 from settings.sections import InspectConfig
+from settings.terminal import clean
 from tasks.inspect import asked_rows
 from templates import turn_end
 from tests.support.helpers import composed, launch, write_pairs

@@ -25,13 +25,13 @@ HIT = "document.documentElement.setAttribute('data-hit', 'yes')"
 NASTY = [
     f"<script>{HIT}</script>",
     f"</script><script>{HIT}</script>",
-    f"<img src=x onerror=\"{HIT}\">",
-    f"\" onmouseover=\"{HIT}\" autofocus onfocus=\"{HIT}\" x=\"",
+    f'<img src=x onerror="{HIT}">',
+    f'" onmouseover="{HIT}" autofocus onfocus="{HIT}" x="',
     f"' onfocus='{HIT}' autofocus tabindex='0",
-    f"<svg onload=\"{HIT}\"></svg>",
-    f"<iframe srcdoc=\"<script>parent.{HIT}</script>\"></iframe>",
+    f'<svg onload="{HIT}"></svg>',
+    f'<iframe srcdoc="<script>parent.{HIT}</script>"></iframe>',
     f"<!--<script>{HIT}",
-    f"]]></style></title></textarea><svg/onload=\"{HIT}\">",
+    f']]></style></title></textarea><svg/onload="{HIT}">',
     "[go](javascript:alert(1)) ![x](http://127.0.0.1:9/x) <http://127.0.0.1:9>",
     "\x1b[31mred\x1b[0m \x1b]8;;http://127.0.0.1:9\x07link\x1b]8;;\x07 \x1b[2J \x9b31m",
     "abc\u202egnp.exe\u202c \u2066x\u2069 \u200f \u2028 \x00 \x08 \r",
@@ -118,6 +118,8 @@ def test_messages_show_a_file_s_own_codes_as_marks(tmp_path: Path) -> None:
     write_pairs(data, 3)
     with data.open("a", encoding="utf-8") as out:
         out.write(json.dumps({"messages": [{"role": ALL, "content": ALL}]}) + "\n")
-    done = launch(*run, "datasets.local.on_error=drop", "n_steps=1", "exp_name=dropped", "datasets.local.format=messages")
+    done = launch(
+        *run, "datasets.local.on_error=drop", "n_steps=1", "exp_name=dropped", "datasets.local.format=messages"
+    )
     assert done.returncode == 0, done.stderr
     assert "1 dropped: cannot be read" in done.stdout and not HIDDEN.search(done.stdout)

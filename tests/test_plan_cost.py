@@ -103,7 +103,9 @@ def described(folder: Path, **keys: Any) -> str:
     return f"model.name_or_path={folder}"
 
 
-@pytest.mark.parametrize("lora", [[], ["model.use_peft=true"], ["model.use_peft=true", "model.peft.target_modules=[q_proj,v_proj]"]])
+@pytest.mark.parametrize(
+    "lora", [[], ["model.use_peft=true"], ["model.use_peft=true", "model.peft.target_modules=[q_proj,v_proj]"]]
+)
 @pytest.mark.parametrize(
     "keys",
     [

@@ -81,7 +81,11 @@ class StandInHub:
             return 200, self.facts(*key), {}
         if rest.startswith("preupload/"):
             files = json.loads(body)["files"]
-            return 200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}, {}
+            return (
+                200,
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]},
+                {},
+            )
         if rest.startswith("commit/"):
             lines = [json.loads(line) for line in body.splitlines() if line.strip()]
             added = [line["value"] for line in lines if line["key"] == "file"]
