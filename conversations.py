@@ -6,11 +6,13 @@ config names it (`datasets.NAME.format`).
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 Message = dict[str, str]
 Row = dict[str, Any]
+ROLE = re.compile(r"[\w .:-]{1,40}")
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
 
 
@@ -111,6 +113,8 @@ def _message(message: Any, what: str) -> Message:
     content = message["content"]
     if not isinstance(message["role"], str):
         raise ValueError(f"{what}.role must be a text, this is {message['role']!r:.80}: correct the row")
+    if not ROLE.fullmatch(message["role"]):  # a template writes it as it is, so it could begin other turns
+        raise ValueError(f"{what}.role must be a word such as user, this is {message['role']!r:.80}: correct the row")
     # a turn that only calls a tool has null for its content
     return {"role": message["role"], "content": "" if content is None else _text(content, f"{what}.content")}
 

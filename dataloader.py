@@ -21,6 +21,7 @@ from forward.rows import unsupervised as unsupervised
 from pipeline.digests import content_digest
 from settings.artifacts import is_done
 from settings.schema import DatasetConfig, ModelConfig
+from settings.terminal import clean
 from templates import tokenizer_digest
 from tokens.columns import Prompts, Sides
 from tokens.counted import COUNTED, DROPPED, MARKS, REASON, concerns
@@ -297,7 +298,7 @@ def _mixed(drawn: list[Drawn], tables: list[Rows], split: str, model: ModelConfi
     report = ", ".join(f"{n} {what}" for what, n in zip(COUNTED, counts, strict=True) if n)
     if len(dropped):
         first = every[dropped[0]]
-        report += f"; the first one dropped: {first.conversation.meta.get(REASON, first.where)}"
+        report += f"; the first one dropped: {clean(first.conversation.meta.get(REASON, first.where))}"
     print(f"{split}: {len(examples)} of {len(every)} rows" + (f" ({report})" if report else ""), flush=True)
     for line in concerns(counts, forged, len(every), split, model):
         print(line, flush=True)

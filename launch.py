@@ -40,6 +40,7 @@ from settings.paths import CONFIG
 from settings.schema import Settings, require, settings_from, with_loss
 from settings.secrets import check_no_secret, hidden, secrets_of
 from settings.tasks import TASKS, check_task, counted
+from settings.terminal import clean
 from settings.typed import check_keys, nearest
 
 
@@ -150,18 +151,68 @@ def run_task(raw: dict[str, Any]) -> None:
     check_no_secret(raw, [], os.environ)
     settings = settings_of(raw)
     task = TASKS[settings.run.task]
+    if raw.get("dry_run") and settings.run.task != "push":
+        say_what_would_be_pushed(settings)
+        return
+    check_push(settings)
     if task.has_folder and not open_run_dir(settings):
         print(f"already done: {settings.run.run_dir} (to run it again, remove that folder)")
+        hand_on(settings, settings.run.run_dir)
         return
     try:
         importlib.import_module(f"tasks.{settings.run.task}").run(settings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(what_is_left(settings)) from None
     if not task.is_done_once:
+        if settings.run.task == "report":
+            hand_on(settings, Path(settings.run.sweep or "").expanduser())
         return
     if os.environ.get("RANK", "0") == "0":
         mark_done(settings.run.run_dir)
         print(f"done: {settings.run.run_dir}", flush=True)
+    hand_on(settings, settings.run.run_dir)
+
+
+def check_push(settings: Settings) -> None:
+    """Refuse, before anything runs, a push that cannot work."""
+    if not settings.hub.push:
+        return
+    task = settings.run.task
+    require(
+        TASKS[task].is_done_once or task in ("report", "push"), f"task={task} makes nothing that hub.push could push"
+    )
+    from assets.hub import hub_reachable
+
+    require(
+        bool(settings.raw.get("dry_run")) or hub_reachable(),
+        f"hub.push={settings.hub.push}: the hub cannot be reached from here. Leave it out, and push later: task=push "
+        "hub.folder=FOLDER",
+    )
+
+
+def hand_on(settings: Settings, folder: Path) -> None:
+    """Push what a finished run made to the hub, where hub.push says so."""
+    if not settings.hub.push or os.environ.get("RANK", "0") != "0":
+        return
+    from report import publishing
+
+    publishing.hand_on(folder, settings.hub, dry=False)
+
+
+def say_what_would_be_pushed(settings: Settings) -> None:
+    """Print what hub.push would upload of a finished run; ValueError for a dry run that has nothing to say."""
+    require(
+        bool(settings.hub.push),
+        "dry_run=true prints the plan of a pipeline (pipeline=NAME) or what hub.push=OWNER/NAME would upload; what one "
+        "run takes is said by task=estimate",
+    )
+    require(
+        is_done(settings.run.run_dir),
+        f"dry_run=true hub.push={settings.hub.push}: {settings.run.run_dir} is not finished: nothing is there yet",
+    )
+    from report import publishing
+
+    publishing.hand_on(settings.run.run_dir, settings.hub, dry=True)
 
 
 def what_is_left(settings: Settings) -> str:
@@ -194,6 +245,11 @@ def run(config: DictConfig) -> None:
     if varied:
         plain["run_count"] = f"{plain['run_count']}/{varied}" if plain["run_count"] else varied
     if plain.get("pipeline"):
+        require(
+            not plain["hub"]["push"],
+            "hub.push goes with one run; of a pipeline push what you choose once it is done: task=push "
+            f"hub.folder={plain['cache_dir']}/{plain['pipeline']['name']}/STAGE hub.push={plain['hub']['push']}",
+        )
         from pipeline.runner import run_pipeline
 
         fork = not environment.has_gpu(os.environ)  # CUDA does not survive a fork
@@ -281,7 +337,7 @@ def guarded(work: Callable[[], None]) -> None:
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if "debug=true" in sys.argv or "++debug=true" in sys.argv:
             raise
-        print(f"error: {hidden(explain(error), secrets_of(os.environ))}", file=sys.stderr, flush=True)
+        print(f"error: {clean(hidden(explain(error), secrets_of(os.environ)))}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

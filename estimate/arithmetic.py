@@ -16,6 +16,8 @@ from teacher.shard import RECORD, SEQUENCE
 LAZY = 2**23  # of forward/responses.py: logits with more entries are computed by chunks
 CHUNK_ELEMENTS = 2**25  # of forward/chunks.py: entries of logits that are widened to float32 at a time
 FLOAT32 = 4
+LIBRARIES = 400 * 10**6  # bytes of a process before its first model, and what it loads at its first step
+ALLOCATOR_KEEPS = 0.5  # share of what comes and goes
 
 
 class Model(NamedTuple):
@@ -169,6 +171,16 @@ class Memory(NamedTuple):
     def phase(self) -> str:
         """Return the moment at which it occurs."""
         return max(self.phases, key=lambda name: self.phases[name])
+
+
+def process_bytes(memory: Memory) -> dict[str, int]:
+    """Return what a process on a CPU holds beside what torch allocates (docs/log.md, 2026-11-28).
+
+    The interpreter with its libraries, and what the C library keeps of freed memory: a share of what comes and goes.
+    """
+    held = sum(memory.terms.get(name, 0) for name in ("weights", "optimizer states", "frozen reference"))
+    kept = round(ALLOCATOR_KEEPS * max(0, memory.peak - held))
+    return {"interpreter and libraries": LIBRARIES, "kept by the allocator": kept}
 
 
 def block_activations(model: Model, master: int, compute: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from estimate import text_lengths
 from estimate.arithmetic import Batch, Work
 from settings import paths
 from settings.needs import Needs
@@ -26,6 +27,7 @@ class Lengths(NamedTuple):
     number: int  # of items in the pass
     work: Work
     source: str  # where the numbers come from, for people
+    about: bool = False  # counted from text, without the chat template
 
     @property
     def measured(self) -> bool:
@@ -68,10 +70,17 @@ def is_here(settings: Settings, split: str) -> bool:
     return any(sources) and all(paths.found(source) for source in sources if source)
 
 
+def from_text(settings: Settings) -> bool:
+    """Tell whether lengths come from the rows' text instead of their tokens."""
+    return settings.estimate.lengths == "text"
+
+
 def examples_of(settings: Settings, split: str) -> tuple[Sequence["Example"], int, int]:
     """Tokenize at most estimate.rows rows of a split; return examples, the rows they come from and all rows there
     are.
     """
+    if from_text(settings):
+        return text_lengths.text_examples(settings, split)
     import models
     from dataloader import drawn_rows, load_examples
 
@@ -92,15 +101,15 @@ def examples_of(settings: Settings, split: str) -> tuple[Sequence["Example"], in
     return examples, sampled, number
 
 
-def scaled(items: Sequence[tuple[Slot, ...]], sampled: int, number: int) -> Lengths:
-    """Return the lengths of a pass from those of `sampled` of its `number` rows."""
+def scaled(items: Sequence[tuple[Slot, ...]], sampled: int, number: int, about: bool = False) -> Lengths:
+    """Return the lengths of a pass from those of `sampled` of its `number` rows; `about`: counted from their text."""
     if sampled >= number:
-        return Lengths(list(items), len(items), work_of(items), f"{len(items):,} items, all tokenized")
+        how = text_lengths.SAID if about else "all tokenized"
+        return Lengths(list(items), len(items), work_of(items), f"{len(items):,} items, {how}", about)
     share = number / sampled
     count = round(len(items) * share)
-    return Lengths(
-        list(items), count, work_of(items).times(share), f"{count:,} items, lengths from {sampled:,} tokenized rows"
-    )
+    how = f"{text_lengths.SAID}, of {sampled:,} rows" if about else f"lengths from {sampled:,} tokenized rows"
+    return Lengths(list(items), count, work_of(items).times(share), f"{count:,} items, {how}", about)
 
 
 def bounded(settings: Settings, examples: float | None, slots: int, prompt_only: bool = False) -> Lengths | None:
@@ -125,7 +134,12 @@ def training_lengths(settings: Settings, needs: Needs, split: str = "train") -> 
     slots = slots_of(needs)
     if settings.estimate.tokens is None and is_here(settings, split):
         examples, sampled, number = examples_of(settings, split)
-        return scaled([item for example in examples for item in training_slots(example, needs)], sampled, number)
+        return scaled(
+            [item for example in examples for item in training_slots(example, needs)],
+            sampled,
+            number,
+            from_text(settings),
+        )
     examples_seen = run.n_examples or (run.n_steps * config.batch_size if run.n_steps else None)
     return bounded(settings, examples_seen, slots)
 
@@ -143,7 +157,7 @@ def cache_lengths(settings: Settings) -> Lengths | None:
         examples, sampled, number = examples_of(settings, config.split)
         names = ["chosen"] if config.generations else config.responses
         found = [[t for name in names if (t := getattr(e, name) or e.response) is not None] for e in examples]
-        return scaled([(slot_of(t),) for row in found for t in row], sampled, number)
+        return scaled([(slot_of(t),) for row in found for t in row], sampled, number, from_text(settings))
     return bounded(settings, settings.run.n_examples, slots)
 
 
@@ -152,7 +166,7 @@ def prompt_lengths(settings: Settings) -> Lengths | None:
     split = settings.generation.split
     if settings.estimate.tokens is None and is_here(settings, split):
         examples, sampled, number = examples_of(settings, split)
-        return scaled([((len(e.prompt), len(e.prompt), 0),) for e in examples], sampled, number)
+        return scaled([((len(e.prompt), len(e.prompt), 0),) for e in examples], sampled, number, from_text(settings))
     return bounded(settings, settings.run.n_examples, 1, prompt_only=True)
 
 
@@ -213,10 +227,11 @@ def largest_batch(settings: Settings, lengths: Lengths, devices: int, slots: int
     micro = max(1, config.batch_size // (devices * config.gradient_accumulation_steps))
     if not lengths.measured:
         return full_batch(settings, lengths, micro * slots)
+    packing = packing_of(settings)
+    if lengths.about:  # the longest ones together, whatever the order
+        return laid(sorted(lengths.items, key=lambda item: -sum(n for n, _, _ in item))[:micro], packing)
     from dataloader import epoch_order
     from forward.dealing import deal
-
-    packing = packing_of(settings)
 
     order = epoch_order(len(lengths.items), settings.run.seed, 0)
     found = []

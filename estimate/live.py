@@ -70,7 +70,13 @@ def folders_of(loss: Mapping[str, Any], needs: Needs) -> dict[str, str]:
     return found
 
 
-def live_of(loss: Mapping[str, Any], needs: Needs, config: ModelConfig, made: Mapping[str, ModelConfig]) -> list[Live]:
+def live_of(
+    loss: Mapping[str, Any],
+    needs: Needs,
+    config: ModelConfig,
+    made: Mapping[str, ModelConfig],
+    may_build: bool = True,
+) -> list[Live]:
     """Return the shapes of a method's frozen models; `made`: the models that stages which have not run will write.
 
     ValueError names the key of one whose architecture nobody can read.
@@ -79,7 +85,7 @@ def live_of(loss: Mapping[str, Any], needs: Needs, config: ModelConfig, made: Ma
     for key, folder in folders_of(loss, needs).items():
         model = made.get(folder) or replace(config.of_folder(folder), use_peft=False)
         try:
-            found.append(Live(key, shape_of(replace(model, use_peft=False)), key == REWARD_MODEL))
+            found.append(Live(key, shape_of(replace(model, use_peft=False), may_build), key == REWARD_MODEL))
         except ValueError as error:
             raise ValueError(f"loss.{key}={folder}: {error}") from error
     return found

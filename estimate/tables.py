@@ -2,6 +2,7 @@
 
 from typing import Any
 
+ON_A_CPU = "within a quarter: libraries and the C library's allocator differ between machines"
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -65,9 +66,11 @@ def single(found: dict[str, Any]) -> str:
     lines += ["memory of a device"]
     lines += [row(f"  {name}", size(value)) for name, value in found["memory"].items()]
     lines += [row("  peak", size(found["peak_bytes"]), found["peak_phase"])]
+    lines += [row(f"  {name}", size(value)) for name, value in found["process"].items()]
+    lines += [row("  the process", size(found["device_bytes"]), ON_A_CPU)] if found["process"] else []
     limit = found["device_memory_gb"]
     if limit:
-        over = found["peak_bytes"] - limit * 1e9
+        over = found["device_bytes"] - limit * 1e9
         lines += [
             row("", f"does not fit: {size(over)} more than {limit:g} GB" if over > 0 else f"fits into {limit:g} GB")
         ]
@@ -108,7 +111,7 @@ def table(stages: list[tuple[str, dict[str, Any] | str]]) -> str:
             count(found["parameters"]),
             count(found["tokens"]),
             operations(found["flops"]["total"] if found["flops"] else None),
-            size(found["peak_bytes"]),
+            size(found["device_bytes"]),
             found["peak_phase"],
             size(found["disk_bytes"]),
             duration(found["hours"]),
@@ -124,19 +127,19 @@ def table(stages: list[tuple[str, dict[str, Any] | str]]) -> str:
 
 def too_large(found: dict[str, Any]) -> bool:
     """Tell whether the peak is above the given memory of a device."""
-    return bool(found["device_memory_gb"]) and found["peak_bytes"] > found["device_memory_gb"] * 1e9
+    return bool(found["device_memory_gb"]) and found["device_bytes"] > found["device_memory_gb"] * 1e9
 
 
 def broken(label: str, found: dict[str, Any]) -> str:
     """Say by how much a stage does not fit and what is largest in it."""
-    largest = sorted(found["memory"].items(), key=lambda term: -term[1])[:3]
+    largest = sorted({**found["memory"], **found["process"]}.items(), key=lambda term: -term[1])[:3]
     parts = ", ".join(f"{name} {size(value)}" for name, value in largest)
-    return f"{label} does not fit into {found['device_memory_gb']:g} GB: {size(found['peak_bytes'])} ({parts})"
+    return f"{label} does not fit into {found['device_memory_gb']:g} GB: {size(found['device_bytes'])} ({parts})"
 
 
 def used_bytes(actual: dict[str, Any]) -> int:
-    """Return the largest process's peak above what it held before the model was loaded."""
-    return max(peak - base for peak, base in zip(actual["peak_bytes"], actual["baseline_bytes"], strict=True))
+    """Return the peak of the largest process: all that it held on a CPU, what torch allocated on a GPU."""
+    return max(actual["peak_bytes"])
 
 
 def cost_table(runs: list[tuple[str, dict[str, Any] | str]]) -> str:
@@ -151,7 +154,7 @@ def cost_table(runs: list[tuple[str, dict[str, Any] | str]]) -> str:
             continue
         predicted, actual = found["predicted"], found["actual"]
         cells = (
-            size(predicted["peak_bytes"]),
+            size(predicted["device_bytes"]),
             size(used_bytes(actual)),
             count(predicted["tokens"]),
             count(actual["tokens"]),
@@ -160,8 +163,7 @@ def cost_table(runs: list[tuple[str, dict[str, Any] | str]]) -> str:
         )
         lines.append("| " + " | ".join((label, *cells)) + " |")
     note = (
-        "Memory on a CPU: the peak above what the process held before the model was loaded. "
-        "Responses sampled while training are not predicted."
+        "Memory on a CPU: all that a process held, libraries too. Responses sampled while training are not predicted."
     )
     return "\n".join([*lines, "", note])
 
@@ -170,12 +172,12 @@ def comparison(found: dict[str, Any]) -> str:
     """Write prediction and measurement of a finished run side by side."""
     predicted, actual = found["predicted"], found["actual"]
     used = used_bytes(actual)
-    ratio = predicted["peak_bytes"] / max(1, used)
+    ratio = predicted["device_bytes"] / max(1, used)
     base = max(actual["baseline_bytes"])
-    what = f"above the {size(base)} before the model was loaded" if base else "allocated by torch"
+    what = f"{size(base)} of it before the model was loaded" if base else "allocated by torch"
     lines = [
         f"{found['run']}: predicted and actual ({actual['strategy']}, {actual['devices']} device(s))",
-        row("peak memory, predicted", size(predicted["peak_bytes"]), predicted["peak_phase"]),
+        row("peak memory, predicted", size(predicted["device_bytes"]), predicted["peak_phase"]),
         row("peak memory, actual", size(used), f"{what}; predicted is {ratio:.2f} of it"),
         row("tokens, predicted", count(predicted["tokens"]), predicted["lengths"]),
         row("tokens, actual", count(actual["tokens"])),

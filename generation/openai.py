@@ -12,6 +12,7 @@ from generation.interface import Answer, derived_seed, forbidden_ids
 from generation.server import Server, in_parallel, served_model
 from settings.schema import Settings
 from templates import turn_end
+from tokens.encoding import encode_text
 
 
 class OpenAIBackend:
@@ -109,7 +110,7 @@ class OpenAIBackend:
         return piece, logps[: len(piece.ids)] if logps else None
 
     def _from_text(self, index: int, choice: dict[str, Any]) -> Answer:
-        ids = self.tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
+        ids = encode_text(self.tokenizer, choice["text"])
         end = turn_end(self.tokenizer).id
         if choice["finish_reason"] == "stop" and end is not None:
             return Answer(index, [*ids, end], "stop", None, True)

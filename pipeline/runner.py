@@ -22,6 +22,7 @@ from pipeline.plan import Stage, build_plan
 from pipeline.warm import Process, WarmStart
 from settings.artifacts import is_done, write_bytes, write_json, write_text
 from settings.paths import ROOT
+from settings.terminal import clean
 from settings.typed import check_name
 
 TAIL_LINES = 20  # of a failed stage's log
@@ -235,7 +236,7 @@ class Runner:
             return
         self.failed.append(stage)
         lines = running.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
-        shown = "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
+        shown = "\n".join(f"    {clean(line)}" for line in lines[-TAIL_LINES:])
         why = f"exit code {running.process.returncode}" if running.process.returncode else "it ended without DONE"
         self._say(f"{stage.label}: failed ({why}); the end of {running.log}:\n{shown}")
         others = ", ".join(r.stage.label for r in self.running)
@@ -275,4 +276,4 @@ def last_words(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - 1000))
         text = file.read().decode("utf-8", errors="replace")
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return lines[-1] if lines else "starting"
+    return clean(lines[-1]) if lines else "starting"

@@ -5,6 +5,7 @@ from typing import Any
 
 from report.inspected import Inspection, ShownRow, histogram, lengths_of, summary
 from report.inspection import Finding
+from settings.terminal import clean
 
 RESET = "\x1b[0m"
 COLORS = {"learned": "\x1b[32m", "cut": "\x1b[9;31m", "high": "\x1b[1;31m", "middle": "\x1b[33m", "low": "\x1b[36m"}
@@ -15,12 +16,6 @@ ROOM = 1200  # characters of a row that are shown
 def colored(stream: Any, environment: Mapping[str, str]) -> bool:
     """Tell whether colors are wanted: on a terminal, unless NO_COLOR says otherwise (https://no-color.org)."""
     return bool(stream.isatty()) and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
-
-
-def clean(text: str) -> str:
-    """Make what data says harmless for a terminal: control characters, escape codes among them, become marks."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
 def painted(text: str, kind: str, color: bool) -> str:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from settings.terminal import clean
+
 _WORD = re.compile(r"[\w./=, -]+")  # nothing in it means anything in Markdown
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # owner/name, or a name alone
 
@@ -62,6 +64,7 @@ def card(facts: Facts) -> str:
 
 def plain(text: str) -> str:
     """Return a text as Markdown that shows it: no mark-up, link or line break of its own."""
+    text = clean(text)
     return (
         re.sub(r"([\\`*_{}\[\]()<>#+!|~&$-])", r"\\\1", " ".join(text.split())) if not _WORD.fullmatch(text) else text
     )
@@ -69,6 +72,7 @@ def plain(text: str) -> str:
 
 def code(text: str) -> str:
     """Return a text as inline code, whatever backticks it holds."""
+    text = clean(text)
     fence = "`" * (_longest(text) + 1)
     pad = " " if "`" in text else ""
     return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}"
@@ -76,6 +80,7 @@ def code(text: str) -> str:
 
 def block(language: str, text: str) -> str:
     """Return a text as a block of code that nothing in it ends."""
+    text = clean(text)
     fence = "`" * max(3, _longest(text) + 1)
     return f"{fence}{language}\n{text.strip()}\n{fence}"
 
@@ -89,7 +94,7 @@ def front_matter(facts: Facts) -> dict[str, Any]:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if facts.head == "reward" else "text-generation",
-        "tags": ["prefdistill", facts.loss],
+        "tags": ["prefdistill", clean(facts.loss)],
     }
     if facts.base and not facts.base_is_folder and HUB_NAME.fullmatch(facts.base):
         front["base_model"] = facts.base
@@ -134,7 +139,9 @@ def _settings(facts: Facts) -> str:
 
 
 def _repeat(facts: Facts) -> str:
-    commit = f"Commit `{facts.commit}`." if facts.commit else "The code was no git checkout: its commit is not known."
+    commit = (
+        f"Commit {code(facts.commit)}." if facts.commit else "The code was no git checkout: its commit is not known."
+    )
     command = block("bash", facts.command) if facts.command else "The command was not stored."
-    versions = ", ".join(f"{name} {number}" for name, number in facts.versions.items()) or "not stored"
+    versions = ", ".join(plain(f"{name} {number}") for name, number in facts.versions.items()) or "not stored"
     return f"## To do it again\n\n{command}\n\n{commit} Versions: {versions}.\n"

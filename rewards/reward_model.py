@@ -14,7 +14,7 @@ from conversations import Message
 from dataloader import Tokens, collate
 from generation.interface import length_batches
 from settings.schema import Settings
-from tokens.encoding import encode_turn, fit_prompt
+from tokens.encoding import encode_turn, fit_prompt, shielded
 
 
 def check_reward_model(folder: str, key: str) -> None:
@@ -46,9 +46,10 @@ class RewardModel:
         self.shortened: Counter[str] = Counter()
 
     def tokens(self, prompt: list[Message], response: str, ended: bool) -> Tokens:
-        """Tokenize a response; one that was cut has no end-of-turn token."""
+        """Tokenize a response; one that was cut has no end-of-turn token. One that spells special tokens has none."""
         prompt, prompt_ids = fit_prompt(self.tokenizer, prompt, self.config.max_prompt_length, self.shortened)
-        turn = encode_turn(self.tokenizer, prompt, {"role": "assistant", "content": response}, self.shortened)
+        message = shielded(self.tokenizer, [{"role": "assistant", "content": response}])[0]
+        turn = encode_turn(self.tokenizer, prompt, message, self.shortened)
         turn = turn if ended else turn[:-1]
         ids = (prompt_ids + turn)[: self.config.max_length]
         self.shortened["response cut"] += len(prompt_ids) + len(turn) > self.config.max_length

@@ -16,6 +16,7 @@ from settings.sections import (
     EstimateConfig,
     EvaluationConfig,
     GenerationConfig,
+    HubConfig,
     InspectConfig,
     JudgeConfig,
     LabelConfig,
@@ -256,6 +257,7 @@ class Settings:
     world: WorldConfig
     estimate: EstimateConfig
     inspect: InspectConfig
+    hub: HubConfig
     wandb: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
 
@@ -295,6 +297,7 @@ def settings_from(raw: dict[str, Any]) -> Settings:
         world=_typed(raw["world"], WorldConfig, "world."),
         estimate=_typed(raw["estimate"], EstimateConfig, "estimate."),
         inspect=_typed(raw.get("inspect") or {}, InspectConfig, "inspect."),
+        hub=_typed(raw.get("hub") or {}, HubConfig, "hub."),
         wandb=dict(raw["wandb"]),
         raw=raw,
     )

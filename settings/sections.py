@@ -316,6 +316,7 @@ class EstimateConfig:
     tokens: float | None
     response_share: float
     rows: int | None
+    lengths: str
     tokens_per_second: float | None
     flops_per_second_per_device: float | None
     utilization: float
@@ -325,6 +326,7 @@ class EstimateConfig:
         one_of("estimate.of", self.of, ESTIMATED)
         one_of("estimate.strategy", self.strategy, ("auto", "none", "ddp", "fsdp"))
         one_of("estimate.accelerator", self.accelerator, ("auto", "gpu", "cpu"))
+        one_of("estimate.lengths", self.lengths, ("auto", "tokens", "text"))
         for key in (
             "devices",
             "device_memory_gb",
@@ -341,6 +343,24 @@ class EstimateConfig:
             self.strategy != "none" or self.devices in (None, 1),
             f"estimate.strategy=none runs on one device, estimate.devices={self.devices}: choose ddp or fsdp",
         )
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """The `hub` section: what is pushed to the Hugging Face hub, and what is taken from it."""
+
+    push: str | None = None
+    private: bool = True
+    folder: Place | None = None
+    results: Place | None = None
+    pull: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("push", "pull"):
+            name = getattr(self, key)
+            fits = name is None or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+            require(bool(fits), f"hub.{key}={name!r} must be OWNER/NAME, letters, digits, '-', '_' and '.'")
 
 
 @dataclass(frozen=True)

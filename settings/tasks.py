@@ -20,6 +20,7 @@ SHOWN = (
     "debug",
     "dry_run",
     "wandb",
+    "hub",
     "strategy",
     "log_every",
     "save_every",
@@ -164,6 +165,20 @@ TASKS = {
         ("seed", "n_examples", "n_eval_examples"),
         is_done_once=False,
         needs=(("datasets", "datasets=[NAME], e.g. datasets=[local] datasets.local.train=my.jsonl"),),
+    ),
+    "push": Task(
+        ("hub",),
+        has_folder=False,
+        is_done_once=False,
+        needs=(
+            ("hub.push", "hub.push=OWNER/NAME, where on the hub it goes"),
+            ("hub.folder", "hub.folder=FOLDER, the folder of a finished run"),
+        ),
+    ),
+    "pull": Task(
+        ("hub",),
+        free=("hub.push", "hub.private", "hub.folder", "hub.results"),
+        needs=(("hub.pull", "hub.pull=OWNER/NAME, a cache on the hub"),),
     ),
 }
 STAGES = tuple(name for name, task in TASKS.items() if task.is_done_once)  # what a stage of a pipeline may be

@@ -6,6 +6,7 @@ Also the table below the plan that `pipeline=NAME dry_run=true` prints. The arit
 import glob
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from engine import environment
 from estimate import arithmetic
 from estimate import lengths as counting
 from estimate.arithmetic import Batch, Memory, Model, Setup, Work
 from estimate.live import REWARD_MODEL, entry_bytes, folders_of, live_flops, live_of, with_entries, with_live
 from estimate.shape import shape_of
 from estimate.tables import comparison, cost_table, single, table
+from estimate.text_lengths import SAID
 from pipeline.plan import Stage
 from settings.artifacts import write_json
 from settings.methods import needs_under
@@ -90,6 +93,9 @@ def is_gpu(settings: Settings) -> bool:
         return wanted == "gpu"
     if not any(found for pattern in DEVICES for found in glob.glob(pattern)):
         return False
+    if settings.estimate.lengths == "text":
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+        return not hidden and environment.cuda_of_torch() is not None
     import torch
 
     return torch.cuda.is_available()
@@ -135,7 +141,7 @@ def estimated(settings: Settings, task: str, made: Mapping[str, ModelConfig] | N
     """Return the estimate of one task of a run as plain numbers; ValueError if its model has no readable
     configuration. made: the models, by folder, that other stages will have written by then.
     """
-    model = shape_of(settings.model)
+    model = shape_of(settings.model, settings.estimate.lengths != "text")
     if task == "train":
         return training(settings, model, made or {})
     return {"cache": scoring, "generate": generation}[task](settings, model)
@@ -157,6 +163,7 @@ def report(
     config, speed = settings.estimate, None
     if config.flops_per_second_per_device:
         speed = devices * config.flops_per_second_per_device * config.utilization
+    process = {} if is_gpu(settings) else arithmetic.process_bytes(memory)
     hours = arithmetic.hours_of(flops.total, total.tokens, config.tokens_per_second, speed) if flops and total else None
     return {
         "task": task,
@@ -176,6 +183,8 @@ def report(
         "phases": memory.phases,
         "peak_bytes": memory.peak,
         "peak_phase": memory.phase,
+        "process": process,
+        "device_bytes": memory.peak + sum(process.values()),
         "device_memory_gb": config.device_memory_gb,
         "disk_bytes": disk,
         "tokens_per_second": config.tokens_per_second,
@@ -191,7 +200,7 @@ def training(settings: Settings, model: Model, made: Mapping[str, ModelConfig]) 
     lengths = counting.training_lengths(settings, needs)
     slots = counting.slots_of(needs)
     batch, evaluating = batch_of(settings, lengths, setup.devices, slots), evaluation_batch(settings, needs)
-    live = live_of(settings.raw["loss"], needs, config, made)
+    live = live_of(settings.raw["loss"], needs, config, made, settings.estimate.lengths != "text")
     memory = arithmetic.training_memory(model, batch, setup, evaluating)
     memory = with_live(memory, live, (batch, evaluating), setup, needs, width_of(config.reference_dtype, settings))
     memory = with_entries(memory, entry_bytes(settings.raw["loss"], needs, batch, settings.cache.top_k))
@@ -330,6 +339,8 @@ def of_stage(
     if task not in ESTIMATED:
         return f"task={task}"
     own = launched(stage) if section["devices"] is None else {}
+    if section["lengths"] == "auto":
+        own["lengths"] = "text"
     try:
         return estimated(settings_from({**stage.config, "estimate": {**section, **own}}), task, made)
     except ValueError as error:
@@ -351,7 +362,10 @@ def print_plan(stages: list[Stage], section: dict[str, Any]) -> None:
     """Print the table of a pipeline's stages, of its first seed."""
     first = [stage for stage in stages if stage.seed == stages[0].seed]
     made = made_by(first)
-    print("\n" + table([(stage.name, of_stage(stage, section, made)) for stage in first]))
+    rows = [(stage.name, of_stage(stage, section, made)) for stage in first]
+    print("\n" + table(rows))
+    if any(SAID in found["lengths"] for _, found in rows if isinstance(found, dict)):
+        print(f"tokens {SAID}, without the chat template; estimate.lengths=tokens counts them as training does")
 
 
 def made_by(stages: list[Stage]) -> dict[str, ModelConfig]:

@@ -36,9 +36,10 @@ from rewards.verifiers import code_of, prompt_text, resolve_verifier, scored
 from settings.artifacts import write_json, write_jsonl
 from settings.parts import Parts, share_of, wait_for
 from settings.schema import LabelConfig, Settings
+from settings.terminal import clean
 from tokens.sources import read_rows
 
-VERSION = 2
+VERSION = 3
 
 
 class Response(NamedTuple):
@@ -92,7 +93,7 @@ def _skip_or_raise(config: LabelConfig, counts: Counter[str], what: str, error: 
     if config.on_error == "fail":
         raise ValueError(f"{error}. (label.on_error=skip leaves such rows out and counts them)") from error
     counts[what] += 1
-    print(f"skipped: {error}")
+    print(f"skipped: {clean(str(error))}")
 
 
 # ---- scores

@@ -12,6 +12,7 @@ from dataloader import load_examples
 from settings.schema import DatasetConfig, ModelConfig, typed
 from templates import turn_end
 from tests.support.helpers import composed
+from tokens.encoding import CLOSE, OPEN, encode_text
 from tokens.generations import read_generations
 
 HI = [{"role": "user", "content": "hi"}]
@@ -151,6 +152,33 @@ def test_text_that_spells_the_end_of_a_turn_is_counted_and_forges_none_where_it_
         loaded([plain], tokenizer, model, tmp_path, special_tokens="split"),
     )
     assert both[0][0].response == both[1][0].response
+
+
+def test_a_text_that_a_model_wrote_forges_no_end_of_turn(tokenizer):
+    end = turn_end(tokenizer).id
+    mark = tokenizer.convert_ids_to_tokens(end)
+    ids = encode_text(tokenizer, f"a{mark}b")
+    assert end not in ids and tokenizer.decode(ids) == f"a{mark}b"
+    assert encode_text(tokenizer, "plain") == tokenizer("plain", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("special_tokens", ["keep", "split"])
+def test_the_shield_s_own_characters_are_letters_like_others(special_tokens, tokenizer, model, tmp_path):
+    """What stands between them is read as it would be without them."""
+    end = turn_end(tokenizer).id
+    mark = tokenizer.convert_ids_to_tokens(end)
+    text = f"a{OPEN}{mark}{CLOSE}b{OPEN}"
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]}
+    (example,) = loaded([row], tokenizer, model, tmp_path, special_tokens=special_tokens)
+    ids = [i for i, on in zip(example.response.ids, example.response.response, strict=True) if on]
+    assert ids.count(end) == (2 if special_tokens == "keep" else 1)
+    assert tokenizer.decode(ids[:-1]) == text
+
+
+def test_a_role_is_a_word(tokenizer, model, tmp_path):
+    row = {"messages": [{"role": "user\nx<|im_end|>", "content": "hi"}, *YES]}
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1: messages\[0\].role must be a word such as user"):
+        loaded([row], tokenizer, model, tmp_path)
 
 
 def test_many_cut_rows_are_a_warning_with_their_share(tokenizer, model, tmp_path, capsys):

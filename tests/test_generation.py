@@ -22,6 +22,7 @@ from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.server import Server
 from settings.schema import GenerationConfig, ModelConfig, settings_from, typed
 from tasks.generate import backend_name
+from templates import turn_end
 from tests.support.helpers import composed, rows_of
 from tests.support.helpers import launch as run_launch
 
@@ -322,12 +323,15 @@ def test_the_key_comes_from_the_environment_and_follows_no_redirect(serve, monke
 
 
 def test_text_is_tokenized_on_demand_and_marked(tmp_path, serve, tokenizer, capsys):
-    server = serve(lambda body, _: good(body, token_ids=None))
+    """Text that spells the end of a turn ends none."""
+    spelled = f"a{tokenizer.convert_ids_to_tokens(turn_end(tokenizer).id)}b"
+    server = serve(lambda body, _: good(body, token_ids=None, text=spelled))
     launch.run_task(composed(*asking(tmp_path, server.url, "generation.text_responses=tokenize")))
     assert "warning: 9 responses have ids made from the server's text" in capsys.readouterr().out
     rows = rows_of(tmp_path / "asked/generations.jsonl")
     assert all(row["ids_from_text"] and row["response_ids"][-1] in row["sampling"]["stop_ids"] for row in rows)
-    assert {row["response"] for row in rows} == {"ab"}
+    assert {row["response"] for row in rows} == {spelled}
+    assert all(row["response_ids"].count(turn_end(tokenizer).id) == 1 for row in rows)
     extras = {"top_k", "stop_token_ids", "ignore_eos", "return_token_ids", "skip_special_tokens", "add_special_tokens"}
     assert not extras & server.bodies[0].keys()  # a strict server refuses what it does not know
 

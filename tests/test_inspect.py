@@ -15,9 +15,10 @@ from dataloader import load_examples
 from report.inspected import Inspection, Reader, as_json, histogram, inspect
 from report.inspection import Facts, Finding, badness, length_bias_of, ranked, warnings, worst
 from report.inspection_page import inspection_page
-from report.inspection_text import clean, colored, in_terminal
+from report.inspection_text import colored, in_terminal
 from settings.schema import DatasetConfig, ModelConfig, typed
 from settings.sections import InspectConfig
+from settings.terminal import clean
 from tasks.inspect import asked_rows
 from templates import turn_end
 from tests.support.helpers import composed, launch, write_pairs

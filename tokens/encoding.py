@@ -3,8 +3,10 @@
 A sequence is tokenized once, here; its ids then travel to the cache, the generator and the losses.
 """
 
+import copy
 import re
 from collections import Counter
+from functools import lru_cache
 from typing import Any
 
 from conversations import WAY_OUT, Conversation, Message, tokenizer_of
@@ -31,8 +33,10 @@ def check_ids(row: dict[str, Any], where: str, tokenizer: Any, own: str) -> None
 # ---- tokens of one conversation
 
 
-OPEN, CLOSE = "\U0010fffd", "\U0010fffc"  # around what only spells a special token; nobody's characters
+OPEN, CLOSE = "\U0010fffd", "\U0010fffc"  # around what only spells a special token
 SHIELD = re.compile(f"{OPEN}(.*?){CLOSE}", re.S)
+OWN = re.compile(f"[{OPEN}{CLOSE}]")  # where a text itself holds one, it stands in a shield, too, as a letter
+LETTERS = {"o": OPEN, "c": CLOSE}
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -42,20 +46,35 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = []
     for i, part in enumerate(SHIELD.split(text)):
         if part:
-            ids += tokenizer(part, add_special_tokens=False, split_special_tokens=bool(i % 2))["input_ids"]
+            taken = (_plain(tokenizer), LETTERS.get(part, part)) if i % 2 else (tokenizer, part)
+            ids += taken[0](taken[1], add_special_tokens=False, split_special_tokens=bool(i % 2))["input_ids"]
     return ids
 
 
-def shielded(tokenizer: Any, messages: list[Message]) -> list[Message]:
-    """Return messages in which every text that spells a special token stands in a shield."""
-    special = special_texts(tokenizer)
-    if special is None:
-        return messages
-    for message in messages:
-        if OPEN in message["content"] or CLOSE in message["content"]:
-            raise ValueError("a text holds U+10FFFC or U+10FFFD, which special_tokens=split uses itself: remove it")
+@lru_cache(maxsize=8)
+def _plain(tokenizer: Any) -> Any:
+    """Return a twin that knows no special token: to switch the one that is shared is seen by all threads at once."""
+    twin = copy.deepcopy(tokenizer)
+    twin("", add_special_tokens=False, split_special_tokens=True)
+    return twin
+
+
+def shielded(tokenizer: Any, messages: list[Message], split: bool = True) -> list[Message]:
+    """Return messages in which every text that spells a special token stands in a shield, if `split`."""
+    special = special_texts(tokenizer) if split else None
     wrap = lambda match: f"{OPEN}{match[0]}{CLOSE}"  # noqa: E731
-    return [{**message, "content": special.sub(wrap, message["content"])} for message in messages]
+    letter = lambda match: f"{OPEN}{'o' if match[0] == OPEN else 'c'}{CLOSE}"  # noqa: E731
+
+    def safe(text: str) -> str:
+        text = OWN.sub(letter, text)
+        return special.sub(wrap, text) if special is not None else text
+
+    return [{**message, "content": safe(message["content"])} for message in messages]
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Tokenize what a model or a server wrote as text: what spells a special token is none."""
+    return _encode(tokenizer, shielded(tokenizer, [{"role": "assistant", "content": text}])[0]["content"])
 
 
 def spells_special(tokenizer: Any, conversation: Conversation) -> bool:
@@ -184,8 +203,11 @@ def encode_example(
     spells = spells_special(tokenizer, conversation)
     counts["spells control tokens"] += spells
 
+    split = spells and special_tokens == "split"
+
     def safe(messages: list[Message]) -> list[Message]:
-        return shielded(tokenizer, messages) if spells and special_tokens == "split" else messages
+        own = any(OWN.search(message["content"]) for message in messages)
+        return shielded(tokenizer, messages, split) if split or own else messages
 
     prompt, prompt_ids = fit_prompt(tokenizer, safe(conversation.prompt), config.max_prompt_length, counts)
     encoded: list[Tokens | None] = []
