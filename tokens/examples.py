@@ -13,7 +13,7 @@ import numpy as np
 from conversations import Conversation
 
 
-def content_key(ids: Sequence[int] | np.ndarray, response: Sequence[bool]) -> bytes:
+def content_key(ids: Sequence[int] | np.ndarray, response: Sequence[bool] | np.ndarray) -> bytes:
     """Hash token ids and response mask to 16 bytes: the same text under another template or cut has another key."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(np.asarray(ids, dtype=np.int32).tobytes())
