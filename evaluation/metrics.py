@@ -71,7 +71,7 @@ METRICS = (
         headline=False,
     ),
     Metric("samples.diverse_prompts", "prompts with two right", "count", NEITHER, "samples", headline=False),
-    Metric("temperature", "temperature", "number", NEITHER, "score", headline=False),
+    Metric("match.temperature", "matched temperature", "number", NEITHER, "score", headline=False),
     Metric("generated_tokens", "generated to learn from", "count", NEITHER, "text"),
     Metric("token_entropy", "token entropy, nats", "nats", NEITHER, "text"),
     Metric("mean_response_tokens", "tokens", "tokens", NEITHER, "text"),

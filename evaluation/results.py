@@ -163,7 +163,7 @@ def _headings(models: Mapping[str, Mapping[str, Any]], opponent: str | None) -> 
     rows, first = list(models.values()), METRICS[0]
     votes = next((row["majority"]["votes"] for row in rows if "majority" in row), None)
     temperature = rows[0].get("temperature", 0)
-    matched = next((row["match"]["reference"] for row in rows if "match" in row), None)
+    matched = next((at(row, "match.reference") for row in rows if at(row, "match.reference")), None)
     passes = {
         "": f"{first.label}, t {temperature:g}",
         "greedy.": "greedy",

@@ -70,7 +70,7 @@ def metric_section(group: str, models: Mapping[str, Mapping[str, Any]]) -> str:
         if group == "text" and entry.get("temperature") != 0 and "greedy" in entry:
             rows.append((name, "greedy", entry, "greedy."))
         if group in DECODED and MATCHED in entry:
-            rows.append((name, f"matched, {at(entry, f'{MATCHED}.temperature'):.3g}", entry, f"{MATCHED}."))
+            rows.append((name, f"matched, {at(entry, 'match.temperature'):.3g}", entry, f"{MATCHED}."))
     metrics = present([at(entry, prefix[:-1]) if prefix else entry for _, _, entry, prefix in rows], group)
     if not metrics:
         return ""

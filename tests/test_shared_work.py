@@ -114,6 +114,17 @@ def test_two_processes_at_once_write_what_one_does(base: Path, task: str) -> Non
 
 
 @pytest.mark.distributed
+def test_two_processes_match_the_entropy_of_one(base: Path) -> None:
+    """Each searches the temperature of its models, then both answer at all of them."""
+    more = ["evaluation.match_entropy=a", "evaluation.match_prompts=3", "evaluation.n_samples=2"]
+    launch.run_task(composed(*judged(base, "matched_alone", *more)))
+    Ranks(*judged(base, "matched_two", *more), folder=base).output(timeout=400)
+    assert written(base, "evaluate", "matched_two") == written(base, "evaluate", "matched_alone")
+    results = json.loads((base / "matched_two" / "results.json").read_text())
+    assert results["models"]["b"]["match"]["wanted_entropy"] > 0 and not left(base, "matched_two")
+
+
+@pytest.mark.distributed
 def test_a_rank_killed_in_the_middle_loses_nothing_of_what_is_whole(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
