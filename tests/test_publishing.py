@@ -178,7 +178,7 @@ def test_a_name_of_the_hub_is_owner_and_name(name: str) -> None:
             settings_from({**raw, "hub": {**raw["hub"], key: name}})
 
 
-def test_what_is_pushed_is_said_without_a_hub_and_never_holds_a_secret(tmp_path: Path, capsys) -> None:
+def test_what_is_pushed_is_said_without_a_hub_and_never_holds_a_secret(tmp_path: Path, capsys, monkeypatch) -> None:
     run = finished(tmp_path / "run", {"task": "train", "datasets": {}})
     line = ["task=push", f"hub.folder={run}", "hub.push=me/model", "dry_run=true"]
     launch.run_task(composed(*line))
@@ -190,6 +190,14 @@ def test_what_is_pushed_is_said_without_a_hub_and_never_holds_a_secret(tmp_path:
     with pytest.raises(ValueError, match=r"notes.txt holds what looks like a key.*nothing was pushed") as error:
         launch.run_task(composed(*line))
     assert TOKEN not in str(error.value)
+    (run / "FINAL" / "notes.txt").unlink()
+    rows = run / "FINAL" / "rows.jsonl"
+    rows.write_text('{"text": "http://h/?token=abcdefgh"}\n', encoding="utf-8")  # of the web, no secret of ours
+    launch.run_task(composed(*line))
+    monkeypatch.setenv("OPENAI_API_KEY", "one-of-our-own-keys")
+    rows.write_text('{"text": "one-of-our-own-keys"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows.jsonl holds what looks like a key"):
+        launch.run_task(composed(*line))
 
 
 @pytest.mark.parametrize(
