@@ -193,8 +193,8 @@ def test_the_quickstart_has_the_settings_that_the_sweep_chose_with_one_budget() 
     assert set(results["methods"]) == set(quickstart_sweep.TRIES) == trained - {"teacher_dpo"}
     steps = {name: stages[name]["set"]["n_steps"] for name in trained | {"dckd"}}
     for name, rows in results["methods"].items():
-        assert [row["setting"] for row in rows if row["eligible"]] == quickstart_sweep.TRIES[name] and len(rows) >= 4
-        assert len(quickstart_sweep.TRIES[name]) == 4
+        assert [row["setting"] for row in rows if row["eligible"]] == quickstart_sweep.TRIES[name] and len(rows) >= 3
+        assert len(quickstart_sweep.TRIES[name]) == 3
         best = max((row for row in rows if row["eligible"]), key=lambda row: row["success"]["mean"])
         assert best["chosen"] and sum(row["chosen"] for row in rows) == 1
         assert merged(stages[name]["set"], best["setting"]) == stages[name]["set"], f"{name}: the sweep chose otherwise"
