@@ -1,9 +1,10 @@
-"""How varied the right replies of an evaluation of the shop world are: a collapse shows here before it shows in success.
+"""How varied the right replies of an evaluation of the shop world are: a collapse shows here before it does in success.
 
 python -m benchmarks.diversity outputs/quickstart/evaluate
 
-Entropy in nats of (opener, closer, both verbs) of the replies that pass every check, within each tone, weighted by how
-often the tone is there; 3 openers, 3 closers and 2 verbs twice make at most 3.58. At the evaluation's first temperature.
+Entropy in nats of (opener, closer, both verbs) of the replies that pass every check, within each tone, weighted by
+how often the tone is there; 3 openers, 3 closers and 2 verbs twice make at most 3.58. At the evaluation's main
+temperature.
 """
 
 import argparse
