@@ -5,6 +5,7 @@ Two intervals stand side by side. Over prompts: the same models, other prompts. 
 initialization; it is the wider one and counts for a claim about a method.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,24 @@ from settings.artifacts import write_json, write_text
 from settings.schema import Settings
 from settings.typed import nearest
 
+OTHERS = "other_temperatures"  # of a model's entry, as task=evaluate writes it
 
-def pooled(evaluations: list[Evaluation], temperature: str, model: str, decoded: str | None = None) -> dict[str, Any]:
+
+def pooled(evaluations: list[Evaluation], temperature: str, model: str, decoded: Sequence[str] = ()) -> dict[str, Any]:
     """Return what the table and the report show of a model over seeds: every metric that all seeds have.
 
     The score is that of all prompts, with its interval over prompts (ci95). Any metric has an interval over seeds.
-    `decoded` names the entry below the model's own that these scores belong to: greedy, majority.
+    `decoded` leads to the entry below the model's own that these scores belong to: greedy, majority, another
+    temperature.
     """
     by_seed = {e.seed: e.scores[temperature][model] for e in evaluations}
     means = [sum(scores) / len(scores) for scores in by_seed.values()]
     everything = [score for scores in by_seed.values() for score in scores]
     across = interval_over_seeds(METRICS[0].unit, means, everything)
     entries = [e.results["models"][model] for e in evaluations]
-    found = pooled_metrics([entry.get(decoded) or {} for entry in entries] if decoded else entries)
+    for name in decoded:
+        entries = [entry.get(name) or {} for entry in entries]
+    found = pooled_metrics(entries)
     return found | {
         "score": sum(means) / len(means),
         "ci95": list(score_interval(everything)),
@@ -99,14 +105,23 @@ def summarized(evaluations: list[Evaluation], comparisons: list[list[str]]) -> d
     keys = {"greedy": "0", "majority": "majority", MATCHED: MATCHED}
     for decoded, key in keys.items():
         for name in scored_in_all(evaluations, key):
-            models[name][decoded] = pooled(evaluations, key, name, decoded)
+            models[name][decoded] = pooled(evaluations, key, name, (decoded,))
+    others = [key for key in temperatures if key not in (main, *keys.values())]
+    for name in names if others else ():
+        models[name][OTHERS] = {key: pooled(evaluations, key, name, (OTHERS, key)) for key in others}
     pairs = pairs_of(comparisons, names)
-    compare = {"comparisons": main, **{f"{decoded}_comparisons": key for decoded, key in keys.items()}}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name, key in compare.items():
+
+    def differences(key: str) -> list[dict[str, Any]]:
         there = set(scored_in_all(evaluations, key))
-        found[name] = [compared(evaluations, key, *pair) for pair in pairs if set(pair) <= there]
-    return {"models": models, "temperature": float(main), **found}
+        return [compared(evaluations, key, *pair) for pair in pairs if set(pair) <= there]
+
+    return {
+        "models": models,
+        "temperature": float(main),
+        "comparisons": differences(main),
+        **{f"{decoded}_comparisons": differences(key) for decoded, key in keys.items()},
+        "other_comparisons": {key: differences(key) for key in others},
+    }
 
 
 def scored_in_all(evaluations: list[Evaluation], key: str) -> list[str]:
@@ -140,14 +155,15 @@ def scores_table(results: dict[str, Any]) -> str:
     """Return the scores by seed and pooled with both intervals, sampled and in every other way of decoding."""
     first = next(iter(results["models"].values()))
     several = len(first["seeds"]) > 1
+    others = list(first.get(OTHERS, {}))
     extra = [name for name in PASSES if any(name in row for row in results["models"].values())]
     head = ["model", *([f"seed {seed}" for seed in first["seeds"]] if several else [])]
-    for words in (f"temperature {results['temperature']:g}", *extra):
+    for words in (f"temperature {results['temperature']:g}", *(f"temperature {key}" for key in others), *extra):
         head += [words, "95 % over prompts"] + (["95 % over seeds"] if several else [])
     rows = [head]
     for name, row in results["models"].items():
         cells = [name, *([f"{score:.3f}" for score in row["per_seed"].values()] if several else [])]
-        for part in (row, *(row.get(name) for name in extra)):
+        for part in (row, *(row[OTHERS][key] for key in others), *(row.get(name) for name in extra)):
             cells += [f"{part['score']:.3f}", _span(part["ci95"])] if part else ["-", "-"]
             cells += [_span(part and part["ci95_over_seeds"])] if several else []
         rows.append(cells)
@@ -157,9 +173,10 @@ def scores_table(results: dict[str, Any]) -> str:
 def differences_text(results: dict[str, Any]) -> str:
     """Return the differences on the same prompts as lists, sampled and in every other way of decoding."""
     text = ""
-    sampled = f"temperature {results['temperature']:g}"
-    for title, key in ((sampled, "comparisons"), *((name, f"{name}_comparisons") for name in PASSES)):
-        rows = results.get(key, [])
+    named = {f"temperature {results['temperature']:g}": results.get("comparisons", [])}
+    named |= {f"temperature {key}": rows for key, rows in results.get("other_comparisons", {}).items()}
+    named |= {name: results.get(f"{name}_comparisons", []) for name in PASSES}
+    for title, rows in named.items():
         if rows:
             text += f"\nDifferences on the same prompts, {title}:\n\n"
         for row in rows:

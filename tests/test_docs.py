@@ -1,6 +1,6 @@
 """What README, docs/ and scripts/llama_adpa.sh show works: commands compose, examples run, links lead somewhere."""
 
-import math
+import json
 import re
 import shlex
 import shutil
@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs import losses_table
-from evaluation.intervals import seed_interval, student_quantile
+from docs import losses_table, quickstart_table
+from evaluation.intervals import seed_interval
 from launch import settings_of
+from pipeline.composing import merged
+from scripts import quickstart_sweep
 from tests.support.helpers import ROOT, composed, launch, rows_of, write_pairs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -163,29 +165,43 @@ def block_of(language: str) -> str:
     return next(body for kind, body in BLOCKS if kind == language)
 
 
-def test_the_scores_of_the_results_page_are_the_log_s_and_no_interval_of_a_share_leaves_0_to_1() -> None:
+def test_the_tables_of_the_quickstart_are_those_of_the_file_that_a_run_wrote() -> None:
+    """README, docs/results.md and the log show docs/measured/quickstart.json; no interval of a share leaves [0, 1]."""
+    measured = json.loads(quickstart_table.MEASURED.read_text(encoding="utf-8"))
     page, log = ((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("results", "log"))
-    rows = re.findall(r"^\| (\w+) \| (0\..*) \|$", page.split("<!-- quickstart-table -->")[1], re.M)
-    part = log.split("## 2026-11-21: quickstart with seeds 1, 2 and 3")[1].split("Differences")[0]
-    logged = dict(re.findall(r"^\| (\w+) \| (0\..*) \|$", part, re.M))
-    assert len(rows) == 13
-    for name, cells in rows:
-        shown, before = cells.split(" | "), logged[name].split(" | ")
-        for place in (0, 1, 2, 3, 4, 6, 7):
-            assert shown[place] == before[place]
-        for score, interval in ((3, 5), (6, 8)):
-            low, high = map(float, shown[interval].strip("[]").split(", "))
-            assert 0 <= low <= float(shown[score]) <= high <= 1
-            first, last = map(float, before[interval].strip("[]").split(", "))
-            mean, half = float(shown[score]), (last - first) / 2
-            spread = half / student_quantile(2) * math.sqrt(3)  # three scores with that mean and deviation
-            again = seed_interval([mean - spread, mean, mean + spread]) or (math.nan, math.nan)
-            assert again == pytest.approx((first, last), abs=2e-3)
-            center, reach = math.log(mean / (1 - mean)), half / (mean * (1 - mean))
-            assert low == pytest.approx(1 / (1 + math.exp(reach - center)), abs=2e-3)
-            assert high == pytest.approx(1 / (1 + math.exp(-reach - center)), abs=2e-3)
-    for name, score, interval in re.findall(r"^\| (\w+) \| (0\.\d+) \| (\[.*\]) \|$", README, re.M):
-        assert f"| {score} |" in f"| {dict(rows)[name]} |" and interval in dict(rows)[name]
+    assert quickstart_table.between(README) == quickstart_table.short_table(measured)
+    assert quickstart_table.between(page) == quickstart_table.full_table(measured)
+    assert quickstart_table.full_table(measured) in log
+    stages = yaml.safe_load((ROOT / "config/pipeline/quickstart.yaml").read_text(encoding="utf-8"))["stages"]
+    assert list(measured["models"]) == list(stages["evaluate"]["set"]["evaluation"]["models"])
+    for parts in measured["models"].values():
+        assert list(parts) == ["1", "0.3", "greedy"]
+        for part in parts.values():
+            scores = list(part["per_seed"].values())
+            assert part["score"] == pytest.approx(sum(scores) / len(scores)) and len(scores) == len(measured["seeds"])
+            across = seed_interval(scores, (0.0, 1.0))
+            assert part["ci95_over_seeds"] == (pytest.approx(list(across)) if across else None)
+            for low, high in (part["ci95"], *([across] if across else [])):
+                assert 0 <= low <= part["score"] <= high <= 1
+
+
+def test_the_quickstart_has_the_settings_that_the_sweep_chose_with_one_budget() -> None:
+    results = json.loads((ROOT / "docs/measured/quickstart_sweep.json").read_text(encoding="utf-8"))
+    stages = yaml.safe_load((ROOT / "config/pipeline/quickstart.yaml").read_text(encoding="utf-8"))["stages"]
+    assert (ROOT / "docs/quickstart_sweep.md").read_text(encoding="utf-8") == quickstart_sweep.table(results)
+    trained = {name for name, stage in stages.items() if "loss" in stage and stage.get("start") and name != "dckd"}
+    assert set(results["methods"]) == set(quickstart_sweep.TRIES) == trained - {"teacher_dpo"}
+    steps = {name: stages[name]["set"]["n_steps"] for name in trained | {"dckd"}}
+    for name, rows in results["methods"].items():
+        assert [row["setting"] for row in rows if row["eligible"]] == quickstart_sweep.TRIES[name] and len(rows) >= 3
+        assert len(quickstart_sweep.TRIES[name]) == 3
+        best = max((row for row in rows if row["eligible"]), key=lambda row: row["success"]["mean"])
+        assert best["chosen"] and sum(row["chosen"] for row in rows) == 1
+        assert merged(stages[name]["set"], best["setting"]) == stages[name]["set"], f"{name}: the sweep chose otherwise"
+        before = steps["dckd"] if stages[name]["start"] == "dckd" else 0
+        assert before + steps[name] == steps["dckd_long"]
+    used = json.loads(quickstart_table.MEASURED.read_text(encoding="utf-8"))["seeds"]
+    assert results["world_seed"] not in used
 
 
 def prose(text: str) -> str:

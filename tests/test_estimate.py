@@ -296,7 +296,7 @@ def test_the_plan_of_a_pipeline_says_what_its_stages_take(tmp_path: Path, capsys
     printed = capsys.readouterr().out
     rows = {line.split(" | ")[0].strip("| "): line for line in printed.splitlines() if line.startswith("| ")}
     assert set(rows) == {"stage", *(stage.name for stage in stages)}
-    assert "650.11 k" in rows["teacher_sft"] and "1.00 M" in rows["cache_advantages"]
+    assert "111.94 k" in rows["teacher_sft"] and "1.00 M" in rows["cache_advantages"]
     assert "not estimated: task=summarize" in rows["summarize"] and "of teacher caches" in printed
     assert not list(tmp_path.iterdir())
 

@@ -19,7 +19,7 @@ REGULARIZED = "loss.objective=regularized"
 OPTIONS = {
     "adpa": [
         REGULARIZED,
-        f"{REGULARIZED} loss.rest_advantage=tails loss.advantage_floor=0.3 loss.kl_weight=0.7",
+        f"{REGULARIZED} loss.rest_advantage=zero loss.advantage_floor=0.3 loss.kl_weight=0.7",
         f"{REGULARIZED} loss.kl_reference=teacher loss.sft_weight=0 loss.kl_weight=2.0",
         f"{REGULARIZED} loss.kl_reference=start loss.kl_weight=2.0 loss.target_temperature=0.3",
     ],

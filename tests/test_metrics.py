@@ -161,6 +161,27 @@ def test_the_summary_writes_scores_differences_and_the_other_metrics() -> None:
     assert "Differences on the same prompts, greedy" in written and "over_seeds" in results["models"]["a"]["greedy"]
 
 
+def test_the_summary_shows_every_temperature_and_the_differences_there() -> None:
+    every = []
+    for seed in (1, 2):
+        one = evaluation(seed, entry_of(0.01 * seed), [1.0, 0.0, 0.0, 0.0])
+        low = {"a": [1.0, 1.0, 1.0, seed == 2], "b": [0.0, 0.0, 1.0, 0.0]}
+        models = {
+            name: {**entry, "other_temperatures": {"0.3": entry_of(0.02)}}
+            for name, entry in one.results["models"].items()
+        }
+        scores = {"1": one.scores["1"], "0.3": low, "0": one.scores["0"]}
+        every.append(one._replace(results={**one.results, "models": models}, scores=scores))
+    results = summarize.summarized(every, [["a", "b"]])
+    found = results["models"]["a"]["other_temperatures"]["0.3"]
+    assert found["score"] == 0.875 and found["mean_response_tokens"] == entry_of(0.02)["mean_response_tokens"]
+    written = summarize.table(results)
+    head = written.split("\n")[0].split(" | ")
+    assert head.index("temperature 1") < head.index("temperature 0.3") < head.index("greedy")
+    part = written.split("Differences on the same prompts, temperature 0.3:")[1].split("Differences")[0]
+    assert "- a - b: +0.625" in part
+
+
 def test_a_comparison_of_two_unknown_models_is_refused_and_so_is_half_a_pair() -> None:
     with pytest.raises(
         ValueError, match=r"\['adpa_plsu', 'sft'\], and neither is an evaluated model. Did you mean 'ad"

@@ -55,6 +55,7 @@ GROUPS = {
         "smollm2_pruned",
         "tiny",
         "quickstart_teacher",
+        "shop_teacher",
         "quickstart_student",
         "arithmetic",
     ],

@@ -112,6 +112,26 @@ def test_a_cache_that_holds_all_the_mass_pulls_no_mass_to_minus_infinity():
     assert CACHE_REST == 1e-3
 
 
+def test_by_default_what_the_aligned_teacher_left_to_the_reference_alone_is_not_asked_for():
+    """The reference teacher has 30 % of its mass outside of the aligned teacher's entries, which hold 99.8 %."""
+    own = torch.tensor([[0.90, 0.098]], dtype=torch.float64).log()
+    theirs = torch.tensor([[0.40, 0.30]], dtype=torch.float64).log()
+    asked = {}
+    for options in ((), ("loss.rest_advantage=zero",)):
+        config = trainer_of("adpa", "loss.objective=regularized", "loss.target_temperature=0.3", *options).config
+        tails = config.rest_advantage == "tails"
+        how = Regularizer(
+            config.kl_weight, config.kl_reference, config.target_temperature, 1.0, config.floor, rest_by_tails=tails
+        )
+        student = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+        for _ in range(4000):
+            found = regularized_advantage(student, torch.tensor([[0, 1]]), own - theirs, own, None, how)
+            student.data += torch.autograd.grad(found.objective.sum(), student)[0]
+        assert found.to_target < 1e-3
+        asked[options] = 1 - float(found.mass)
+    assert asked[()] < 1e-3 < 0.02 < asked["loss.rest_advantage=zero",]
+
+
 def test_the_floor_is_on_by_default_where_it_helped_and_off_in_the_papers_objective():
     assert trainer_of("adpa").config.floor == 0
     regularized = trainer_of("adpa", "loss.objective=regularized")

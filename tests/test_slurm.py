@@ -246,7 +246,7 @@ def test_a_pipeline_is_a_chain_of_jobs_and_finished_stages_get_none(slurm):
         str(ROOT / "scripts" / "submit_pipeline.py"),
         "pipeline=quickstart",
         f"cache_dir={slurm}/chain",
-        *only("world", "student_sft", "student_dpo"),
+        *only("world", "student_sft", "student_dpo_nll"),
         "++n_steps=3",
         "++n_examples=64",
         "++n_eval_examples=16",

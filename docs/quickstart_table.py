@@ -1,0 +1,105 @@
+"""The tables of the quickstart in README.md and docs/results.md, from docs/measured/quickstart.json.
+
+`python -m docs.quickstart_table outputs/quickstart/results.json` keeps the figures of a run of pipeline=quickstart in
+that file and writes both tables; without a path it writes the tables alone.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ROOT / "docs" / "measured" / "quickstart.json"
+BEGIN, END = "<!-- quickstart-table: written by python -m docs.quickstart_table -->", "<!-- /quickstart-table -->"
+SHORT = (
+    "teacher_dpo",
+    "student_sft",
+    "student_dpo_nll",
+    "dckd_long",
+    "seq_kd",
+    "adpa_plus",
+    "adpa_plus_regularized",
+    "reverse_kl",
+    "no_teacher",
+)
+KEPT = ("score", "ci95", "ci95_over_seeds", "per_seed")
+
+
+def kept(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what the tables are made of: each model's scores by decoding, and the differences."""
+    models = {}
+    for name, row in results["models"].items():
+        parts = {"1": row, "0.3": row["other_temperatures"]["0.3"], "greedy": row["greedy"]}
+        models[name] = {key: {field: part[field] for field in KEPT} for key, part in parts.items()}
+    comparisons = {
+        "1": results["comparisons"],
+        "0.3": results["other_comparisons"]["0.3"],
+        "greedy": results["greedy_comparisons"],
+    }
+    first = next(iter(results["models"].values()))
+    return {"seeds": first["seeds"], "prompts": first["n"], "models": models, "comparisons": comparisons}
+
+
+def _span(interval: list[float] | None, digits: str = ".3f") -> str:
+    return f"[{interval[0]:{digits}}, {interval[1]:{digits}}]" if interval else "-"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def short_table(measured: dict[str, Any]) -> str:
+    """Return the README's table: success with its interval over seeds at temperature 1 and 0.3, and greedily."""
+    rows = [["model", "temperature 1", "0.3", "greedy"]]
+    for name in SHORT:
+        parts = measured["models"][name]
+        rows.append([name, *(f"{part['score']:.3f} {_span(part['ci95_over_seeds'])}" for part in parts.values())])
+    return _markdown(rows)
+
+
+def full_table(measured: dict[str, Any]) -> str:
+    """Return the page's tables: every seed's score at temperature 1, both intervals, and the differences."""
+    seeds = measured["seeds"]
+    rows = [["model", *(f"seed {seed}" for seed in seeds)]]
+    for words in ("temperature 1", "0.3", "greedy"):
+        rows[0] += [words, "over prompts", "over seeds"]
+    for name, parts in measured["models"].items():
+        cells = [name, *(f"{parts['1']['per_seed'][str(seed)]:.3f}" for seed in seeds)]
+        for part in parts.values():
+            cells += [f"{part['score']:.3f}", _span(part["ci95"]), _span(part["ci95_over_seeds"])]
+        rows.append(cells)
+    compared = [["difference", "temperature 1", "over seeds", "0.3", "over seeds", "greedy", "over seeds"]]
+    for number, pair in enumerate(measured["comparisons"]["1"]):
+        cells = [f"{pair['first']} − {pair['second']}"]
+        for found in measured["comparisons"].values():
+            cells += [f"{found[number]['difference']:+.3f}", _span(found[number]["ci95_over_seeds"], "+.3f")]
+        compared.append(cells)
+    return f"{_markdown(rows)}\n\n{_markdown(compared)}"
+
+
+def written(text: str, table: str) -> str:
+    """Return a page with the table between its marks."""
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def between(text: str) -> str:
+    """Return what stands between the marks."""
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def main(arguments: list[str]) -> None:
+    """Keep a run's figures, where one is named, and write the tables."""
+    if arguments:
+        results = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        MEASURED.write_text(json.dumps(kept(results), indent=1) + "\n", encoding="utf-8")
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    for name, make in (("README.md", short_table), ("docs/results.md", full_table)):
+        page = ROOT / name
+        page.write_text(written(page.read_text(encoding="utf-8"), make(measured)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
