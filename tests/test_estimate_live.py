@@ -125,6 +125,7 @@ def test_the_entries_of_each_cache_are_counted(tmp_path: Path) -> None:
     assert memory.peak == 10 and memory.terms["entries of teacher caches"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_peak_with_live_teachers_is_what_torch_allocates(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

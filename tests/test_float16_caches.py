@@ -66,13 +66,9 @@ def test_a_run_on_a_damaged_cache_ends_with_one_message_and_trains_nothing(world
     whole = values.read_bytes()
     values.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     run = ["loss=dckd", f"loss.teacher_cache={base}/cache/CACHE", "n_steps=2", "save_every=1", "lr=1e-3"]
-    try:
-        with pytest.raises(ValueError, match=r"shard-00000/values.bin is not the file that was written"):
-            launch.run_task(composed(*common, *run, "exp_name=damaged"))
-    finally:
-        values.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"shard-00000/values.bin is not the file that was written"):
+        launch.run_task(composed(*common, *run, "exp_name=damaged"))
+    values.write_bytes(whole)
     folder = base / "damaged"
     assert not (folder / "DONE").exists() and not (folder / "FINAL").exists()
     assert not list(folder.glob("checkpoint-*"))
-    launch.run_task(composed(*common, *run, "exp_name=whole"))
-    assert (base / "whole" / "FINAL").is_dir()
