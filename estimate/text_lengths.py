@@ -73,8 +73,8 @@ def _example(row: dict[str, Any], format: str, source: str, config: ModelConfig,
         prompt, lengths = _lengths(conversation, count)
     prompt = min(prompt, config.max_prompt_length)
     room = max(1, config.max_length - prompt)
-    sides = [None if n is None else _tokens(prompt, min(max(n, 1), room)) for n in lengths]
-    return Example([0] * prompt, *sides, conversation)
+    chosen, rejected, response = (None if n is None else _tokens(prompt, min(max(n, 1), room)) for n in lengths)
+    return Example([0] * prompt, chosen, rejected, response, conversation)
 
 
 def _lengths(conversation: Conversation, count: Count) -> tuple[int, list[int | None]]:
