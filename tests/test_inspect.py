@@ -228,6 +228,7 @@ def test_the_page_escapes_what_data_says_and_asks_for_nothing(tmp_path: Path) ->
 # ---- the command, and the start of a run
 
 
+@pytest.mark.slow
 def test_the_command_writes_page_and_json_and_no_escape_codes(tmp_path: Path) -> None:
     rows = [pair("a?", "x", "x"), *(pair(f"{i}?", NASTY) for i in range(4))]
     train, test = written(tmp_path / "a.jsonl", rows), written(tmp_path / "b.jsonl", rows[:2])

@@ -106,6 +106,7 @@ def test_a_terminal_gets_no_escape_code_of_the_data(tmp_path: Path) -> None:
     assert "onerror" in shown and not HIDDEN.search(shown)
 
 
+@pytest.mark.slow
 def test_messages_show_a_file_s_own_codes_as_marks(tmp_path: Path) -> None:
     """Column names, values, paths and files that strangers named reach a message, and no terminal as they are."""
     data = tmp_path / "rows.jsonl"
