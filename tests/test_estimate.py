@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -30,10 +29,10 @@ from settings.schema import Settings, settings_from
 from tasks.estimate import compared, estimated, of_stage, print_plan
 from teacher.cache import Meta, Writer, finish
 from teacher.quantities import TABLE, quantity_named
+from tests.support.allocated import peaks_of_steps
 from tests.support.helpers import ROOT, composed, write_pairs
 from tests.support.helpers import launch as command
 from tests.test_pipeline import planned
-from trainers.basic import BasicTrainer
 
 PLAIN = Setup("none", 1, 1, master=4, compute=4, reference=0, live=False, states=2, checkpointing=False, gpu=False)
 SHAPE = {
@@ -381,18 +380,7 @@ def test_the_peak_is_what_torch_allocates_in_a_step(
         f"model.tokenizer_name_or_path={tokenizer}",
         *options,
     )
-    allocated: list[int] = []
-    plain_step = BasicTrainer._step
-
-    def profiled_step(self: BasicTrainer, step: int) -> int:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            result = plain_step(self, step)
-        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-        held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-        allocated.append(int(held.max()))
-        return result
-
-    monkeypatch.setattr(BasicTrainer, "_step", profiled_step)
+    allocated = peaks_of_steps(monkeypatch)
     launch.run_task(raw)
     found = estimated(settings_from(raw), "train")
     before = sum(found["memory"].get(name, 0) for name in ("weights", "optimizer states", "frozen reference"))

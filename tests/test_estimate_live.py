@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from torch.profiler import ProfilerActivity, profile
 
 import launch
 import models
@@ -16,11 +14,11 @@ from settings.methods import needs_under
 from settings.needs import Needs
 from settings.schema import Settings, settings_from
 from tasks.estimate import estimated, made_by, of_stage
+from tests.support.allocated import peaks_of_steps
 from tests.support.bigram import trainer_of
 from tests.support.helpers import composed
 from tests.test_estimate import SHAPE, even_pairs, inline, large_vocabulary
 from tests.test_pipeline import planned
-from trainers.basic import BasicTrainer
 
 FSDP = Setup("fsdp", 8, 1, master=4, compute=2, reference=0, live=False, states=2, checkpointing=True, gpu=True)
 
@@ -137,18 +135,7 @@ def test_the_peak_with_live_teachers_is_what_torch_allocates(
         *["model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}", "n_steps=2"],
         *[*shape, "loss=gkd", f"loss.teacher=[{','.join(teachers)}]", "loss.on_policy=0"],
     )
-    allocated: list[int] = []
-    plain_step = BasicTrainer._step
-
-    def profiled_step(self: BasicTrainer, step: int) -> int:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            result = plain_step(self, step)
-        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-        held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-        allocated.append(int(held.max()))
-        return result
-
-    monkeypatch.setattr(BasicTrainer, "_step", profiled_step)
+    allocated = peaks_of_steps(monkeypatch)
     launch.run_task(raw)
     found = estimated(settings_from(raw), "train")
     before = sum(found["memory"].get(name, 0) for name in ("weights", "optimizer states", "frozen models"))
