@@ -14,6 +14,7 @@ from dataloader import Tokens
 from engine.export import save_model
 from generation.on_policy import RowSampler, sample_rows
 from tests.support import rewards
+from tests.support.bigram import trainer_of
 from tests.support.helpers import composed, rows_of, write_pairs
 from tests.test_sharding import SGD, SGD_ATOL, two
 from trainers import sampling
@@ -126,6 +127,13 @@ def test_an_engine_is_refused_where_it_cannot_answer_or_nobody_asks_it(overrides
     asked = ["rollout.backend=vllm", "rollout.refresh_every=2", "exp_name=refused", *overrides]
     with pytest.raises(ValueError, match=message):
         launch.run_task(composed(*common(base), *asked))
+
+
+def test_a_run_stops_where_the_next_step_hands_weights_over(monkeypatch):
+    monkeypatch.setattr(sampling, "find_spec", lambda name: name)
+    asked = ["rollout.backend=vllm", "rollout.refresh_every=2", "loss.rollout_epochs=3", *ONLINE["grpo"][1:]]
+    trainer = trainer_of("grpo", *asked)
+    assert [step for step in range(1, 13) if trainer.may_stop(step)] == [6, 12]
 
 
 def test_ratios_are_to_those_who_sampled():

@@ -113,8 +113,8 @@ class BasicTrainer:
         return False
 
     def may_stop(self, step: int) -> bool:
-        """Tell whether a checkpoint after this step holds all that the next one needs."""
-        return True
+        """Tell whether a checkpoint after this step holds all that the next one needs; an engine's weights are not in it."""
+        return step % self.settings.rollout.refresh_every == 0
 
     def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
         """Set `shared` where a method must know something of the whole global batch before its parts; all ranks call

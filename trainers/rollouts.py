@@ -248,7 +248,7 @@ class RolloutTrainer(BasicTrainer):
 
     def may_stop(self, step: int) -> bool:
         """Stop between rollouts only."""
-        return step % self.config.period == 0
+        return super().may_stop(step) and step % self.config.period == 0
 
     @torch.no_grad()
     def rollout(self, micros: Micros, step: int) -> Micros:

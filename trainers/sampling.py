@@ -54,7 +54,7 @@ def _by_engine(
     responder = trainer.responder
     is_new = responder.is_due(step)
     if is_new:
-        whole = export.merged(model, trainer.placement.whole_weights())
+        whole = export.merged(model)
         weights = ((name, one) for name, one in whole.state_dict().items() if not name.startswith(VALUE_HEAD))
         responder.hand_over(step, weights, whole.get_output_embeddings().weight)
     found = responder.answers(prompts, seeds, max_new_tokens, stop)
@@ -68,7 +68,7 @@ def _by_engine(
 
 def check_responder(trainer: Any) -> None:
     """Refuse rollout.backend=vllm where it cannot answer, or where nobody would ask it."""
-    rollout, run, world_size = trainer.settings.rollout, trainer.run_config, trainer.processes.world_size
+    rollout, run, placement = trainer.settings.rollout, trainer.run_config, trainer.placement.name
     if rollout.backend == "hf":
         return
     require(
@@ -77,8 +77,9 @@ def check_responder(trainer: Any) -> None:
         "data's responses, and nobody would ask the engine. Leave rollout.backend out",
     )
     require(
-        world_size == 1,
-        f"rollout.backend={rollout.backend} runs in one process, and here are {world_size}: use rollout.backend=hf",
+        placement == "none",
+        f"rollout.backend={rollout.backend} needs the whole policy in one process, and this is strategy={placement} on "
+        f"{trainer.processes.world_size}: use rollout.backend=hf",
     )
     require(
         find_spec("vllm") is not None,
