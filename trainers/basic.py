@@ -113,7 +113,7 @@ class BasicTrainer:
         return False
 
     def may_stop(self, step: int) -> bool:
-        """Tell whether a checkpoint after this step holds all that the next one needs; an engine's weights are not in it."""
+        """Tell whether a checkpoint after this step holds all that the next one needs, such as an engine's weights."""
         return step % self.settings.rollout.refresh_every == 0
 
     def prepared(self, batches: list[Batch], training: bool) -> list[Batch]:
