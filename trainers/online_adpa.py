@@ -59,6 +59,7 @@ def regularized_everywhere(
     """
 
     def of_chunk(part: Tensor, aligned: Tensor, before: Tensor, *first: Tensor) -> Tensor:
+        """Return objective and figures [n, 5] of chunks of logits [n, V]: policy, both teachers, maybe the start."""
         own, dpo, ref = (_wide(x).log_softmax(-1) for x in (part, aligned, before))
         advantage = dpo - ref
         absurd = (dpo.exp() < config.advantage_floor) & (advantage > 0)
