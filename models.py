@@ -3,7 +3,6 @@
 Letters: B rows, T tokens, N response tokens of a batch (flat, row after row), V vocabulary.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -30,15 +29,14 @@ from transformers import (
 )
 from transformers import GenerationConfig as GenerationDefaults
 
-from assets import smollm2
 from assets.hub import hub_reachable as hub_reachable  # beside load_model, for those who import models
+from assets.sources import check_no_pickles, local_source
 from forward.recomputing import recompute
 from forward.responses import ResponseLogits as ResponseLogits  # beside load_model, for those who import models
 from forward.responses import last_token_scores as last_token_scores
 from forward.responses import response_logits as response_logits
 from forward.responses import scoring as scoring
 from pipeline.digests import Stamp, stamps_of, weights_hash
-from settings.paths import found
 from settings.schema import PACKS_FROM, ModelConfig
 from settings.typed import nearest
 from templates import special_ids, turn_end
@@ -57,40 +55,6 @@ DEFAULT_TEMPLATE = (
 # ---- sources
 
 
-def local_source(source: str) -> str:
-    """Resolve a model or tokenizer source: `package:NAME`, a folder (also below the repository), or a hub name.
-
-    Raises ValueError for what looks like a folder and is none; the nearest one there is named.
-    """
-    if source.startswith("package:"):
-        return str(smollm2.converted(source.removeprefix("package:")))
-    path, place = Path(source).expanduser(), found(source)
-    if place is not None and place.is_dir():
-        check_not_a_run(place)
-        return str(place)
-    looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source.split("/")[0]).is_dir()
-    if not looks_local and path.name not in ("FINAL", "CACHE"):
-        return source
-    there = path.parent
-    while not there.is_dir():
-        there = there.parent
-    names = sorted(p.name for p in there.iterdir() if p.is_dir())
-    missing = path.relative_to(there).parts[0] if path.is_relative_to(there) else path.name
-    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.7)
-    hint = f"did you mean {there / close[0]}?" if close else f"{there} has {', '.join(names[:5]) or 'no folders'}"
-    raise ValueError(f"no model folder {source!r}: {hint}")
-
-
-def check_not_a_run(folder: Path) -> None:
-    """Refuse the folder of a run in the place of the model in it."""
-    if any((folder / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
-        return
-    if (folder / "FINAL").is_dir():
-        raise ValueError(f"{folder} is a run's folder; its model is {folder / 'FINAL'}: give that")
-    if (folder / "command.txt").is_file():
-        raise ValueError(f"{folder} is a run's folder without FINAL, the model: the run has not ended, or trained none")
-
-
 def model_source(config: ModelConfig) -> str | None:
     """Return where the weights come from: from_checkpoint, load_from or name_or_path; None if they are built."""
     source = config.from_checkpoint or config.load_from or config.name_or_path
@@ -99,19 +63,6 @@ def model_source(config: ModelConfig) -> str | None:
     found_there = local_source(source)
     check_no_pickles(found_there, config)
     return found_there
-
-
-def check_no_pickles(source: str, config: ModelConfig) -> None:
-    """Refuse a folder whose weights are pickles, unless model.pickled_weights says to read them."""
-    folder = Path(source)
-    if config.pickled_weights or not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}"))
-    if pickles:
-        raise ValueError(
-            f"{folder} has its weights as pickles ({pickles[0]}), which can hold code. Have them saved as safetensors, "
-            "or read them with model.pickled_weights=true where you trust who wrote them"
-        )
 
 
 def start_of(config: ModelConfig) -> ModelConfig:

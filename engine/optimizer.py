@@ -1,8 +1,10 @@
 """How a run steps: the optimizer, the learning rate over steps, the seed of a step."""
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from settings.schema import RunConfig
 
@@ -48,3 +50,15 @@ def scheduled_steps(run: RunConfig, total: int, steps_per_batch: int = 1) -> int
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout by (seed, step, rank), so that it needs no state in a checkpoint."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+def check_finite(norms: Mapping[int, Tensor | float]) -> None:
+    """Refuse gradient norms, by their step, of which one is no number; all are read from their device at once."""
+    if not norms:
+        return
+    read = torch.stack([torch.as_tensor(norm) for norm in norms.values()]).tolist()
+    bad = next(((step, norm) for step, norm in zip(norms, read, strict=True) if not math.isfinite(norm)), None)
+    if bad is not None:
+        raise ValueError(
+            f"step {bad[0]}: the gradient norm is {bad[1]}; nothing was written since. Lower lr or check the data"
+        )

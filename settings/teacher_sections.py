@@ -37,7 +37,6 @@ class CacheConfig:
     import_format: str
     export_format: str | None
     export_to: str | None
-    push_to_hub: str | None
 
     def __post_init__(self) -> None:
         one_of("cache.import_format", self.import_format, ("auto", "axolotl", "distillkit", "huggingface"))

@@ -17,9 +17,8 @@ from models import NumericPath
 from settings.artifacts import write_json
 from settings.schema import Settings
 from settings.teacher_sections import kept_mass
-from teacher.cache import Meta, Reader, Writer, begin, data_digest, finish, stored_keys, wait_for
-from teacher.hub import check_push, push
-from teacher.interchange import Tokenizing, card, export_cache, import_cache, is_cache
+from teacher.cache import Meta, Writer, begin, data_digest, finish, stored_keys, wait_for
+from teacher.interchange import Tokenizing, export_cache, import_cache, is_cache
 from teacher.precision import teacher_path
 from teacher.quantities import Quantity, quantity_of
 from teacher.scoring import Scorer, batches_of, left_to_do, missing
@@ -40,8 +39,6 @@ def run(settings: Settings) -> None:
             f"cache.backend={config.backend} runs in one process: start it with `python launch.py`, without accelerate "
             "launch"
         )
-    if config.push_to_hub:
-        check_push(config.push_to_hub)
     if config.import_from:
         if process.is_main:
             _imported(settings, Path(config.import_from).expanduser())
@@ -77,7 +74,7 @@ def run(settings: Settings) -> None:
 def _imported(settings: Settings, source: Path) -> None:
     """Make the cache from another project's file (teacher/interchange.py); a cache of our own is handed on as it is."""
     if is_cache(source):
-        if not (settings.cache.export_format or settings.cache.push_to_hub):
+        if not settings.cache.export_format:
             raise ValueError(f"cache.import_from={source} is a cache already: use it, or set cache.export_format")
         _handed_on(settings, source)
         return
@@ -98,7 +95,7 @@ def _imported(settings: Settings, source: Path) -> None:
 
 
 def _handed_on(settings: Settings, folder: Path) -> None:
-    """Export a finished cache and push it to the hub, as far as the config asks; say what a format cannot hold."""
+    """Export a finished cache where the config asks for it; say what the format cannot hold."""
     config = settings.cache
     if config.export_format:
         target = Path(config.export_to).expanduser() if config.export_to else settings.run.run_dir / "EXPORT"
@@ -106,9 +103,6 @@ def _handed_on(settings: Settings, folder: Path) -> None:
         print(f"exported as {config.export_format}: {target}")
         for words in lost:
             print(f"note: {config.export_format} does not hold {words}")
-    if config.push_to_hub:
-        meta = Reader(folder).meta
-        print(f"pushed: {push(folder, config.push_to_hub, card(meta, 'prefdistill cache', None, meta.num_sequences))}")
 
 
 def _placement(settings: Settings) -> Placement:

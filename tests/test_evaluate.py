@@ -13,26 +13,16 @@ import models
 from engine import export
 from evaluation.win_rate import against
 from rewards.verifiers import resolve_verifier
-from settings.schema import Settings, settings_from
+from settings.schema import Settings
 from tasks import evaluate
-from tests.support.helpers import composed
+from tests.support.evaluations import shop_evaluation
 from worlds import shop
 
 
 def settings_for(folder: Path, *overrides: str, **evaluation: Any) -> Settings:
     """Return the settings of an evaluation of the shop's held-out rows."""
-    raw = composed(
-        "task=evaluate",
-        "model=quickstart_student",
-        "datasets=[local]",
-        f"cache_dir={folder}",
-        "exp_name=e",
-        f"datasets.local.test={folder / 'test.jsonl'}",
-        "model.eval_batch_size=3",
-        *overrides,
-    )
-    raw["evaluation"] |= {"max_new_tokens": 24, "batch_size": 8, **evaluation}
-    return settings_from(raw)
+    own = {"max_new_tokens": 24, "batch_size": 8, **evaluation}
+    return shop_evaluation(folder, "exp_name=e", "model.eval_batch_size=3", *overrides, **own)
 
 
 @pytest.fixture(scope="module")

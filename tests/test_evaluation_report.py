@@ -20,26 +20,17 @@ from report.evaluation_page import advantages_in
 from report.gather import Evaluation, advantages_of
 from report.page import write_report
 from report.tables import benchmarks_section, latency_section, metric_sections
-from settings.schema import Settings, settings_from
+from settings.schema import Settings
 from tasks import evaluate
 from teacher.cache import Meta, Writer, finish
-from tests.support.helpers import composed
+from tests.support.evaluations import shop_evaluation
 from worlds import shop
 
 
 def settings_for(folder: Path, name: str, **evaluation: Any) -> Settings:
     """Return the settings of an evaluation of the shop's held-out pairs."""
-    raw = composed(
-        "task=evaluate",
-        "model=quickstart_student",
-        "datasets=[local]",
-        f"cache_dir={folder}",
-        f"exp_name={name}",
-        f"datasets.local.test={folder / 'test.jsonl'}",
-        "model.eval_batch_size=8",
-    )
-    raw["evaluation"] |= {"max_new_tokens": 12, "batch_size": 8, **evaluation}
-    return settings_from(raw)
+    own = {"max_new_tokens": 12, "batch_size": 8, **evaluation}
+    return shop_evaluation(folder, f"exp_name={name}", "model.eval_batch_size=8", **own)
 
 
 def advantage_cache(folder: Path, tokenizer: Any, quantity: str = "advantage", first: float = 1.25) -> Path:

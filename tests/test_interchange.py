@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 
 import launch
 from settings.artifacts import mark_done
 from teacher import distillkit, hub
 from teacher.cache import Arrays, Meta, Reader, Writer, content_key, finish
-from teacher.interchange import Tokenizing, card, check_row, export_cache, format_of, import_cache
+from teacher.interchange import Tokenizing, check_row, export_cache, format_of, import_cache
 from teacher.quantities import quantity_named
 from teacher.rows import FILL, Row, filled, source_rows
 from tests.support.helpers import composed, rows_of, write_pairs
@@ -320,10 +320,6 @@ def test_a_name_of_the_hub_is_told_from_a_folder_and_refused_where_it_cannot_be_
     for place in ("hub:someone/cache", "hf://datasets/someone/cache@main"):
         with pytest.raises(ValueError, match="not in the hub's cache on this machine, and the hub cannot be reached"):
             hub.cache_folder(place)
-    with pytest.raises(ValueError, match="must be OWNER/NAME"):
-        hub.check_push("name")
-    with pytest.raises(ValueError, match="the hub cannot be reached from here"):
-        hub.check_push("someone/cache")
 
 
 def test_a_cache_in_the_hub_s_own_folder_is_found_by_its_name(tmp_path, monkeypatch):
@@ -336,27 +332,6 @@ def test_a_cache_in_the_hub_s_own_folder_is_found_by_its_name(tmp_path, monkeypa
     monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     for place in ("hub:someone/cache", "hf://datasets/someone/cache", f"hub:someone/cache@{revision}"):
         assert_same(ours, Reader(hub.cache_folder(place)), 0)
-
-
-def test_a_push_uploads_the_folder_and_a_card(tmp_path):
-    ours = write_cache(tmp_path / "CACHE")
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    class Recorded(HfApi):  # the upload itself needs the hub
-        def create_repo(self, repo_id, **given):
-            calls.append(("create_repo", {"repo_id": repo_id, **given}))
-
-        def upload_folder(self, **given):
-            calls.append(("upload_folder", given))
-
-        def upload_file(self, **given):
-            calls.append(("upload_file", given))
-
-    words = card(ours.meta, "prefdistill cache", None, 7)
-    assert hub.push(tmp_path / "CACHE", "me/cache", words, Recorded()).endswith("datasets/me/cache")
-    assert [name for name, _ in calls] == ["create_repo", "upload_folder", "upload_file"]
-    assert all(given["repo_id"] == "me/cache" and given["repo_type"] == "dataset" for _, given in calls)
-    assert calls[0][1]["private"] is True and yaml.safe_load(words.split("---")[1])["prefdistill"]["num_sequences"] == 7
 
 
 # ---- the command line

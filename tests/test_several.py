@@ -20,11 +20,11 @@ from functional import entropies
 from generation.hf import sample_watched
 from generation.interface import forbidden_ids
 from report.gather import read_evaluation
-from settings.schema import Settings, settings_from
+from settings.schema import Settings
 from tasks import evaluate
 from tasks.summarize import summarized
 from tasks.summarize import table as pooled_table
-from tests.support.helpers import composed
+from tests.support.evaluations import shop_evaluation
 from worlds import shop
 
 
@@ -121,16 +121,7 @@ def test_the_verifier_s_and_the_judge_s_strengths_stand_side_by_side() -> None:
 
 def settings_for(folder: Path, name: str, **evaluation: Any) -> Settings:
     """Return the settings of an evaluation of the shop's held-out prompts."""
-    raw = composed(
-        "task=evaluate",
-        "model=quickstart_student",
-        "datasets=[local]",
-        f"cache_dir={folder}",
-        f"exp_name={name}",
-        f"datasets.local.test={folder / 'test.jsonl'}",
-    )
-    raw["evaluation"] |= {"max_new_tokens": 8, "batch_size": 16, **evaluation}
-    return settings_from(raw)
+    return shop_evaluation(folder, f"exp_name={name}", **{"max_new_tokens": 8, "batch_size": 16, **evaluation})
 
 
 @pytest.fixture(scope="module")

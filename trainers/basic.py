@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,10 +17,9 @@ from torch import Tensor
 
 from dataloader import Example, epoch_order
 from engine import export, preemption
-from engine.learning_rate import Rate, fitting, parameters_of, sentence
 from engine.logbook import Logbook
 from engine.metrics import Mean, Window, means, named
-from engine.optimizer import learning_rate_scale, scheduled_steps, seed_step
+from engine.optimizer import check_finite, learning_rate_scale, scheduled_steps, seed_step
 from engine.placement import Placement
 from engine.prefetch import Prefetch
 from forward.chunks import Logits
@@ -30,7 +28,6 @@ from forward.responses import response_logits, scoring
 from forward.rows import Sequences
 from functional import token_logps
 from models import packing_of
-from settings.artifacts import write_json
 from settings.needs import Needs
 from settings.schema import Settings
 from trainers import keeping
@@ -198,7 +195,7 @@ class BasicTrainer:
         self, policy: torch.nn.Module, reference: torch.nn.Module | None, train: Sequence[Item], test: Sequence[Item]
     ) -> dict[str, float]:
         """Train to the end, resuming from the newest whole checkpoint; return the last evaluation's metrics."""
-        fits = self._settle_rate(policy)
+        fits = keeping.settle_rate(self, policy)
         run, processes = self.run_config, self.processes
         self.reference = reference and self.placement.place_reference(reference, moving=bool(run.sync_reference))
         self.placement.place_policy(policy, run)
@@ -239,18 +236,6 @@ class BasicTrainer:
                 open_one.close()
         self.book.close()
         return last_eval
-
-    def _settle_rate(self, policy: torch.nn.Module) -> Rate:
-        """Put a number in the place of lr=auto, here and in what is stored of the run; return what would fit."""
-        run = self.run_config
-        fits = fitting(self.kind, parameters_of(policy), self.model_config.use_peft)
-        if run.lr == "auto":
-            self.run_config = replace(run, lr=fits.lr)
-            self.settings = replace(self.settings, run=self.run_config, raw={**self.settings.raw, "lr": fits.lr})
-            self.processes.print(sentence(fits))
-            if self.processes.is_main:
-                write_json(run.run_dir / "learning_rate.json", fits._asdict())
-        return fits
 
     def micro_items(self, step: int) -> list[list[Item]]:
         """Return this rank's micro-batches of a step; ranks without a row get an uncounted filler."""
@@ -343,15 +328,8 @@ class BasicTrainer:
 
     def check_norms(self) -> None:
         """Refuse to go on, or to write anything, after a gradient that was not a number."""
-        if not self.norms:
-            return
-        read = torch.stack([torch.as_tensor(norm) for norm in self.norms.values()]).tolist()
-        bad = next(((step, norm) for step, norm in zip(self.norms, read, strict=True) if not math.isfinite(norm)), None)
-        self.norms = {}
-        if bad is not None:
-            raise ValueError(
-                f"step {bad[0]}: the gradient norm is {bad[1]}; nothing was written since. Lower lr or check the data"
-            )
+        norms, self.norms = self.norms, {}
+        check_finite(norms)
 
     # ---- evaluation and logging
 
@@ -383,23 +361,21 @@ class BasicTrainer:
     def _log_train(self, step: int, tokens: int, seconds: float) -> None:
         self.check_norms()
         row = named(means(self.window.reduced(self._reduce)), "train")
-        counted = torch.tensor([float(tokens), float(self.written)], dtype=torch.float64)
-        total, written = self._reduce(counted).tolist()
-        self._keep_written(written)
+        total = self.count_written(tokens)
         lr = self.placement.optimizer.param_groups[0]["lr"]
         speed = {"tokens_per_second": round(total / max(seconds, 1e-9), 1)}
-        said = {key: int(self.state[key]) for key in (GENERATED,) if key in self.state}
+        said = {GENERATED: int(self.state[GENERATED])} if GENERATED in self.state else {}
         self.book.write({"step": step, "examples": self.examples_seen, **row, "lr": lr, **speed, **said})
         self.window = Window()
 
-    def count_written(self) -> None:
-        """Add what the policies of all ranks wrote to the run's count; all ranks call it."""
-        self._keep_written(float(self._reduce(torch.tensor([float(self.written)], dtype=torch.float64))[0]))
-
-    def _keep_written(self, total: float) -> None:
+    def count_written(self, tokens: int = 0) -> float:
+        """Add what the policies of all ranks wrote to the run's count, and return the sum of their `tokens`."""
+        counted = torch.tensor([float(tokens), float(self.written)], dtype=torch.float64)
+        total, written = self._reduce(counted).tolist()
         self.written = 0
-        if total:
-            self.state[GENERATED] = self.state.get(GENERATED, 0.0) + total
+        if written:
+            self.state[GENERATED] = self.state.get(GENERATED, 0.0) + written
+        return float(total)
 
     # ---- save and resume
 

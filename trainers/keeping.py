@@ -1,11 +1,14 @@
-"""Checkpoints of a trainer: what is written after a step, and what the next start goes on from."""
+"""What a run keeps: checkpoints, from which the next start goes on, and the learning rate that it settled on."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from engine import checkpoint
+from engine.learning_rate import Rate, fitting, parameters_of, sentence
 from engine.metrics import Window
+from settings.artifacts import write_json
 
 
 def save(trainer: Any, step: int) -> None:
@@ -67,3 +70,16 @@ def resume(trainer: Any) -> int:
         trainer.window.sums = state["window"]
     processes.print(f"resumed from {folder}")
     return int(state["step"])
+
+
+def settle_rate(trainer: Any, policy: Any) -> Rate:
+    """Put a number in the place of lr=auto, in the trainer and in what is stored of the run; return what would fit."""
+    run, settings = trainer.run_config, trainer.settings
+    fits = fitting(trainer.kind, parameters_of(policy), trainer.model_config.use_peft)
+    if run.lr == "auto":
+        trainer.run_config = replace(run, lr=fits.lr)
+        trainer.settings = replace(settings, run=trainer.run_config, raw={**settings.raw, "lr": fits.lr})
+        trainer.processes.print(sentence(fits))
+        if trainer.processes.is_main:
+            write_json(run.run_dir / "learning_rate.json", fits._asdict())
+    return fits

@@ -24,11 +24,11 @@ from settings.typed import Place
 from teacher.precision import teacher_logits
 from trainers.batches import Batch, Item
 from trainers.regularized_advantage import BASES
-from trainers.rollouts import RolloutConfig, RolloutTrainer
+from trainers.rollouts import RolloutTrainer, UnscoredConfig
 
 
 @dataclass(frozen=True)
-class OnlineADPAConfig(RolloutConfig):
+class OnlineADPAConfig(UnscoredConfig):
     """Values of config/loss/online-adpa.yaml."""
 
     teacher: Place
@@ -37,10 +37,6 @@ class OnlineADPAConfig(RolloutConfig):
     kl_reference: str
     target_temperature: float
     advantage_floor: float
-    is_online = True  # what Rollouts asks: every response is the policy's, and nobody else scores it
-    has_rewards = False
-    verifier = None
-    reward_model = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,11 +29,11 @@ from teacher.spans import Aligned, Translation, aligned, check_coverage, respons
 from tokens.encoding import fit_prompt
 from trainers.batches import Batch, Item
 from trainers.policy_gradient import by_row, clipped_losses, discounted_sums
-from trainers.rollouts import Micros, RolloutConfig, RolloutTrainer, sampled_logps
+from trainers.rollouts import Micros, RolloutTrainer, UnscoredConfig, sampled_logps
 
 
 @dataclass(frozen=True)
-class OPDConfig(RolloutConfig):
+class OPDConfig(UnscoredConfig):
     """Values of config/loss/opd.yaml."""
 
     teacher: Places
@@ -44,10 +44,6 @@ class OPDConfig(RolloutConfig):
     discount: float
     clip: float
     teacher_temperature: float
-    is_online = True  # what Rollouts asks: every response is the student's, and nobody else scores it
-    has_rewards = False
-    verifier = None
-    reward_model = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,6 +49,16 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class UnscoredConfig(RolloutConfig):
+    """Values of methods whose every response is the policy's, and which no verifier or reward model scores."""
+
+    is_online = True
+    has_rewards = False
+    verifier = None
+    reward_model = None
+
+
+@dataclass(frozen=True)
 class RewardedConfig(RolloutConfig):
     """Values of config/loss/shared/rewarded.yaml."""
 
