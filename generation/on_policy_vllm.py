@@ -8,26 +8,18 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from generation.checks import Gap, logp_gap
-from generation.interface import cut
+from generation.interface import Answer, cut
 from generation.vllm import Request, bias_against, finished, sampling_params, shut_down, started
 from settings.sections import ResponderConfig
 from tokens.examples import Tokens
 
 GPU_SHARE = 0.3  # of a GPU's memory, for an engine's weights and cache beside what trains
-
-
-class Sampled(NamedTuple):
-    """A response: its ids with the end-of-turn token, "stop" or "length", and the engine's log-probabilities."""
-
-    ids: list[int]
-    finish_reason: str
-    logps: list[float]
 
 
 class VllmResponder:
@@ -65,28 +57,29 @@ class VllmResponder:
 
     def answers(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], max_new_tokens: int, stop: list[int]
-    ) -> list[Sampled]:
+    ) -> list[Answer]:
         """Answer every prompt by what its weights say over the tokenizer's vocabulary, row i by seeds[i]."""
 
         def request(i: int) -> Request:
             return str(i), prompts[i], sampling_params(stop, self.bias, max_new_tokens, seeds[i])
 
-        found: dict[int, Sampled] = {}
+        found: dict[int, Answer] = {}
         for output in finished(self.llm, deque(range(len(prompts))), request):
-            made = output.outputs[0]
+            number, made = int(output.request_id), output.outputs[0]
             ids, reason = cut(list(made.token_ids), stop)
-            logps = [float(entry[token].logprob) for token, entry in zip(ids, made.logprobs, strict=False)]
-            found[int(output.request_id)] = Sampled(ids, reason, logps)
+            logps = [float(entry[token].logprob) for token, entry in zip(ids, made.logprobs, strict=True)]
+            found[number] = Answer(number, ids, reason, logps)
         return [found[i] for i in range(len(prompts))]
 
-    def gap(self, model: Any, prompts: Sequence[list[int]], said: Sequence[Sampled]) -> Gap:
+    def gap(self, model: Any, prompts: Sequence[list[int]], said: Sequence[Answer]) -> Gap:
         """Compare the engine's log-probabilities of the first responses with those that training would have."""
         count = min(self.config.check_rows, len(said))
         rows = [
             Tokens([*prompt, *one.ids], [False] * len(prompt) + [True] * len(one.ids))
             for prompt, one in zip(prompts[:count], said[:count], strict=True)
         ]
-        return logp_gap(model, rows, [one.logps for one in said[:count]], self.pad_id, self.vocab_size, count)
+        theirs = [one.logps or [] for one in said[:count]]
+        return logp_gap(model, rows, theirs, self.pad_id, self.vocab_size, count)
 
     def close(self) -> None:
         """End the engine and free its memory."""
