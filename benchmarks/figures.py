@@ -22,8 +22,10 @@ class Figure(NamedTuple):
 # What a figure that got worse is called, by the end of its name.
 WORDS = {
     "time_ratio": "slower",
+    "processor_ratio": "slower",
     "floor_ratio": "slower",
     "speed_of_forward": "slower",
+    "processor_of_forward": "slower",
     "memory_ratio": "larger",
     "bytes_to_entropy": "larger",
     "bytes_per_token": "larger",

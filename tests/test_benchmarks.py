@@ -1,7 +1,9 @@
 """benchmarks/run.py: figures, the check against committed ones, and how processes take turns."""
 
+import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +92,14 @@ def test_committed_figures_can_be_checked(path: Path) -> None:
     for name, one in baseline["figures"].items():
         assert figures.word_of(name) and one["worse"] in ("higher", "lower") and 0 < one["tolerance"] < 5, name
         assert math.isfinite(one["value"]) and one["value"] > 0, name
+
+
+def test_every_ratio_of_a_run_can_be_committed() -> None:
+    turn = {"seconds": 2.0, "processor_seconds": 2.0, "peak_bytes": 2**30}
+    found = run.against("sft", [turn], [turn], (0.7, 0.7))
+    assert {"sft.time_ratio", "sft.processor_ratio", "sft.memory_ratio"} == set(committed(found))
+    suffixes = re.findall(r'f"\{name\}\.(\w+)": (?:ratios|figure\(.*"(?:higher|lower)")', inspect.getsource(run))
+    assert len(suffixes) > 8 and not set(suffixes) - set(figures.WORDS)
 
 
 def test_ratios_are_formed_turn_by_turn() -> None:
