@@ -14,7 +14,7 @@ from teacher.quantities import Quantity
 from teacher.shard import RECORD, SEQUENCE
 
 LAZY = 2**23  # of forward/responses.py: logits with more entries are computed by chunks
-CHUNK_ELEMENTS = 2**25  # of forward/chunks.py: entries of logits that are widened to float32 at a time
+CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 2**23}  # of forward/chunks.py: logits that are widened to float32 at a time
 FLOAT32 = 4
 LIBRARIES = 400 * 10**6  # bytes of a process before its first model, and what it loads at its first step
 ALLOCATOR_KEEPS = 0.5  # share of what comes and goes
@@ -231,11 +231,16 @@ def logits_bytes(model: Model, batch: Batch, width: int) -> tuple[int, int]:
     return batch.rows * batch.columns * model.vocab * width, batch.responses * model.vocab * width
 
 
-def chunk_bytes(model: Model, responses: int, width: int) -> int:
+def chunk_elements(gpu: bool) -> int:
+    """Return how many logits a chunk has."""
+    return CHUNK_ELEMENTS["cuda" if gpu else "cpu"]
+
+
+def chunk_bytes(model: Model, responses: int, width: int, gpu: bool) -> int:
     """Return the bytes of the loss's chunk: exponentials and two gradients in float32, and its float32 copy if it is
     narrower.
     """
-    return (3 if width == FLOAT32 else 4) * FLOAT32 * min(CHUNK_ELEMENTS, responses * model.vocab)
+    return (3 if width == FLOAT32 else 4) * FLOAT32 * min(chunk_elements(gpu), responses * model.vocab)
 
 
 def loss_bytes(model: Model, batch: Batch, setup: Setup) -> int:
@@ -244,9 +249,9 @@ def loss_bytes(model: Model, batch: Batch, setup: Setup) -> int:
     Large logits of a packed row are computed by chunks (forward/responses.py).
     """
     if batch.masks is not None and batch.responses * model.vocab > LAZY:
-        return chunk_bytes(model, batch.responses, setup.compute) + CHUNK_ELEMENTS * setup.compute
+        return chunk_bytes(model, batch.responses, setup.compute, setup.gpu) + chunk_elements(setup.gpu) * setup.compute
     output, kept = logits_bytes(model, batch, setup.compute)
-    chunk = chunk_bytes(model, batch.responses, setup.compute)
+    chunk = chunk_bytes(model, batch.responses, setup.compute, setup.gpu)
     others = max(output, kept + chunk)  # the gradient of the head's output, or the gradient beside its chunk
     if setup.live:
         others = max(others, sum(logits_bytes(model, batch, setup.compute)))
@@ -256,7 +261,7 @@ def loss_bytes(model: Model, batch: Batch, setup: Setup) -> int:
 def evaluation_bytes(model: Model, batch: Batch, setup: Setup) -> int:
     """Return the bytes that an evaluation adds to what is held: a block at work, or the logits and their chunk."""
     output, response = logits_bytes(model, batch, setup.compute)
-    heads = output + response + chunk_bytes(model, batch.responses, setup.compute)
+    heads = output + response + chunk_bytes(model, batch.responses, setup.compute, setup.gpu)
     return max(scored_block(model, batch, setup.compute), heads + (response if setup.live else 0))
 
 
@@ -318,7 +323,7 @@ def training_memory(model: Model, batch: Batch, setup: Setup, evaluation: Batch 
     return Memory({name: size for name, size in terms.items() if size}, phases)
 
 
-def scoring_memory(model: Model, batch: Batch, width: int, teachers: int, shards: int = 1) -> Memory:
+def scoring_memory(model: Model, batch: Batch, width: int, teachers: int, shards: int = 1, gpu: bool = True) -> Memory:
     """Return the bytes on a device of task=cache: one or two teachers in `width` bytes a weight, whole or a part of
     each, and one teacher's logits at a time. A narrow teacher's are float32, of the response positions alone.
 
@@ -329,7 +334,7 @@ def scoring_memory(model: Model, batch: Batch, width: int, teachers: int, shards
     block = scored_block(model, batch, width)
     output, response = logits_bytes(model, batch, FLOAT32)
     logits = output + response if width == FLOAT32 else response
-    chunk = chunk_bytes(model, batch.responses, FLOAT32)
+    chunk = chunk_bytes(model, batch.responses, FLOAT32, gpu)
     terms = {"weights": weights, "a block at work": block, "logits": logits, "float32 chunk": chunk}
     terms |= {"gathered weights": gathered} if gathered else {}
     held = weights + gathered

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from estimate.arithmetic import (
-    CHUNK_ELEMENTS,
     FLOAT32,
     LAZY,
     Batch,
@@ -20,6 +19,7 @@ from estimate.arithmetic import (
     Setup,
     Work,
     chunk_bytes,
+    chunk_elements,
     forward_flops,
     logits_bytes,
     scored_block,
@@ -122,7 +122,7 @@ def asked(live: Sequence[Live], batch: Batch, setup: Setup, width: int, whole: b
     if len(answers) > 1:
         peak, held = max(peak, held + 4 * max(answers)), max(answers)
     if answers and not whole:  # a log-probability of each sampled token
-        peak = max(peak, held + max(chunk_bytes(one.model, batch.responses, FLOAT32) for one in teachers))
+        peak = max(peak, held + max(chunk_bytes(one.model, batch.responses, FLOAT32, setup.gpu) for one in teachers))
     return Asked(weights, gathered, peak, held if whole else 0)
 
 
@@ -156,8 +156,8 @@ def with_live(
 def divergence_bytes(batch: Batch, live: Sequence[Live], setup: Setup) -> int:
     """Return what a divergence of two distributions takes beyond the chunk of a log-probability."""
     entries = batch.responses * max(one.model.vocab for one in live if not one.scores)
-    chunk = max(chunk_bytes(one.model, batch.responses, setup.compute) for one in live if not one.scores)
-    return max(0, FLOAT32 * min(CHUNK_ELEMENTS, DIVERGENCE * entries) - chunk)
+    chunk = max(chunk_bytes(one.model, batch.responses, setup.compute, setup.gpu) for one in live if not one.scores)
+    return max(0, FLOAT32 * min(chunk_elements(setup.gpu), DIVERGENCE * entries) - chunk)
 
 
 def entry_bytes(loss: Mapping[str, Any], needs: Needs, batch: Batch, top_k: int) -> int:

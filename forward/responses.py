@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from forward.attention import CAUSAL, WRAPPED, wrap_library
-from forward.chunks import CHUNK_ELEMENTS, HeadLogits, Logits
+from forward.chunks import HeadLogits, Logits
 from forward.rows import Sequences, collate
 from tokens.examples import Tokens
 
-LAZY = CHUNK_ELEMENTS // 4  # logits with more entries than this are computed by chunks
+LAZY = 2**23  # logits with more entries than this are computed by chunks
 
 
 class ResponseLogits(NamedTuple):

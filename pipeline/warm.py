@@ -221,7 +221,7 @@ def end_with(work: Callable[[], Any]) -> NoReturn:
 def import_everything() -> None:
     """Import what commands use, and make what each of them would make anew in its first seconds."""
     importlib.import_module("launch")  # first: it sets what torch reads when it is imported
-    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed need not look for GPUs, nor warn; a command has its own environment
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for no GPU, nor warns; a command has its own environment
     found = [name for name in OPTIONAL if importlib.util.find_spec(name)]
     for name in (*LIBRARIES, *found, *(f"tasks.{task}" for task in TASKS)):
         importlib.import_module(name)

@@ -264,7 +264,8 @@ def scoring(settings: Settings, model: Model) -> dict[str, Any]:
     teachers = 0 if config.backend == "server" else quantity.num_models  # a server's memory and work are not ours
     width = width_of(settings.model.reference_dtype, settings)
     spread = devices > 1 and config.backend == "hf" and "fsdp" in (settings.estimate.strategy, settings.run.strategy)
-    memory = arithmetic.scoring_memory(model, batch, width, teachers, devices if spread else 1)
+    shards = devices if spread else 1
+    memory = arithmetic.scoring_memory(model, batch, width, teachers, shards, is_gpu(settings))
     flops = disk = None
     if lengths is not None:
         flops = arithmetic.Flops(teachers * arithmetic.forward_flops(model, lengths.work))

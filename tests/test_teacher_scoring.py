@@ -60,7 +60,7 @@ def test_a_float32_teacher_gives_the_plain_path_bit_by_bit(kind):
 
 @pytest.mark.parametrize("kind", ["capped", "bias"])
 def test_a_narrow_teachers_last_layer_is_that_of_float32_on_its_hidden_states(kind, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 32 * 50)  # the vocabulary in three pieces
+    monkeypatch.setitem(chunks.CHUNK_ELEMENTS, "cpu", 32 * 50)  # the vocabulary in three pieces
     model, batch = tiny(kind).to(torch.bfloat16), collate(ragged(), PAD)
     asked = teacher_logits(model, batch, 99)
     assert asked.logits.dtype == torch.float32 and asked.logits.shape == (12, 99)
