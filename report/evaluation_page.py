@@ -1,5 +1,6 @@
 """The readable side of task=evaluate: the files of task=evaluate in the run's folder."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer
 
 from evaluation import comparisons, latency
 from evaluation import harness as benchmarks
+from evaluation.answer_files import answer_rows
 from evaluation.bradley_terry import cells as strength_cells
 from evaluation.matched import MATCHED
 from evaluation.records import Evaluated, main_temperature
@@ -146,6 +148,11 @@ def write_results(settings: Settings, results: dict[str, Any], evaluated: dict[s
         for name, one in evaluated.items():
             rows = alpaca_eval_rows(one.prompts, one.responses[main].texts, name)
             write_json(run_dir / "alpaca_eval" / f"{name}.json", rows)
+            metas = [conversation.meta for conversation in one.conversations]
+            answers = answer_rows(name, metas, one.prompts, one.samples(main), time.time())
+            if answers:
+                (run_dir / "model_answer").mkdir(exist_ok=True)
+                write_jsonl(run_dir / "model_answer" / f"{name}.jsonl", answers)
         every = {
             f"{temperature:g}": {name: one.scores(temperature) for name, one in evaluated.items()}
             for temperature in temperatures

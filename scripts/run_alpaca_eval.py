@@ -44,7 +44,7 @@ def annotator_of(tool: Path, name: str, model: str, client: Path) -> tuple[str, 
         raise ValueError(f"--annotator={name} asks no OpenAI-compatible server: take one whose fn_completions does")
     template = folder / config["prompt_template"]
     if not template.read_text(encoding="utf-8").lstrip().startswith("<|im_start|>"):
-        raise ValueError(f"--annotator={name} writes no chat, and a judge is asked over /chat/completions: take another")
+        raise ValueError(f"--annotator={name} writes no chat, and a judge is asked by /chat/completions: take another")
     config["prompt_template"] = str(template)
     asking = {"model_name": model, "requires_chatml": True, "price_per_token": 0.0, "client_config_path": str(client)}
     config["completions_kwargs"] = {**config["completions_kwargs"], **asking}

@@ -20,6 +20,7 @@ import transformers
 import models
 from dataloader import Example, Tokens, load_examples
 from engine.processes import Apart
+from evaluation.turns import later_turns
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.hf import HfBackend
 from generation.interface import Answer, Backend, Progress, cut, length_batches
@@ -187,6 +188,11 @@ def _jobs(settings: Settings, tokenizer: Any) -> list[Job]:
         )
     for example in examples:
         check_bos(tokenizer, example.prompt)
+        if later_turns(example.conversation):
+            raise ValueError(
+                f"question {example.conversation.meta['question_id']} has several turns, and task=generate asks one: "
+                "task=evaluate asks the others after it, and writes model_answer/NAME.jsonl"
+            )
     return [Job(example, i, s) for i, example in enumerate(examples) for s in range(generation.n)]
 
 

@@ -43,8 +43,9 @@ def evaluated(folder: Path, judge: ChatJudge) -> Path:
         launch.run_task(composed("model=tiny", "datasets=[local]", *data, "n_steps=15", "lr=3e-3", "loss=sft"))
     models = [f"+evaluation.models.{name}={folder}/{name}/FINAL" for name in "ab"]
     asked = ["evaluation.opponent=a", "evaluation.judge=true", f"judge.base_url={judge.url}"]
-    sampled = ["evaluation.temperatures=[1.0]", "evaluation.max_new_tokens=16", f"datasets.local.test={folder}/test.jsonl"]
-    run = ["task=evaluate", "model=tiny", "datasets=[local]", f"cache_dir={folder}", "exp_name=judged"]
+    sampled = ["evaluation.temperatures=[1.0]", "evaluation.max_new_tokens=16"]
+    run = ["task=evaluate", "model=tiny", "datasets=[local]", f"datasets.local.test={folder}/test.jsonl"]
+    run += [f"cache_dir={folder}", "exp_name=judged"]
     launch.run_task(composed(*run, *models, *asked, *sampled))
     return folder / "judged"
 

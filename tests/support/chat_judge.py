@@ -25,7 +25,7 @@ def answer_to(question: str, rule: Rule) -> tuple[str, float]:
 
 
 class ChatJudge:
-    """The server: `url` ends in /v1, `asked` counts the questions; it forgets nothing and never disagrees with itself."""
+    """The server: `url` ends in /v1, `asked` counts the questions; it never disagrees with itself."""
 
     def __init__(self, rule: Rule) -> None:
         self.asked: list[str] = []
