@@ -21,7 +21,9 @@ import torch
 
 import models
 from dataloader import Example, collate, load_examples
+from engine.meter import Meter
 from engine.processes import Apart
+from evaluation.costs import entry_of
 from evaluation.harness import benchmark_metrics, check_benchmarks
 from evaluation.intervals import score_interval
 from evaluation.latency import check_latency, latency_rows
@@ -365,7 +367,7 @@ def evaluated(
 
 def run(settings: Settings) -> None:
     """Judge every model of evaluation.models and write the results into the run's folder."""
-    config = settings.evaluation
+    config, meter = settings.evaluation, Meter()
     check_request(config)
     verifier = resolve_verifier(config.verifier) if config.verifier else None
     if config.majority and verifier:
@@ -400,6 +402,7 @@ def run(settings: Settings) -> None:
                 "raise model.max_prompt_length and model.max_length"
             )
     results = results_of(settings, found, verdicts_of(settings, found))
-    write_results(settings, results, found)
+    cost = entry_of(found, settings.run.run_dir, meter.seconds, process.world_size, process.device.type)
+    write_results(settings, results, found, cost)
     print(f"\n{table(results)}\n{settings.run.run_dir / 'results.json'}", flush=True)
     parts.remove()

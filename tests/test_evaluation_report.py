@@ -282,7 +282,7 @@ def test_what_names_say_is_escaped_in_every_further_table(tmp_path: Path) -> Non
     }
     models_ = {nasty: entry}
     more = metric_sections(models_) + benchmarks_section(models_) + latency_section(timed)
-    page = write_report(tmp_path, "x", {}, {"models": models_}, [], [], more).read_text(encoding="utf-8")
+    page = write_report(tmp_path, "x", {}, {"models": models_}, [], [], {"who": more}).read_text(encoding="utf-8")
     assert "<img" not in page and page.count("&lt;img") >= 8
     assert {"pairs", "text", "benchmarks", "latency"} <= set(re.findall(r'href="#(\w+)"', page))
 
