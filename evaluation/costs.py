@@ -69,7 +69,7 @@ def cost_cells(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         if cost is None:
             continue
         generated = entry.get("generated_tokens") or cost.sampled
-        without = f" ({cost.unknown} of them without a record of time)" if cost.unknown else ""
+        without = f", {cost.unknown} untimed" if cost.unknown else ""
         rows.append(
             [name, hours_text(cost.hours), f"{cost.trained:,}", f"{generated:,}", f"{cost.checked:,}"]
             + [f"{cost.runs}{without}"]

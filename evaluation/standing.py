@@ -11,6 +11,7 @@ from evaluation.metrics import METRICS, Metric, at, is_number
 
 KEYS = ("score", "win_rate", "judged.win_rate", "judged.length_controlled_win_rate", "judged.mean_reward")
 TWO_SIDED = 1.96  # standard errors of a 95 % interval
+MOST_NAMED = 3  # models that a sentence lists
 FALLS, RISES, LEVEL = "falls", "rises", "level"
 
 
@@ -80,7 +81,8 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
             figures = f"{value:.3f} against {other:.3f} (difference {value - other:+.3f}, standard error {error:.3f})"
             said.append(f"{before} {kind} in {task} {metric}: {figures}.")
     if level:
-        said.append(f"No benchmark tells {' or '.join(level)} from {base_of(results)}.")
+        names = " or ".join(level) if len(level) <= MOST_NAMED else f"any of the {len(level)} others"
+        said.append(f"No benchmark tells {names} from {base_of(results)}.")
     return said
 
 

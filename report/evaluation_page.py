@@ -34,7 +34,8 @@ TITLE = "Evaluation"
 DATA = "data.json"  # what evaluation/soundness.py found
 COST_NOTE = (
     "Summed over a model's own runs and those it came from: its start, generations, labels and selections. The "
-    "training of its teachers, and responses that were scored inside of training, are not in it."
+    "training of its teachers, and responses that were scored inside of training, are not in it. Untimed: a "
+    "run that left no record of its seconds."
 )
 MATCHED_NOTE = (
     "Entropy of a model: each other one at the temperature at which its tokens are as uncertain, chosen on prompts "
@@ -141,10 +142,15 @@ def write_artifacts(
         },
         {
             "who": sentences(results),
-            "cost": [*(f"{row[0]}: {row[1]}." for row in cost_cells(models)[1:]), *own_cost(run_dir)],
+            "cost": [*said_of_costs(cost_cells(models)), *own_cost(run_dir)],
             "data": data["findings"],
         },
     )
+
+
+def said_of_costs(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Say in a sentence how long each model was trained; empty for no cells."""
+    return [f"Training: {'; '.join(f'{row[0]} {row[1]}' for row in cells[1:])}."] if cells else []
 
 
 def own_section(said: Sequence[str]) -> str:

@@ -118,7 +118,7 @@ def test_a_models_cost_is_that_of_the_runs_that_it_came_from(tmp_path: Path) -> 
     (run / "FINAL").mkdir()
     _, row = cost_cells({"dpo": {"folder": str(run / "FINAL")}, "hub": {"folder": "owner/name"}})
     assert row[0] == "dpo" and sorted(row[1].split(" + ")) == ["1.0 processor minutes", "2.00 GPU hours"]
-    assert row[2:] == ["2,000", "50", "7", "4 (1 of them without a record of time)"]
+    assert row[2:] == ["2,000", "50", "7", "4, 1 untimed"]
     assert hours_text({}) == "-" and cost_cells({"hub": {"folder": "owner/name"}}) == []
 
 
