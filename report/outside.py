@@ -18,21 +18,22 @@ WORDS = {"arena": "Arena-Hard", "pair": "MT-bench, pairs", "score": "MT-bench, 1
 
 
 def of_alpaca_eval(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read what scripts/run_alpaca_eval.py wrote: {model: [plain win rate, the length-controlled one]}."""
+    """Read what scripts/run_alpaca_eval.py wrote: {model: [plain win rate, the length-controlled one]}.
+
+    The second has no interval: the tool's error is that of its fitted predictions, which are all equal without the
+    instructions' difficulties.
+    """
     said = read_json(file)
     found: dict[str, list[dict[str, Any]]] = {}
-    pairs = {"win_rate": "standard_error", "length_controlled_winrate": "lc_standard_error"}
     for model, row in said.get("models", {}).items():
-        for (key, error), words in zip(pairs.items(), ("AlpacaEval", "AlpacaEval, length-controlled"), strict=True):
-            if row.get(key) is not None:
-                value, half = row[key] / 100, ERRORS * row[error] / 100
-                entry = {
-                    "label": f"{words} over {said['opponent']}",
-                    "value": value,
-                    "ci95": [max(0.0, value - half), min(1.0, value + half)],
-                    "n": row["n_total"],
-                }
-                found.setdefault(model, []).append(entry)
+        value, half = row["win_rate"] / 100, ERRORS * row["standard_error"] / 100
+        ends = [max(0.0, value - half), min(1.0, value + half)]
+        over = f"over {said['opponent']}"
+        found[model] = [{"label": f"AlpacaEval {over}", "value": value, "ci95": ends, "n": row["n_total"]}]
+        controlled = row.get("length_controlled_winrate")
+        if controlled is not None:
+            label = f"AlpacaEval, length-controlled {over}"
+            found[model].append({"label": label, "value": controlled / 100, "ci95": None, "n": row["n_total"]})
     return found
 
 

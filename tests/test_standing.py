@@ -68,7 +68,7 @@ def test_of_a_metric_with_less_as_better_a_higher_value_is_a_fall() -> None:
 
 def test_other_tools_figures_stand_beside_ours(tmp_path: Path) -> None:
     (tmp_path / "alpaca_eval").mkdir()
-    tool = {"win_rate": 66.0, "standard_error": 5.0, "length_controlled_winrate": None, "n_total": 60}
+    tool = {"win_rate": 66.0, "standard_error": 5.0, "length_controlled_winrate": 55.0, "n_total": 60}
     write_json(tmp_path / "alpaca_eval/tool.json", {"opponent": "base", "annotator": "x", "models": {"new": tool}})
     (tmp_path / "model_judgment/j").mkdir(parents=True)
     games = {
@@ -87,9 +87,10 @@ def test_other_tools_figures_stand_beside_ours(tmp_path: Path) -> None:
     write_json(tmp_path / "lm_eval/new.json", outside)
     found = with_outside(tmp_path, RESULTS)
     head, base, new, _ = standing_cells(found)
-    assert head[3:5] == ["AlpacaEval over base", "Arena-Hard over base, by j"] and head[-1] == "other acc"
-    assert new[3:5] == ["0.660 [0.562, 0.758]", "0.500 [0.500, 0.500]"] and new[-1] == "0.250 ± 0.100"
-    assert base[3:5] == ["-", "-"] and "outside" not in RESULTS["models"]["new"]
+    tools = ["AlpacaEval over base", "AlpacaEval, length-controlled over base", "Arena-Hard over base, by j"]
+    assert head[3:6] == tools and head[-1] == "other acc"
+    assert new[3:6] == ["0.660 [0.562, 0.758]", "0.550", "0.500 [0.500, 0.500]"] and new[-1] == "0.250 ± 0.100"
+    assert base[3:6] == ["-"] * 3 and "outside" not in RESULTS["models"]["new"]
     write_jsonl(tmp_path / "model_judgment/j/new.jsonl", [{**games, "model": "misspelt"}])
     with pytest.raises(ValueError, match="judgments of 'misspelt', and evaluated base, new, same"):
         with_outside(tmp_path, RESULTS)
