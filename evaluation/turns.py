@@ -44,12 +44,19 @@ def body_text(tokenizer: Any, answer: Sequence[Any]) -> str:
 def in_turns(
     sample: Sample, tokenizer: Any, prompts: list[list[int]], asked: Sequence[Conversation], longest: int
 ) -> list[list[Answered]]:
-    """Return every question's answers [Q][turns]: all first turns at once, then those that have a second, and so on.
+    """Return every question's answers [Q][turns]: all first turns at once, then those that have a second, and so on."""
+    return go_on(sample, tokenizer, sample(prompts), asked, longest)
+
+
+def go_on(
+    sample: Sample, tokenizer: Any, first: Sequence[Answered], asked: Sequence[Conversation], longest: int
+) -> list[list[Answered]]:
+    """Return every question's answers [Q][turns] where the first of each is known.
 
     longest: tokens that a prompt may have; ValueError for a later one that has more: nothing is cut here.
     """
     later = [later_turns(conversation) for conversation in asked]
-    answers = [[answer] for answer in sample(prompts)]
+    answers = [[answer] for answer in first]
     for number in range(1, 1 + max(map(len, later), default=0)):
         going_on = [i for i, turns in enumerate(later) if len(turns) >= number]
         ids = []

@@ -148,11 +148,11 @@ def test_an_evaluation_answers_both_turns_and_writes_the_files(tmp_path: Path) -
     write(tmp_path / "question.jsonl", [*rows, {"question_id": 9, "category": "x", "turns": ["say 9"]}])
     write(tmp_path / "train.jsonl", [{"prompt": f"say {i}", "response": "ha " * i} for i in range(1, 5)])
     common = ["model=tiny", "datasets=[local]", f"cache_dir={tmp_path}"]
-    launch.run_task(
-        composed(*common, f"datasets.local.train={tmp_path}/train.jsonl", "exp_name=a", "n_steps=1", "lr=1e-3")
-    )
+    for seed, name in enumerate("ab"):
+        train = [f"datasets.local.train={tmp_path}/train.jsonl", f"exp_name={name}", "n_steps=1", "lr=1e-3"]
+        launch.run_task(composed(*common, *train, f"model.build_seed={seed}"))
     judge = ChatJudge(lambda first, second: 0.9 if len(first) > len(second) else 0.1)
-    names = [f"+evaluation.models.{name}={tmp_path}/a/FINAL" for name in ("one", "two")]
+    names = [f"+evaluation.models.{name}={tmp_path}/{run}/FINAL" for name, run in (("one", "a"), ("two", "b"))]
     asked = ["evaluation.temperatures=[1.0]", "evaluation.max_new_tokens=5", "evaluation.opponent=one"]
     judged = ["evaluation.judge=true", f"judge.base_url={judge.url}", "evaluation.n_samples=2"]
     data = f"datasets.local.test={tmp_path}/question.jsonl"
@@ -165,7 +165,12 @@ def test_an_evaluation_answers_both_turns_and_writes_the_files(tmp_path: Path) -
     sample = next(row for row in rows_of(tmp_path / "eval/samples.jsonl") if row["prompt"] == "say 0")
     first, second = answers[0]["choices"][0]["turns"]
     assert sample["responses"]["two"] == f"{first}\n\n[User]\nagain 0\n\n[Assistant]\n{second}"
-    assert all("[User]\nagain" in question or "say 9" in question for question in judge.asked)
-    with pytest.raises(ValueError, match="question 0 has several turns, and task=generate asks one"):
-        start = [f"model.load_from={tmp_path}/a/FINAL", "generation.split=test", "generation.backend=hf"]
-        launch.run_task(composed("task=generate", *common, *start, data, "exp_name=gen"))
+    assert len(judge.asked) == 8 and sum("[User]\nagain" in question for question in judge.asked) == 6
+    start = [f"model.load_from={tmp_path}/a/FINAL", "generation.split=test", "generation.backend=hf"]
+    sampled = ["generation.n=2", "generation.max_new_tokens=5", "generation.check_rows=0"]
+    launch.run_task(composed("task=generate", *common, *start, *sampled, data, "exp_name=gen"))
+    generated = {row["question_id"]: row for row in rows_of(tmp_path / "gen/model_answer/gen.jsonl")}
+    assert [[len(c["turns"]) for c in generated[i]["choices"]] for i in (0, 1, 2, 9)] == [[2, 2]] * 3 + [[1, 1]]
+    assert generated[9]["model_id"] == "gen" and len(rows_of(tmp_path / "gen/generations.jsonl")) == 8
+    texts = {(row["index"], row["sample"]): row["response"] for row in rows_of(tmp_path / "gen/generations.jsonl")}
+    assert generated[0]["choices"][1]["turns"][0] == texts[0, 1]
