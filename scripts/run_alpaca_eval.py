@@ -1,4 +1,4 @@
-"""Run AlpacaEval's own tool on what task=evaluate wrote, against a judge of yours (docs/judging.md).
+"""Run AlpacaEval's own tool on what task=evaluate wrote, against a judge of yours (docs/judging_tools.md).
 
     .alpaca_eval/bin/python scripts/run_alpaca_eval.py outputs/judged --base-url http://127.0.0.1:8000/v1
 
