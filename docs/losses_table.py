@@ -8,18 +8,13 @@ from pathlib import Path
 
 import torch
 
+from settings.help import data_of
 from tests.golden.coverage import LOSS_CASES
 from tests.support.bigram import items_of, loss_of, trainer_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- losses-table: written by python -m docs.losses_table -->", "<!-- /losses-table -->"
-DATA = {
-    "responses": "responses",
-    "pairs": "pairs",
-    "feedback": "pairs, or responses with a label",
-    "prompts": "prompts and a judge, or responses with a reward",
-    "rewards": "responses with a reward",
-}
+DATA = {"responses": "responses", "pairs": "pairs"}  # shorter here than in help=loss/NAME
 REFERENCE = {"": "", "logps": "; reference log-probs (live or cached)", "distributions": "; a live reference"}
 TEACHER = {
     "": "",
@@ -72,7 +67,8 @@ def row(name: str, sft: int) -> str:
     trainer = trainer_of(name)
     method = type(trainer)
     teacher = "; two live teachers" if name in ("gopd", "aligndistil", "online-adpa") else TEACHER[method.needs.teacher]
-    needs = DATA[method.needs.data] + REFERENCE[trainer.needs.reference] + teacher
+    data = data_of(f"{method.__module__}.{method.__name__}")
+    needs = DATA.get(method.needs.data, data) + REFERENCE[trainer.needs.reference] + teacher
     cases = ", ".join(f"`{case}`" for case in LOSS_CASES[name])
     formula = trainer.objective().removeprefix("L = ").replace("|", "\\|")
     return f"| `{name}` | {formula} | {needs} | {method.source} | {passes(name) / sft:.2f} | {cases} |"

@@ -75,13 +75,18 @@ def benchmark_metrics(settings: Settings, model: Any, tokenizer: Any) -> dict[st
     )
     assert found is not None, "simple_evaluate returns None on ranks other than 0 only"
     counts = {name: count["effective"] for name, count in found["n-samples"].items()}
-    return {name: {"n": counts.get(name), "metrics": metrics_of(row)} for name, row in found["results"].items()}
+    better = found.get("higher_is_better") or {}
+    return {
+        name: {"n": counts.get(name), "metrics": metrics_of(row, better.get(name))}
+        for name, row in found["results"].items()
+    }
 
 
-def metrics_of(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def metrics_of(row: Mapping[str, Any], better: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """Read one task's row of the library: {"acc,none": .5, "acc_stderr,none": .1} -> {"acc": {"value", "stderr"}}.
 
-    A filter other than `none` stays in the name: "exact_match,strict-match".
+    A filter other than `none` stays in the name: "exact_match,strict-match". better: {metric: whether more is}; one of
+    which less is better is marked, `higher_is_better` false.
     """
     metrics = {}
     for key, value in row.items():
@@ -90,7 +95,9 @@ def metrics_of(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
             continue
         stderr = row.get(f"{name}_stderr,{kind}")
         known = isinstance(stderr, int | float)
-        metrics[name if kind == "none" else key] = {"value": float(value), "stderr": float(stderr) if known else None}  # type: ignore[arg-type]
+        error = float(stderr) if known else None  # type: ignore[arg-type]
+        less = {"higher_is_better": False} if (better or {}).get(name) is False else {}
+        metrics[name if kind == "none" else key] = {"value": float(value), "stderr": error, **less}
     return metrics
 
 

@@ -3,18 +3,34 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from conversations import Conversation
+from conversations import Conversation, Message
 from evaluation.matched import Matched
+from evaluation.turns import messages_before_last
+
+Exchange = tuple[list[Message], str, bool]  # the messages before a response, the response, whether it ended
 
 
 class Responses(NamedTuple):
-    """One response to each held-out prompt, in their order; scores are empty without a verifier."""
+    """One response to each held-out prompt, in their order; scores are empty without a verifier.
+
+    Where questions have several turns, a text is all that was said after the first one (evaluation/turns.py).
+    """
 
     texts: list[str]
     num_tokens: list[int]
     ended: list[bool]
     scores: list[float]
     entropy: float | None = None  # mean over the tokens of the distributions they were drawn from, nats; None: greedy
+    turns: list[list[str]] = []  # the answer to every turn of each question; empty where all have one
+
+    def last_exchanges(self, prompts: Sequence[list[Message]], turns: Sequence[Sequence[str]]) -> list[Exchange]:
+        """Return what the last answer to each prompt follows, that answer, and whether it ended.
+
+        turns: what is asked after the prompt, of each.
+        """
+        said = self.turns or [[text] for text in self.texts]
+        asked = [messages_before_last(*row) for row in zip(prompts, turns, said, strict=True)]
+        return list(zip(asked, [answers[-1] for answers in said], self.ended, strict=True))
 
 
 class Evaluated(NamedTuple):

@@ -15,6 +15,7 @@ from evaluation.metrics import DIGITS, METRICS, Metric, at, is_number, present
 from evaluation.records import Evaluated, Responses, main_temperature
 from evaluation.several import several_metrics
 from evaluation.text_statistics import text_metrics
+from evaluation.turns import later_turns
 from evaluation.verdict import said_of
 from evaluation.win_rate import against, judged_points, points_of, win_rate
 from rewards.judge import Judge
@@ -74,11 +75,10 @@ def verdicts_of(settings: Settings, evaluated: dict[str, Evaluated]) -> Verdicts
     strengths: dict[str, dict[str, Any]] = {}
     if config.reward_model:
         model = RewardModel(settings, config.reward_model, "evaluation.reward_model")
-        prompts = [conversation.prompt for conversation in evaluated[config.opponent].conversations]
+        conversations = evaluated[config.opponent].conversations
+        prompts, turns = [one.prompt for one in conversations], [later_turns(one) for one in conversations]
         scores = {
-            name: model.scores(
-                list(zip(prompts, r.texts, r.ended, strict=True)), settings.model.eval_batch_size, f"reward {name}"
-            )
+            name: model.scores(r.last_exchanges(prompts, turns), settings.model.eval_batch_size, f"reward {name}")
             for name, r in responses.items()
         }
         for name in responses:

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.metrics import is_number
+from evaluation.standing import base_of
 from report.charts import Curves, Series, line_chart, panel_of, read_curves
+from report.differences import changed_share, marked
 from report.markup import number, section, text
+from report.questions import Part, answered, contents
 from report.scores import results_section
+from report.tables import html_table
 from settings.artifacts import write_text
 
 HERE = Path(__file__).resolve().parent
 MAX_TOP = 12  # entries of a token's list on hover
+MAX_PUSHED = 12  # tokens in the table of those pushed most
 # Panels that stand open, in this order; every other metric is folded away.
 MAIN_PANELS = ("loss", "rewards/accuracies", "rewards/margins", "kl/chosen", "kl/rejected", "advantage", "entropy")
 
@@ -79,8 +84,8 @@ def part_apart(panels: dict[str, list[Series]]) -> None:
 # ---- responses
 
 
-def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Lay responses side by side: a row per prompt, a column per model."""
+def samples_section(samples: Sequence[Mapping[str, Any]], base: str | None = None) -> str:
+    """Lay responses side by side: a row per prompt, a column per model; marked is what the base does not say there."""
     if not samples:
         return section("responses", "Responses side by side", '<p class="empty">No responses in this run.</p>')
     prompts = list(dict.fromkeys(str(row["prompt"]) for row in samples))
@@ -88,11 +93,15 @@ def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
     cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in samples:
         cells.setdefault((str(row["prompt"]), str(row["model"])), []).append(row)
+    base = base if base in models and len(models) > 1 else None
+    of_base = {prompt: str(rows[0].get("response", "")) for (prompt, model), rows in cells.items() if model == base}
     head = "".join(f'<th scope="col">{text(model)}</th>' for model in models)
     rows = "".join(
         f'<tr><th scope="row">{text(prompt)}</th>'
         + "".join(
-            f"<td>{''.join(response_cell(r) for r in cells.get((prompt, model), ())) or '–'}</td>" for model in models
+            f"<td>{''.join(response_cell(row, other) for row in cells.get((prompt, model), ())) or '–'}</td>"
+            for model in models
+            for other in [None if model == base else of_base.get(prompt)]
         )
         + "</tr>"
         for prompt in prompts
@@ -102,11 +111,13 @@ def samples_section(samples: Sequence[Mapping[str, Any]]) -> str:
         'class="responses">'
         f'<thead><tr><th scope="col">prompt</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
-    return section("responses", "Responses side by side", table)
+    legend = f"Underlined: what {base} does not say at that place." if base else ""
+    note = f'<p class="note">{text(legend)}</p>' if legend else ""
+    return section("responses", "Responses side by side", note + table)
 
 
-def response_cell(row: Mapping[str, Any]) -> str:
-    """Write a response under its mark: a sign and a word, color only beside them."""
+def response_cell(row: Mapping[str, Any], other: str | None = None) -> str:
+    """Write a response under its mark: a sign and a word, color only beside them; `other` is what it is compared to."""
     score = row.get("score")
     if not is_number(score):
         kind, mark = "none", "no score"
@@ -116,7 +127,8 @@ def response_cell(row: Mapping[str, Any]) -> str:
         kind, mark = "bad", "✗ wrong"
     else:
         kind, mark = "part", f"◐ {number(score, 2)}"
-    response = text(row.get("response", "")) or "<em>empty</em>"
+    said = str(row.get("response", ""))
+    response = (text(said) if other is None else marked(said, other)) or "<em>empty</em>"
     return f'<div class="response {kind}"><span class="mark">{mark}</span><div class="said">{response}</div></div>'
 
 
@@ -176,6 +188,44 @@ def token_span(token: Mapping[str, Any], scale: float) -> str:
     return f'<span class="tok {kind}" tabindex="0" style="--s:{strength:.2f}" data-a="{shown_value}">{shown}</span>'
 
 
+# ---- short answers
+
+
+def changes_said(samples: Sequence[Mapping[str, Any]], base: str | None) -> list[str]:
+    """Say how much of each model's answers the base does not say."""
+    models = list(dict.fromkeys(str(row["model"]) for row in samples))
+    shares = {model: changed_share(samples, model, base) for model in models if base and model != base}
+    words = [f"{share:.0%} of what {model} says" for model, share in shares.items() if share is not None]
+    return [f"{', '.join(words)} does not stand in {base}'s answers to the prompts below."] if words else []
+
+
+def pushed_tokens(advantages: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float]]:
+    """Return (token, times, sum of its advantages in nats) of all responses, the largest push first, up or down."""
+    sums: dict[str, tuple[int, float]] = {}
+    for token in (token for row in advantages for token in row["tokens"]):
+        if is_number(token.get("advantage")):
+            times, total = sums.get(str(token["text"]), (0, 0.0))
+            sums[str(token["text"])] = (times + 1, total + token["advantage"])
+    return sorted(((word, n, total) for word, (n, total) in sums.items()), key=lambda row: -abs(row[2]))
+
+
+def pushes_said(advantages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the tokens that were pushed most, up and down."""
+    found, said = pushed_tokens(advantages), []
+    for sign, word in ((1, "up"), (-1, "down")):
+        names = [f"{token!r} ({total:+.2f} nats in {n})" for token, n, total in found if sign * total > 0][:3]
+        said += [f"Most {word}: {', '.join(names)}."] if names else []
+    return said
+
+
+def pushed_section(advantages: Sequence[Mapping[str, Any]]) -> str:
+    """List the tokens with the largest sum of advantages over the responses shown; empty without any."""
+    found = pushed_tokens(advantages)[:MAX_PUSHED]
+    rows = [[text(repr(word)), str(n), f"{total / n:+.3f}", f"{total:+.2f}"] for word, n, total in found]
+    columns = ["token", "times", "mean advantage, nats", "sum, nats"]
+    return section("pushed", "Tokens pushed most", html_table("Tokens pushed most", columns, rows)) if rows else ""
+
+
 # ---- the page
 
 
@@ -198,6 +248,7 @@ def page(title: str, body: str) -> str:
         "precisions": "Precision",
         "drift": "Drift",
         "worst": "Worst tokens",
+        "standing": "Side by side",
         "results": "Scores",
         "temperatures": "Temperatures",
         "strengths": "Strengths",
@@ -205,11 +256,14 @@ def page(title: str, body: str) -> str:
         "samples": "Samples",
         "text": "Text",
         "benchmarks": "Benchmarks",
+        "spent": "Spent",
         "latency": "Latency",
         "running": "Not finished",
         "curves": "Training",
         "responses": "Responses",
+        "pushed": "Pushed",
         "advantages": "Advantages",
+        "held_out": "Data",
     }
     menu = "".join(f'<a href="#{name}">{label}</a>' for name, label in links.items() if f'id="{name}"' in body)
     return (
@@ -230,7 +284,8 @@ def write_report(
     results: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
     advantages: Sequence[Mapping[str, Any]],
-    more: str = "",
+    more: Mapping[str, str] | None = None,
+    answers: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
     """Write run_dir/report.html, whole or not at all, and return its path.
 
@@ -240,18 +295,23 @@ def write_report(
     {"prompt", "model", "response", "score"}. advantages:
     {"prompt", "whose" (optional: which of several caches), "tokens": [{"text", "advantage" | None, "top":
     [[text, advantage, teacher probability], ...]}]}.
-    more: sections that stand below the scores, as HTML made by `section` and `text`.
+    more: further sections of a question (a key of report.questions.ASKED), as HTML made by `section` and `text`.
+    answers: short answers to a question beside those found here.
     """
-    said = results.get("verdict")
-    body = (
-        (f'<p class="verdict">{text(said)}</p>' if said else "")
-        + results_section(results)
-        + more
-        + curves_section(curves)
-        + samples_section(samples)
-        + advantages_section(advantages)
-    )
+    more, base = more or {}, base_of(results) if results.get("models") else None
+    found = {
+        "who": ([results["verdict"]] if results.get("verdict") else [], results_section(results)),
+        "cost": ([], ""),
+        "changed": (changes_said(samples, base), samples_section(samples, base)),
+        "teacher": (pushes_said(advantages), pushed_section(advantages) + advantages_section(advantages)),
+        "data": ([], ""),
+        "training": ([], curves_section(curves)),
+    }
+    parts = [
+        Part(name, [*said, *(answers or {}).get(name, ())], more.get(f"{name}, first", "") + body + more.get(name, ""))
+        for name, (said, body) in found.items()
+    ]
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "report.html", page(title, body))
+    write_text(run_dir / "report.html", page(title, contents(parts) + answered(parts)))
     return run_dir / "report.html"

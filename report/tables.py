@@ -85,9 +85,9 @@ def metric_section(group: str, models: Mapping[str, Mapping[str, Any]]) -> str:
     return section(group, title, html_table(title, columns, cells) + note)
 
 
-def metric_sections(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write every group of metrics beside the scores."""
-    return "".join(metric_section(group, models) for group in SECTIONS)
+def metric_sections(models: Mapping[str, Mapping[str, Any]], groups: Sequence[str] = tuple(SECTIONS)) -> str:
+    """Write groups of metrics beside the scores, by default every one."""
+    return "".join(metric_section(group, models) for group in groups)
 
 
 def benchmarks_section(models: Mapping[str, Mapping[str, Any]]) -> str:

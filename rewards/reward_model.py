@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 import models
@@ -18,11 +19,10 @@ from tokens.encoding import encode_turn, fit_prompt, shielded
 
 
 def check_reward_model(folder: str, key: str) -> None:
-    """Refuse a folder that holds no reward model with one label: its head would be drawn at random."""
-    path = Path(models.local_source(folder)) / "config.json"
-    if not path.is_file():
-        return  # a hub name: the loader says what is wrong with it
-    found = json.loads(path.read_text(encoding="utf-8"))
+    """Refuse a folder or a model of the hub that is no reward model with one label: its head would be a random one."""
+    found = _architecture(folder)
+    if found is None:
+        return  # the loader says what is wrong with it
     kinds, labels = found.get("architectures") or [], found.get("id2label", {"0": "", "1": ""})
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or len(labels) != 1:
         raise ValueError(
@@ -30,6 +30,18 @@ def check_reward_model(folder: str, key: str) -> None:
             "label(s), and a "
             "...ForSequenceClassification with one label is needed, as loss=bradley-terry writes it"
         )
+
+
+def _architecture(folder: str) -> dict[str, Any] | None:
+    """Return the config.json of a folder, or of a model that the hub has by this name; None where there is none."""
+    source = models.local_source(folder)
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        try:
+            path = Path(hf_hub_download(source, "config.json")) if not Path(source).is_dir() else path
+        except (OSError, ValueError):  # unreachable, unknown, or no name of the hub
+            return None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 class RewardModel:

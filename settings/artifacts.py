@@ -136,6 +136,11 @@ def remove_folder(folder: Path) -> None:
 # ---- rows
 
 
+def read_json(path: Path) -> Row:
+    """Return the object of a JSON file; empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def read_jsonl(path: Path) -> Iterator[Row]:
     """Yield the rows of a JSONL file; a broken line is a ValueError with file and line number."""
     with path.open(encoding="utf-8") as lines:

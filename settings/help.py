@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from settings.methods import find_method, needs_of
+from settings.methods import config_fields, find_method, needs_of
 from settings.paths import CONFIG
 from settings.source import class_value
 from settings.tasks import TASKS
@@ -28,9 +28,10 @@ DATA = {
     "responses": "rows with responses",
     "pairs": "rows with chosen and rejected",
     "feedback": "pairs, or responses with a label",
-    "prompts": "prompts and a judge, or responses with a reward",
+    "prompts": "prompts",
     "rewards": "responses with a reward",
 }
+SCORED = "prompts and a verifier or reward model, or responses with a reward"  # where a method's keys have a verifier
 REFERENCE = {"logps": "reference log-probabilities (live or cached)", "distributions": "a live reference model"}
 TEACHER = {
     "logprob": "a teacher cache (task=cache)",
@@ -138,12 +139,18 @@ def _unknown(name: str, listed: list[str], more: list[str]) -> str:
     raise ValueError(f"help={name} is not known.{said} There are: {', '.join(sorted(listed))}.")
 
 
+def data_of(trainer: str) -> str:
+    """Return what data a method asks for; of two that ask for prompts only one may need somebody who scores."""
+    data = needs_of(trainer).data
+    return SCORED if data == "prompts" and "verifier" in config_fields(trainer) else DATA[data]
+
+
 def about_method(file: Path) -> str:
     """Return what a loss minimizes with its YAML's values, what it needs, and where it is from."""
     values = values_of(file)
     trainer = str(values["trainer"])
     needs, found = needs_of(trainer), find_method(trainer)
-    asked = [DATA[needs.data], REFERENCE.get(needs.reference, ""), TEACHER.get(needs.teacher, "")]
+    asked = [data_of(trainer), REFERENCE.get(needs.reference, ""), TEACHER.get(needs.teacher, "")]
     if needs.reference_if and asked[1]:
         asked[1] += " if " + " and ".join(f"loss.{key}={value}" for key, value in needs.reference_if)
     texts = {}

@@ -21,7 +21,9 @@ import torch
 
 import models
 from dataloader import Example, collate, load_examples
+from engine.meter import Meter
 from engine.processes import Apart
+from evaluation.costs import entry_of
 from evaluation.harness import benchmark_metrics, check_benchmarks
 from evaluation.intervals import score_interval
 from evaluation.latency import check_latency, latency_rows
@@ -30,6 +32,7 @@ from evaluation.matched import Matched, matched_temperature, mean_entropy, split
 from evaluation.pieces import Ledger, Piece, key_of
 from evaluation.records import Evaluated, Responses, main_temperature
 from evaluation.results import results_of, table, verdicts_of
+from evaluation.turns import Answered, body_text, dialog, in_turns, later_turns
 from functional import row_sums, token_logps
 from generation.hf import sample_watched
 from generation.interface import length_batches
@@ -37,8 +40,6 @@ from report.evaluation_page import check_advantages, write_results
 from rewards.verifiers import Verifier, prompt_text, resolve_verifier, scored, vote_of
 from settings.parts import Parts
 from settings.schema import EvaluationConfig, GenerationConfig, Settings
-
-Answered = tuple[list[int], str, float]  # token ids, stop or length, sum of the tokens' entropies in nats
 
 
 class HeldOut(NamedTuple):
@@ -118,8 +119,11 @@ def batches_to_answer(prompts: list[Example], size: int) -> list[list[int]]:
     return length_batches([row.prompt for row in prompts], size)
 
 
-def answer(asked: "Asked", rows: Sequence[Example], temperature: float, seed: int) -> list[Answered]:
-    """Give one response to each prompt of a batch, from the whole distribution, and the entropy it was drawn with."""
+def answer(asked: "Asked", rows: Sequence[Example], temperature: float, seed: int) -> list[list[Answered]]:
+    """Answer each prompt of a batch, and the turns that follow it, from the whole distribution.
+
+    With each answer comes the entropy that it was drawn with.
+    """
     config, model, tokenizer = asked.settings.evaluation, asked.model(), asked.tokenizer
     generation: GenerationConfig = replace(
         asked.settings.generation,
@@ -131,21 +135,30 @@ def answer(asked: "Asked", rows: Sequence[Example], temperature: float, seed: in
         batch_size=config.batch_size,
         calculator=config.calculator,
     )
-    ids = [row.prompt for row in rows]
-    return sample_watched(model, tokenizer, ids, generation, models.stop_ids(tokenizer, model), len(tokenizer), seed)
+    stop = models.stop_ids(tokenizer, model)
+
+    def sample(ids: list[list[int]]) -> list[Answered]:
+        return sample_watched(model, tokenizer, ids, generation, stop, len(tokenizer), seed)
+
+    conversations = [row.conversation for row in rows]
+    longest = asked.settings.model.max_prompt_length
+    return in_turns(sample, tokenizer, [row.prompt for row in rows], conversations, longest)
 
 
 def verified(
-    samples: list[Answered], tokenizer: Any, prompts: list[Example], verifier: Verifier | None, greedy: bool
+    samples: list[list[Answered]], tokenizer: Any, prompts: list[Example], verifier: Verifier | None, greedy: bool
 ) -> Responses:
-    """Decode the responses, without their end-of-turn token, and score each beside its prompt."""
-    bodies = [ids[:-1] if reason == "stop" else ids for ids, reason, _ in samples]
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in bodies]
+    """Decode the answers, without their end-of-turn tokens, and score them beside their prompts."""
+    turns = [[body_text(tokenizer, answer) for answer in answers] for answers in samples]
+    texts = [dialog(later_turns(row.conversation), said) for row, said in zip(prompts, turns, strict=True)]
     scores = []
     if verifier is not None:
         scores = [scored(verifier, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
-    lengths, ended = [len(ids) for ids, _, _ in samples], [reason == "stop" for _, reason, _ in samples]
-    return Responses(texts, lengths, ended, scores, None if greedy else mean_entropy(samples))
+    lengths = [sum(len(ids) for ids, _, _ in answers) for answers in samples]
+    ended = [all(reason == "stop" for _, reason, _ in answers) for answers in samples]
+    entropy = None if greedy else mean_entropy([answer for answers in samples for answer in answers])
+    several = any(len(said) > 1 for said in turns)
+    return Responses(texts, lengths, ended, scores, entropy, turns if several else [])
 
 
 def pair_batches(num_pairs: int, batch_size: int) -> list[range]:
@@ -238,7 +251,8 @@ def answer_pieces(asked: Asked, prompts: list[Example], temperature: float, k: i
         rows = [prompts[i] for i in batch]
         own = seed * 1_000_003 + number * config.batch_size
         sampling = [temperature, own, config.max_new_tokens, config.calculator]
-        key = key_of("answer and entropy", facts, [row.prompt for row in rows], sampling)
+        turns = [later_turns(row.conversation) for row in rows]
+        key = key_of("answers and entropies", facts, [row.prompt for row in rows], turns, sampling)
         pieces.append(Piece(key, partial(answer, asked, rows, temperature, own)))
     return pieces
 
@@ -255,7 +269,7 @@ def matched_temperatures(asked: dict[str, Asked], ledger: Ledger, show: bool) ->
 
     def entropy_of(one: Asked, temperature: float) -> float:
         pieces = answer_pieces(one, one.data.validation, temperature, 0, [])
-        return mean_entropy([row for piece in pieces for row in piece.work()])
+        return mean_entropy([answer for piece in pieces for answers in piece.work() for answer in answers])
 
     def shared(names: Sequence[str], key: Sequence[Any], work: Callable[[Asked], Any]) -> list[Any]:
         pieces = []
@@ -325,7 +339,8 @@ def evaluated(
     order = [i for batch in batches_to_answer(data.prompts, config.batch_size) for i in batch]
 
     def answered(temperature: float, k: int) -> Responses:
-        found = [tuple(row) for batch in ledger.answers(work.passes[temperature, k]) for row in batch]
+        batches = ledger.answers(work.passes[temperature, k])
+        found = [[tuple(answer) for answer in answers] for batch in batches for answers in batch]
         samples = dict(zip(order, found, strict=True))
         judge = verifier if k < config.n_samples else None
         return verified([samples[i] for i in range(len(order))], tokenizer, data.prompts, judge, temperature == 0)
@@ -352,7 +367,7 @@ def evaluated(
 
 def run(settings: Settings) -> None:
     """Judge every model of evaluation.models and write the results into the run's folder."""
-    config = settings.evaluation
+    config, meter = settings.evaluation, Meter()
     check_request(config)
     verifier = resolve_verifier(config.verifier) if config.verifier else None
     if config.majority and verifier:
@@ -387,6 +402,7 @@ def run(settings: Settings) -> None:
                 "raise model.max_prompt_length and model.max_length"
             )
     results = results_of(settings, found, verdicts_of(settings, found))
-    write_results(settings, results, found)
+    cost = entry_of(found, settings.run.run_dir, meter.seconds, process.world_size, process.device.type)
+    write_results(settings, results, found, cost)
     print(f"\n{table(results)}\n{settings.run.run_dir / 'results.json'}", flush=True)
     parts.remove()

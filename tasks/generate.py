@@ -8,6 +8,7 @@ processes (accelerate launch, torchrun), each with a model or an engine on its d
 
 import importlib
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -18,12 +19,15 @@ import torch
 import transformers
 
 import models
-from dataloader import Example, Tokens, load_examples
+from dataloader import Example, Tokens, encode_prompt, load_examples
 from engine.processes import Apart
+from evaluation.answer_files import answer_row, form_of
+from evaluation.turns import Answered, body_text, go_on, later_turns
 from generation.checks import Gap, check_gap, logp_gap, stop_notes
 from generation.hf import HfBackend
 from generation.interface import Answer, Backend, Progress, cut, length_batches
-from settings.artifacts import write_bytes, write_json
+from rewards.verifiers import prompt_text
+from settings.artifacts import write_bytes, write_json, write_jsonl
 from settings.parts import Parts, share_of, wait_for
 from settings.schema import ModelConfig, Settings
 from templates import adds_bos, special_ids, tokenizer_digest
@@ -124,27 +128,76 @@ def run(settings: Settings) -> None:
         "model_digest": models.config_digest(config),
         "tokenizer_digest": tokenizer_digest(tokenizer),
     }
+    if any(later_turns(job.example.conversation) for job in jobs) and process.world_size > 1:
+        raise ValueError("questions of several turns are answered in one process: start it without accelerate launch")
     path = settings.run.run_dir / "generations.jsonl"
     parts = Parts(path, process.rank)
     done = _resume(parts, jobs, head, generation.n)
     wanted = _share(prompts, generation.batch_size if name == "hf" else 1, process) - done
-    if wanted:
-        longest = max(map(len, prompts))
+    answer_file = path.parent / "model_answer" / f"{path.parent.name}.jsonl"
+    to_answer = process.world_size == 1 and not answer_file.is_file() and _has_ids(jobs)
+    if wanted or (to_answer and any(later_turns(job.example.conversation) for job in jobs)):
+        longest = max(_room(job, tokenizer, generation.max_new_tokens) for job in jobs)
         if process.is_main:
             _notes(tokenizer, longest + generation.max_new_tokens, positions_of(config), prompts[0])
         with (
             closing(make(Start(settings, tokenizer, stop, longest))) as backend,
             Progress(len(wanted) + len(done), len(done)) as progress,
         ):
-            answers = backend.answers(prompts, wanted, generation.seed)
-            _write(parts, jobs, answers, tokenizer, stop, head, progress)
+            if wanted:
+                answers = backend.answers(prompts, wanted, generation.seed)
+                _write(parts, jobs, answers, tokenizer, stop, head, progress)
+            if to_answer:
+                _write_answers(answer_file, settings, jobs, parts, backend, tokenizer)
         print(f"{parts.own}: {progress.tokens} tokens at {progress.tokens_per_second:.0f} tokens/s")
+    elif to_answer:
+        _write_answers(answer_file, settings, jobs, parts, None, tokenizer)
     elif len(done) == len(jobs):
         process.print(f"{path}: all {len(done)} responses are there")
     if process.is_main:
         wait_for(lambda: len({_job_of(row, generation.n) for _, row in parts.rows()}) == len(jobs))
         _in_order(parts, prompts, generation.n)
         _summarize(path, settings, tokenizer, name)
+
+
+def _has_ids(jobs: list[Job]) -> bool:
+    """Tell whether the prompts are questions of Arena-Hard or MT-bench, whose answers have a file of their own."""
+    return any(form_of(job.example.conversation.meta) for job in jobs)
+
+
+def _room(job: Job, tokenizer: Any, max_new_tokens: int) -> int:
+    """Return how many tokens the longest prompt of a question may have: that of its last turn."""
+    turns = later_turns(job.example.conversation)
+    asked = [len(encode_prompt(tokenizer, [{"role": "user", "content": turn}])) for turn in turns]
+    return len(job.example.prompt) + sum(asked) + len(turns) * max_new_tokens
+
+
+def _write_answers(
+    path: Path, settings: Settings, jobs: list[Job], parts: Parts, backend: Backend | None, tokenizer: Any
+) -> None:
+    """Ask the later turns of each question after its first answer; write model_answer/RUN.jsonl, whole."""
+    n, seed = settings.generation.n, settings.generation.seed
+
+    def sample(prompts: list[list[int]]) -> list[Answered]:
+        assert backend is not None, "no backend is needed where every question has one turn"
+        found = {answer.number: answer for answer in backend.answers(prompts, range(len(prompts)), seed)}
+        return [(found[i].ids, found[i].finish_reason, 0.0) for i in range(len(prompts))]
+
+    rows = {_job_of(row, n): row for _, row in parts.rows()}
+    first = [(rows[i]["response_ids"], rows[i]["finish_reason"], 0.0) for i in range(len(jobs))]
+    asked = [job.example.conversation for job in jobs]
+    answers = go_on(sample, tokenizer, first, asked, settings.model.max_prompt_length)
+    said = [[body_text(tokenizer, answer) for answer in turns] for turns in answers]
+    path.parent.mkdir(exist_ok=True)
+    write_jsonl(
+        path,
+        [
+            answer_row(c.meta, prompt_text(c.prompt), path.stem, said[i : i + n], len(answers[i][0][0]), time.time())
+            for i, c in list(enumerate(asked))[::n]
+            if form_of(c.meta)
+        ],
+    )
+    print(f"{path}: {len(jobs) // n} questions, turn by turn")
 
 
 def _share(prompts: list[list[int]], size: int, process: Apart) -> set[int]:

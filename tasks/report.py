@@ -1,6 +1,7 @@
 """task=report sweep=DIR: compare the runs of a sweep, or show one run, finished or not.
 
 task=summarize is another thing: it pools evaluations of the same models.
+A finished evaluation (task=evaluate) gets its own pages anew, with what other tools put into its folder since.
 Writes DIR/summary.md and DIR/report.html. Runs whose configurations differ in the seed alone are one row: mean and 95 %
 interval over seeds. The best value of a column is marked only where its interval lies apart from every other one.
 Losses are compared only between rows whose loss is the same: another method or another weight has another scale.
@@ -17,6 +18,7 @@ import yaml
 from evaluation.intervals import Interval
 from evaluation.metrics import MORE, NEITHER, TRAINING, Metric, interval_over_seeds, metric_of, values_in
 from report.charts import Plotted, interval_chart, read_curves
+from report.evaluation_page import rewrite
 from report.markup import section, text
 from report.page import curves_section, page
 from report.running import line_of, now, running_section, samples_of_runs, state_of
@@ -222,6 +224,11 @@ def run(settings: Settings) -> None:
     """Compare the runs of a sweep; print the table and write it, with the report, into the sweep's folder."""
     sweep = Path(settings.run.sweep or "").expanduser()
     jobs = read_jobs(sweep)
+    if len(jobs) == 1 and jobs[0].folder == sweep and jobs[0].done and jobs[0].config["task"] == "evaluate":
+        rewrite(sweep)
+        print((sweep / "summary.md").read_text(encoding="utf-8"))
+        print(f"{sweep / 'summary.md'}\n{sweep / 'report.html'}", flush=True)
+        return
     rows, unfinished = rows_of(jobs), [job for job in jobs if not job.done]
     written = table(rows, unfinished)
     print(written)

@@ -223,6 +223,6 @@ def run(settings: Settings) -> None:
         results,
         samples_of(evaluations[0]),
         advantages_of(evaluations[0]),
-        metric_sections(results["models"]),
+        {"who": metric_sections(results["models"])},
     )
     print(path, flush=True)

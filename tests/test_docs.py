@@ -60,7 +60,7 @@ def overrides(command: list[str]) -> list[str]:
 
 def write_the_files_of_the_pages(folder: Path) -> None:
     """Write every file that README and pages suppose the reader has, or write in an earlier step."""
-    for name in ("pairs.jsonl", "prompts.jsonl", "questions.jsonl", "train.jsonl", "test.jsonl"):
+    for name in ("pairs.jsonl", "prompts.jsonl", "question.jsonl", "questions.jsonl", "train.jsonl", "test.jsonl"):
         write_pairs(folder / name, 4)
 
 

@@ -19,11 +19,14 @@ from evaluation.latency import WARMUP, Timing, batches_of, hf_timed, timing_metr
 from report.evaluation_page import advantages_in
 from report.gather import Evaluation, advantages_of
 from report.page import write_report
+from report.questions import ASKED
 from report.tables import benchmarks_section, latency_section, metric_sections
-from settings.schema import Settings
-from tasks import evaluate
+from settings.artifacts import mark_done
+from settings.schema import Settings, settings_from
+from tasks import evaluate, report
 from teacher.cache import Meta, Writer, finish
 from tests.support.evaluations import shop_evaluation
+from tests.support.helpers import composed
 from worlds import shop
 
 
@@ -101,6 +104,25 @@ def test_the_results_hold_text_statistics_and_all_pairs(folder: Path) -> None:
     summary = (folder / "e/summary.md").read_text()
     assert table in summary and "▲" not in table  # two untrained models: nothing to tell apart
     assert "## Differences on the same prompts\n" in summary and "## Latency\n" in summary
+
+
+def test_the_report_of_an_evaluation_is_written_again_with_what_other_tools_put_there(folder: Path) -> None:
+    """task=report sweep=RUN: its own pages, not those of a sweep of one run; results.json stays as it was."""
+    run = folder / "e"
+    before = {name: (run / name).read_bytes() for name in ("results.json", "results.md", "report.html")}
+    row = {"acc,none": 0.25, "acc_stderr,none": 0.1}
+    (run / "lm_eval").mkdir()
+    (run / "lm_eval/b.json").write_text(json.dumps({"results": {"quiz": row}, "n-samples": {"quiz": {"effective": 9}}}))
+    (run / "config.yaml").write_text(json.dumps(composed("task=evaluate", f"evaluation.advantages={folder / 'CACHE'}")))
+    mark_done(run)
+    report.run(settings_from(composed("task=report", f"sweep={run}")))
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert "0.250 ± 0.100" in html and html.count('class="question"') == 6
+    assert "| b | quiz | acc | 0.250 |" in (run / "summary.md").read_text()
+    assert all((run / name).read_bytes() == before[name] for name in ("results.json", "results.md"))
+    for name in ("lm_eval/b.json", "config.yaml", "DONE"):
+        (run / name).unlink()
+    assert re.findall(r'<div class="question" id="(\w+)"', before["report.html"].decode()) == list(ASKED)
 
 
 def test_latency_says_what_was_timed(folder: Path) -> None:
@@ -282,7 +304,7 @@ def test_what_names_say_is_escaped_in_every_further_table(tmp_path: Path) -> Non
     }
     models_ = {nasty: entry}
     more = metric_sections(models_) + benchmarks_section(models_) + latency_section(timed)
-    page = write_report(tmp_path, "x", {}, {"models": models_}, [], [], more).read_text(encoding="utf-8")
+    page = write_report(tmp_path, "x", {}, {"models": models_}, [], [], {"who": more}).read_text(encoding="utf-8")
     assert "<img" not in page and page.count("&lt;img") >= 8
     assert {"pairs", "text", "benchmarks", "latency"} <= set(re.findall(r'href="#(\w+)"', page))
 

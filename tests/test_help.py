@@ -72,3 +72,15 @@ def test_a_wrong_name_says_the_nearest_and_the_list(name: str, near: str, listed
     with pytest.raises(ValueError, match=rf"help={re.escape(name)} is not known") as refused:
         help_text([f"help={name}"])
     assert listed in str(refused.value) and (f"Did you mean {near!r}" in str(refused.value) or not near)
+
+
+@pytest.mark.parametrize("name", ["online-adpa", "opd"])
+def test_a_method_that_nobody_scores_asks_for_prompts_alone(name: str) -> None:
+    text = help_text([f"help=loss/{name}"])
+    assert re.search(r"^  needs    prompts; ", text, re.M), text
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_a_method_whose_responses_are_scored_names_who_scores(name: str) -> None:
+    needs = "prompts and a verifier or reward model, or responses with a reward"
+    assert f"  needs    {needs}; " in help_text([f"help=loss/{name}"])

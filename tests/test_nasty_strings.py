@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from report.evaluation_page import held_out_section
 from report.inspection_page import inspection_page
 from report.inspection_text import in_terminal
 from report.model_card import Source, card
-from report.page import page
+from report.page import page, write_report
 from report.running import samples_of_runs
 from settings.artifacts import write_jsonl
 from settings.terminal import clean
@@ -73,6 +74,11 @@ def test_pages_show_what_strangers_wrote_and_run_none_of_it(tmp_path: Path) -> N
     write_jsonl(run / "samples.jsonl", [{"step": 1, "prompt": ALL, "response": text} for text in NASTY])
     samples = page(f"Runs {ALL}", samples_of_runs({f"run {ALL}": run}))
     (tmp_path / "runs.html").write_text(samples, encoding="utf-8")
+    more = {"data": held_out_section([ALL, *NASTY], [[ALL], [NASTY[0]]])}
+    said = [{"prompt": ALL, "model": name, "response": text} for name in ("a", f"b {ALL}") for text in (name, ALL)]
+    models = {"models": {"a": {"score": 0.5}, f"b {ALL}": {"score": 0.5}}}
+    write_report(tmp_path / "asked", ALL, {}, models, said, [], more, {"data": NASTY, "who": NASTY})
+    assert "<ins>" in harmless(tmp_path / "asked/report.html", tmp_path / "profile")
     assert "&lt;svg" in harmless(tmp_path / "runs.html", tmp_path / "profile")
 
 

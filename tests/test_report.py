@@ -73,7 +73,8 @@ def test_the_report_asks_for_nothing_outside_itself(tmp_path: Path) -> None:
     page = written(tmp_path, nasty="plain")
     assert not re.search(r"(https?:)?//[a-z]", re.sub(r"<script>.*?</script>", "", page, flags=re.S), re.I)
     assert not re.search(r"(src|srcset|data|action)\s*=\s*[\"']", page) and "@import" not in page and "url(" not in page
-    assert set(re.findall(r'href="([^"]*)"', page)) == {"#results", "#curves", "#responses", "#advantages"}
+    sections = {"#results", "#curves", "#responses", "#pushed", "#advantages"}
+    assert set(re.findall(r'href="([^"]*)"', page)) == {*sections, "#who", "#changed", "#teacher", "#training"}
     assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page
 
 
