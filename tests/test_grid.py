@@ -40,7 +40,8 @@ def test_a_cell_says_its_values_and_a_knob_alone_keeps_its_type() -> None:
 
 
 def test_cells_share_what_no_knob_of_theirs_reaches() -> None:
-    plan = plan_of("pipeline.grid.pairs=[100,200]", "pipeline.grid.flipped=[0.0]", "pipeline.seeds=[1,2]")
+    off = [f"pipeline.stages.{name}=null" for name in ("dckd_start", "generate", "cache_advantages", "adpa")]
+    plan = plan_of("pipeline.grid.pairs=[100,200]", "pipeline.grid.flipped=[0.0]", "pipeline.seeds=[1,2]", *off)
     assert len(plan) == len({stage.folder for stage in plan.values()})  # no label twice, no folder twice
     shared = ("world", "teacher_sft", "student_sft")
     assert {name: 2 if name in shared else 1 if name == "map" else 4 for name in counted(plan)} == counted(plan)
@@ -59,9 +60,11 @@ def test_own_pairs_a_shared_teacher_and_another_student_reach_what_they_should()
     own = plan_of("pipeline.grid.pairs=[100]", "pipeline.grid.flipped=[0.0]", "pipeline.grid.policy=[own]")
     assert own["pairs_own"].config["world"]["own_pairs"] == f"{own['label_own'].folder}/LABEL/labeled.jsonl"
     assert own["generate_own"].config["model"]["load_from"] == f"{own['student_sft'].folder}/FINAL"
-    every = plan_of("pipeline.grid.teacher_pairs=[all]", "pipeline.grid.student=[quickstart_student,shop_teacher]")
+    one_share = "pipeline.grid.flipped=[0.0]"
+    students = "pipeline.grid.student=[quickstart_student,shop_teacher]"
+    every = plan_of("pipeline.grid.teacher_pairs=[all]", students, one_share)
     counts = counted(every)
-    assert (counts["teacher_dpo"], counts["student_sft"], counts["cache_logprobs"], counts["dpo_nll"]) == (1, 2, 4, 8)
+    assert (counts["teacher_dpo"], counts["student_sft"], counts["cache_logprobs"], counts["dpo_nll"]) == (1, 2, 2, 4)
     wide = every["student_sft student=shop_teacher"].config["model"]["build"]
     assert wide["num_hidden_layers"] == 2 and wide["hidden_size"] == 64
     one = every["teacher_dpo"].config
