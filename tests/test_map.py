@@ -13,6 +13,7 @@ from report.map_page import html, table, verdict
 from settings.schema import MapConfig
 from settings.typed import typed
 from tasks.map import mapped
+from tests.support.helpers import launch
 
 APART = {"a": [0.80, 0.82, 0.81], "b": [0.60, 0.61, 0.62], "c": [0.1, 0.2, 0.1]}
 LEVEL = {"a": [0.95, 0.60, 0.75], "b": [0.70, 0.75, 0.80], "c": [0.1, 0.2, 0.1]}  # a is ahead on average alone
@@ -110,3 +111,29 @@ def test_cells_of_other_models_or_seeds_are_no_map(tmp_path: Path) -> None:
     config.evaluations["cell_2"]["seed_23"] = config.evaluations["cell_2"]["seed_22"]
     with pytest.raises(ValueError, match="holds a seed twice"):
         mapped(config)
+
+
+@pytest.mark.slow
+def test_a_map_of_own_pairs_runs_through(tmp_path: Path) -> None:
+    """pipeline=map with few steps: the student's own pairs, flipped; every method; the page at the end."""
+    names = ("teacher_sft", "student_sft", "teacher_dpo", "dpo_nll", "dckd", "dckd_start", "seq_kd", "adpa")
+    grid = {"pairs": 10, "flipped": 0.2, "policy": "own", "extra_prompts": 5, "teacher_steps": 2}
+    run = launch(
+        "pipeline=map",
+        f"cache_dir={tmp_path}",
+        "pipeline.seeds=[1]",
+        *(f"pipeline.grid.{knob}=[{value}]" for knob, value in grid.items()),
+        *(f"pipeline.stages.{name}.set.n_steps=2" for name in names if name != "teacher_dpo"),
+        "++pipeline.stages.student_sft.set.n_steps=200",  # so that replies differ in what they get right
+        "n_examples=200",
+        "n_eval_examples=20",
+        timeout=400,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    results = json.loads((tmp_path / "map/results.json").read_text(encoding="utf-8"))
+    assert results["cells"][0]["knobs"]["policy"] == "own" and results["prompts"] == 20
+    assert set(results["methods"]) < set(results["cells"][0]["decoded"]["1"]["models"])
+    pairs = (tmp_path / "map/pairs_own/WORLD/pairs_train.jsonl").read_text(encoding="utf-8").splitlines()
+    rewards = [(row["chosen_reward"], row["rejected_reward"]) for row in map(json.loads, pairs)]
+    assert len(pairs) == 10 and 0 < sum(chosen < rejected for chosen, rejected in rewards) < 10
+    assert (tmp_path / "map/report.html").is_file()
