@@ -46,6 +46,15 @@ def test_cells_share_what_no_knob_of_theirs_reaches() -> None:
     shared = ("world", "teacher_sft", "student_sft")
     assert {name: 2 if name in shared else 1 if name == "map" else 4 for name in counted(plan)} == counted(plan)
     assert not {"generate_own", "label_own", "pairs_own", "more"} & set(counted(plan))  # nobody needs them
+    longer = plan_of("pipeline.grid.pairs=[100]", "pipeline.grid.flipped=[0.0]", "pipeline.grid.extra_prompts=[0,50]")
+    counts = counted(longer)  # more prompts: other replies of the same teacher
+    assert (counts["teacher_dpo"], counts["dckd"], counts["dpo_nll"], counts["seq_kd"], counts["adpa"]) == (
+        1,
+        1,
+        1,
+        2,
+        2,
+    )
     starts = {plan[f"dpo_nll pairs={pairs} seed 2"].config["model"]["load_from"] for pairs in (100, 200)}
     assert starts == {f"{plan['student_sft seed 2'].folder}/FINAL"}
     assert [plan[f"pairs_foreign pairs={n} seed 1"].config["world"]["pairs"] for n in (100, 200)] == [100, 200]
@@ -110,7 +119,7 @@ def test_a_dry_run_shows_the_cells(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run(tmp_path, *SMALL, "pipeline.grid.pairs=[100,200]", "pipeline.grid.flipped=[0.4]", "dry_run=true") == 0
     printed = capsys.readouterr().out
     assert "cell_2  pairs=200 flipped=0.4 policy=foreign extra_prompts=2000" in printed
-    assert "adpa pairs=100  " in printed and "28 stages, 0 done, 28 to run" in printed
+    assert "adpa pairs=100  " in printed and "30 stages, 0 done, 30 to run" in printed
 
 
 # ---- the knobs of the world
