@@ -32,7 +32,7 @@ def written(text: str, maps: list[dict[str, Any]]) -> str:
 
 def figures(text: str) -> set[str]:
     """Return the differences with their intervals that a text says, with plain minus signs."""
-    return {found.replace("−", "-") for found in FIGURE.findall(text)}
+    return {found.replace("−", "-") for found in FIGURE.findall(" ".join(text.split()))}
 
 
 def known_figures(maps: list[dict[str, Any]]) -> set[str]:
