@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from pipeline.composing import Choices, Line, composed, merged, spelled
 from pipeline.digests import digest_of
+from pipeline.grid import Cell, cell_pipeline, cell_recipes, cells_of, common, words_of
 from pipeline.recipes import (
     PLACEHOLDER,
     PipelineConfig,
@@ -23,12 +24,10 @@ from pipeline.recipes import (
     in_order,
     inputs_of,
     mentioned,
-    recipes_of,
 )
 from pipeline.refresh import refreshed
 from settings.artifacts import is_done
 from settings.paths import CONFIG, ROOT
-from settings.schema import typed
 from settings.tasks import STAGES, TASKS, reads
 from settings.typed import nearest
 
@@ -55,6 +54,7 @@ class Stage(NamedTuple):
     needs: tuple[Path, ...]
     command: list[str]
     config: dict[str, Any]  # composed, as its process will see it
+    cell: str = ""  # the knobs of the cells that share it, as far as they are alike
 
     @property
     def done(self) -> bool:
@@ -142,62 +142,120 @@ def _read_by(task: str, key: str, groups: list[str]) -> bool:
     return reads(task, section) and (section != "datasets" or rest.split(".")[0] in groups)
 
 
+class Planned(NamedTuple):
+    """What a cell is made of, before its stages are composed; a pipeline without a grid is one such."""
+
+    cell: Cell
+    pipeline: PipelineConfig
+    recipes: dict[str, Recipe]
+    order: list[str]
+    groups: dict[str, list[str]]  # by stage: choices of datasets
+    users: list[str]
+
+
+Built = dict[tuple[str, int], Stage]  # by name and seed, of one cell
+
+
 def build_plan(config: dict[str, Any], overrides: list[str]) -> list[Stage]:
     """Compose, check and digest every stage, in an order in which they can run; nothing is written."""
-    pipeline = typed(config["pipeline"], PipelineConfig, "pipeline.")
-    recipes = recipes_of(pipeline)
-    if pipeline.refresh_every is not None:
-        recipes = refreshed(recipes, pipeline.refresh, pipeline.refresh_every, overrides)
-    check_lineage(recipes)
-    order = in_order(recipes)
-    users = users_overrides(overrides, recipes)
+    section = config["pipeline"]
+    cells = [planned(section, cell, config, overrides) for cell in cells_of(section)]
     stages_dir = Path(os.path.abspath(Path(config["cache_dir"]).expanduser())) / "stages"
-    built: dict[tuple[str, int], Stage] = {}
+    every: list[tuple[Cell, Built]] = [(one.cell, {}) for one in cells]
+    behind: Built = {}
     outer = GlobalHydra.instance().hydra  # the one that composed launch.py's own config, where there is one
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG), version_base="1.3"):
-            groups = {n: data_groups(n, recipes[n], pipeline, list(config["datasets"] or {})) for n in order}
-            choices = Choices(stage_groups(recipes[n], pipeline, groups[n]) for n in order)
-            for name in order:
-                for seed in pipeline.seeds[:1] if recipes[name].once else pipeline.seeds:
-                    built[name, seed] = _stage(
-                        name, seed, recipes[name], pipeline, groups[name], users, choices, built, stages_dir
-                    )
+            lines = {
+                stage_groups(one.recipes[n], one.pipeline, one.groups[n]): None for one in cells for n in one.order
+            }
+            work = Composer(Choices(lines), stages_dir)
+            for one, (cell, built) in zip(cells, every, strict=True):
+                for name, seed in instances(one):
+                    if not (cell.knobs and one.recipes[name].once):
+                        built[name, seed] = work.stage(name, seed, one, [(cell, built)])
+            for name, seed in instances(cells[0]):
+                if cells[0].cell.knobs and cells[0].recipes[name].once:  # behind all cells
+                    behind[name, seed] = work.stage(name, seed, cells[0], every)
     finally:
         GlobalHydra.instance().hydra = outer
-    return list(built.values())
+    return [*labeled(every, section.get("grid") or {}), *behind.values()]
 
 
-def _stage(
-    name: str,
-    seed: int,
-    recipe: Recipe,
-    pipeline: PipelineConfig,
-    groups: list[str],
-    users: list[str],
-    choices: Choices,
-    built: dict[tuple[str, int], Stage],
-    stages_dir: Path,
-) -> Stage:
-    values = {**recipe.set, "seed": seed}
-    if recipe.start:
-        values = merged(values, {"model": {"load_from": f"{{{recipe.start}}}/FINAL"}})
-    values = _filled(values, seed, recipe, pipeline, built)
-    line = stage_line(recipe, pipeline, groups, users, values)
-    raw = composed(name, line, choices)
-    digest = digest_of(raw, stages_dir)
-    folder = stages_dir / f"{name}-{digest[:12]}"
-    needed = inputs_of(recipe)
-    needs = tuple(stage.folder for (other, s), stage in built.items() if other in needed and (s == seed or recipe.once))
-    launcher = [sys.executable]
-    accelerate = recipe.accelerate_config or pipeline.accelerate_config
-    if accelerate and shares_devices(raw):
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", accelerate]
-    paths = [f"exp_name=stages/{folder.name}", f"cache_dir={spelled(str(stages_dir.parent))}"]
-    label = name if recipe.once or len(pipeline.seeds) == 1 else f"{name} seed {seed}"
-    command = [*launcher, str(ROOT / "launch.py"), *line.words(), *paths]
-    return Stage(label, name, seed, digest, folder, needs, command, raw)
+def planned(section: dict[str, Any], cell: Cell, config: dict[str, Any], overrides: list[str]) -> Planned:
+    """Type and check a cell's recipes and put them in order."""
+    pipeline = cell_pipeline(section, cell)
+    recipes = cell_recipes(pipeline, cell)
+    if pipeline.refresh_every is not None:
+        recipes = refreshed(recipes, pipeline.refresh, pipeline.refresh_every, overrides)
+    check_lineage(recipes)
+    order = in_order(recipes)
+    groups = {name: data_groups(name, recipes[name], pipeline, list(config["datasets"] or {})) for name in order}
+    return Planned(cell, pipeline, recipes, order, groups, users_overrides(overrides, recipes))
+
+
+def instances(one: Planned) -> list[tuple[str, int]]:
+    """Return name and seed of every stage of a cell, in order."""
+    seeds = one.pipeline.seeds
+    return [(name, seed) for name in one.order for seed in (seeds[:1] if one.recipes[name].once else seeds)]
+
+
+class Composer:
+    """Compose stages; one that another cell has already is that one."""
+
+    def __init__(self, choices: Choices, stages_dir: Path) -> None:
+        self.choices, self.stages_dir = choices, stages_dir
+        self.known: dict[str, Stage] = {}
+
+    def stage(self, name: str, seed: int, one: Planned, cells: list[tuple[Cell, Built]]) -> Stage:
+        """Return the stage of a name and a seed; `cells` holds what it may read, of one cell or of all."""
+        recipe, pipeline = one.recipes[name], one.pipeline
+        values = {**recipe.set, "seed": seed}
+        if recipe.start:
+            values = merged(values, {"model": {"load_from": f"{{{recipe.start}}}/FINAL"}})
+        values = _filled(values, seed, pipeline, cells[0], cells)
+        line = stage_line(recipe, pipeline, one.groups[name], one.users, values)
+        accelerate = recipe.accelerate_config or pipeline.accelerate_config
+        key = repr((name, seed, line, accelerate))
+        if key not in self.known:
+            needed = inputs_of(recipe)
+            needs = [
+                stage.folder
+                for _, built in cells
+                for (other, s), stage in built.items()
+                if other in needed and (s == seed or recipe.once)
+            ]
+            self.known[key] = self._composed(name, seed, line, accelerate, tuple(dict.fromkeys(needs)))
+        return self.known[key]
+
+    def _composed(self, name: str, seed: int, line: Line, accelerate: str | None, needs: tuple[Path, ...]) -> Stage:
+        raw = composed(name, line, self.choices)
+        digest = digest_of(raw, self.stages_dir)
+        folder = self.stages_dir / f"{name}-{digest[:12]}"
+        launcher = [sys.executable]
+        if accelerate and shares_devices(raw):
+            launcher += ["-m", "accelerate.commands.launch", "--config_file", accelerate]
+        paths = [f"exp_name=stages/{folder.name}", f"cache_dir={spelled(str(self.stages_dir.parent))}"]
+        command = [*launcher, str(ROOT / "launch.py"), *line.words(), *paths]
+        return Stage(name, name, seed, digest, folder, needs, command, raw)
+
+
+def labeled(every: list[tuple[Cell, Built]], grid: dict[str, list[Any]]) -> list[Stage]:
+    """Return every stage once, labeled with the knobs that the cells which share it have in common, and its seed."""
+    found: dict[Path, tuple[Stage, list[Cell]]] = {}
+    for cell, built in every:
+        for stage in built.values():
+            found.setdefault(stage.folder, (stage, []))[1].append(cell)
+    seeds: dict[str, set[int]] = {}
+    for stage, _ in found.values():
+        seeds.setdefault(stage.name, set()).add(stage.seed)
+    result = []
+    for stage, cells in found.values():
+        words = words_of(common(cells), grid)
+        seed = f"seed {stage.seed}" if len(seeds[stage.name]) > 1 else ""
+        result.append(stage._replace(label=" ".join(filter(None, (stage.name, words, seed))), cell=words))
+    return result
 
 
 def shares_devices(raw: dict[str, Any]) -> bool:
@@ -216,19 +274,23 @@ def shares_devices(raw: dict[str, Any]) -> bool:
 
 
 def _filled(
-    values: Any, seed: int, recipe: Recipe, pipeline: PipelineConfig, built: dict[tuple[str, int], Stage]
+    values: Any, seed: int, pipeline: PipelineConfig, here: tuple[Cell, Built], cells: list[tuple[Cell, Built]]
 ) -> Any:
-    """Replace "{stage}" by its folder; in a stage that runs once, repeat an entry whose key says {seed}."""
+    """Replace "{stage}" by its folder; where a key says {seed} or {cell}, repeat the entry for each of them."""
+    cell, built = here
     if isinstance(values, dict):
         result = {}
         for key, value in values.items():
-            for s in pipeline.seeds if "{seed}" in key else [seed]:
-                result[key.replace("{seed}", str(s))] = _filled(value, s, recipe, pipeline, built)
+            for other in cells if "{cell}" in key else [here]:
+                for s in pipeline.seeds if "{seed}" in key else [seed]:
+                    named = key.replace("{seed}", str(s)).replace("{cell}", other[0].name)
+                    result[named] = _filled(value, s, pipeline, other, cells)
         return result
     if isinstance(values, list):
-        return [_filled(value, seed, recipe, pipeline, built) for value in values]
+        return [_filled(value, seed, pipeline, here, cells) for value in values]
     if not isinstance(values, str):
         return values
-    if values == "{seed}":
-        return seed
-    return PLACEHOLDER.sub(lambda m: str(seed if m[1] == "seed" else built[m[1], seed].folder), values)
+    if values in ("{seed}", "{knobs}"):
+        return seed if values == "{seed}" else cell.knobs
+    own = {"seed": str(seed), "cell": cell.name}
+    return PLACEHOLDER.sub(lambda m: own[m[1]] if m[1] in own else str(built[m[1], seed].folder), values)

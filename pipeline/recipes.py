@@ -13,6 +13,7 @@ from settings.schema import require, typed
 from settings.typed import check_name, nearest
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
+RESERVED = ("seed", "cell", "knobs")  # placeholders that name no stage; the last two are of a grid (grid.py)
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,15 @@ class PipelineConfig:
     accelerate_config: str | None = None
     refresh: list[str] = field(default_factory=list)  # stages that train in rounds (refresh.py)
     refresh_every: int | None = None  # steps of a round; null: no stage does
+    grid: dict[str, Any] = field(default_factory=dict)  # knobs with their values: a cell for each combination (grid.py)
 
     def __post_init__(self) -> None:
         check_name("pipeline.name", self.name)
         for stage in self.stages:
             check_name("pipeline.stages: the name of a stage", str(stage))
+            require(
+                stage not in RESERVED, f"pipeline.stages.{stage}: {{{stage}}} means something else; rename the stage"
+            )
         every = self.refresh_every
         require(every is None or every >= 1, f"pipeline.refresh_every={every} must be at least 1 step (or null)")
         require(self.parallel >= 1, f"pipeline.parallel={self.parallel} must be at least 1")
@@ -76,7 +81,7 @@ def mentioned(value: Any) -> list[str]:
         return [name for item in value for name in mentioned(item)]
     if isinstance(value, dict):
         return mentioned(list(value.values()))
-    return [name for name in PLACEHOLDER.findall(value) if name != "seed"] if isinstance(value, str) else []
+    return [name for name in PLACEHOLDER.findall(value) if name not in RESERVED] if isinstance(value, str) else []
 
 
 def recipes_of(config: PipelineConfig) -> dict[str, Recipe]:
@@ -116,14 +121,21 @@ def inputs_of(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def known_inputs_of(name: str, recipes: dict[str, Recipe]) -> list[str]:
+    """Return the names of the stages that a stage reads; ValueError for one that is not there."""
+    inputs = inputs_of(recipes[name])
+    for other in inputs:
+        if other not in recipes:
+            raise ValueError(
+                f"pipeline.stages.{name} needs stage {other!r}, which is not there.{nearest(other, list(recipes))}"
+            )
+    return inputs
+
+
 def in_order(recipes: dict[str, Recipe]) -> list[str]:
     """Return the names such that each stands after what it needs, else as written."""
-    for name, recipe in recipes.items():
-        for other in inputs_of(recipe):
-            if other not in recipes:
-                raise ValueError(
-                    f"pipeline.stages.{name} needs stage {other!r}, which is not there.{nearest(other, list(recipes))}"
-                )
+    for name in recipes:
+        known_inputs_of(name, recipes)
     placed: list[str] = []
     while len(placed) < len(recipes):
         ready = [n for n in recipes if n not in placed and all(o in placed for o in inputs_of(recipes[n]))]

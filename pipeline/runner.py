@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from pipeline.grid import Cell, cells_of
 from pipeline.plan import Stage, build_plan
 from pipeline.warm import Process, WarmStart
 from settings.artifacts import is_done, write_bytes, write_json, write_text
@@ -51,7 +52,7 @@ def run_pipeline(config: dict[str, Any], overrides: list[str], costs: Costs | No
     """
     stages = build_plan(config, overrides)
     if config["dry_run"]:
-        print_plan(stages)
+        print_plan(stages, cells_of(config["pipeline"]))
         if costs is not None:
             costs(stages, config["estimate"], None)
         return 0
@@ -85,12 +86,15 @@ def run_folder(config: dict[str, Any], overrides: list[str]) -> Path:
     return run_dir / count if count else run_dir
 
 
-def print_plan(stages: list[Stage]) -> None:
-    """Print what is done, what would run, and the command of each stage."""
+def print_plan(stages: list[Stage], cells: list[Cell]) -> None:
+    """Print what is done, what would run, the command of each stage, and the cells of a grid."""
     for stage in stages:
         seconds = _seconds(stage)
         state = f"done{f' in {seconds:.0f} s' if seconds else ''}" if stage.done else "run"
         print(f"{stage.label}  {stage.digest[:12]}  {state}\n    {shlex.join(stage.command)}")
+    for cell in cells:
+        if cell.knobs:
+            print(f"{cell.name}  {' '.join(f'{knob}={value}' for knob, value in cell.knobs.items())}")
     done = sum(stage.done for stage in stages)
     print(f"{len(stages)} stages, {done} done, {len(stages) - done} to run in {stages[0].folder.parent}")
 
@@ -105,8 +109,9 @@ def describe(stages: list[Stage], run_dir: Path, overrides: list[str]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     several = len({stage.seed for stage in stages}) > 1
     for stage in stages:
-        link = (run_dir / f"seed_{stage.seed}" if several else run_dir) / stage.name
-        link.parent.mkdir(exist_ok=True)
+        cell = run_dir / stage.cell.replace(" ", "_") if stage.cell else run_dir
+        link = (cell / f"seed_{stage.seed}" if several else cell) / stage.name
+        link.parent.mkdir(parents=True, exist_ok=True)
         if link.is_symlink():
             link.unlink()
         if not link.exists():

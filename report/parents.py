@@ -23,6 +23,8 @@ INPUTS = {
     "generate": ("generation.teacher",),
     "evaluate": ("evaluation.models",),
     "summarize": ("evaluation.models",),
+    "map": ("map.evaluations",),
+    "world": ("world.own_pairs",),
 }
 WITH_MODEL = ("train", "cache", "generate")
 DEPTH = 12  # runs behind runs that are asked for a license

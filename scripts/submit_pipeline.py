@@ -56,6 +56,7 @@ def check_resources(resources: dict[str, Any], stages: list[Stage]) -> None:
         "generate",
         "evaluate",
         "summarize",
+        "map",
         "world",
         *dict.fromkeys(s.name for s in stages),
     ]

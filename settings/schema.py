@@ -22,10 +22,10 @@ from settings.sections import (
     LabelConfig,
     ResponderConfig,
     SelectConfig,
-    WorldConfig,
 )
 from settings.teacher_sections import AuditConfig, CacheConfig
 from settings.typed import Place, check_keys, check_name, one_of, require, typed
+from settings.world_sections import MapConfig, WorldConfig
 
 T = TypeVar("T")
 
@@ -255,6 +255,7 @@ class Settings:
     label: LabelConfig
     judge: JudgeConfig
     world: WorldConfig
+    map: MapConfig
     estimate: EstimateConfig
     inspect: InspectConfig
     hub: HubConfig
@@ -295,6 +296,7 @@ def settings_from(raw: dict[str, Any]) -> Settings:
         label=_typed(raw["label"], LabelConfig, "label."),
         judge=_typed(raw["judge"], JudgeConfig, "judge."),
         world=_typed(raw["world"], WorldConfig, "world."),
+        map=_typed(raw.get("map") or {}, MapConfig, "map."),
         estimate=_typed(raw["estimate"], EstimateConfig, "estimate."),
         inspect=_typed(raw.get("inspect") or {}, InspectConfig, "inspect."),
         hub=_typed(raw.get("hub") or {}, HubConfig, "hub."),

@@ -1,6 +1,7 @@
-"""The sections of single tasks: generation, rollout, evaluation, select, judge, label, estimate, world, inspect.
+"""The sections of single tasks: generation, rollout, evaluation, select, judge, label, estimate, inspect.
 
-Keys and comments stand in config/section/NAME.yaml; cache and audit are in teacher_sections.py.
+Keys and comments stand in config/section/NAME.yaml; cache and audit are in teacher_sections.py, world
+and map in world_sections.py.
 """
 
 import re
@@ -361,16 +362,6 @@ class HubConfig:
             name = getattr(self, key)
             fits = name is None or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
             require(bool(fits), f"hub.{key}={name!r} must be OWNER/NAME, letters, digits, '-', '_' and '.'")
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """The `world` section: which generated world task=world writes."""
-
-    name: str
-
-    def __post_init__(self) -> None:
-        one_of("world.name", self.name, ("shop", "arithmetic"))
 
 
 @dataclass(frozen=True)

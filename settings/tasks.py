@@ -147,6 +147,10 @@ TASKS = {
         ("evaluation",),
         needs=(("evaluation.models", "evaluation.models.seed_1=FOLDER, the folder of a task=evaluate run"),),
     ),
+    "map": Task(
+        ("map",),
+        needs=(("map.evaluations", "map.evaluations.CELL.seed_1=FOLDER, the folder of a task=evaluate run"),),
+    ),
     "world": Task(("world",), ("seed",)),
     "report": Task(
         (),

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs import losses_table, quickstart_table
+from docs import losses_table, map_table, quickstart_table
+from evaluation.cells import best_of
 from evaluation.intervals import seed_interval
 from launch import settings_of
 from pipeline.composing import merged
@@ -202,6 +203,27 @@ def test_the_quickstart_has_the_settings_that_the_sweep_chose_with_one_budget() 
         assert before + steps[name] == steps["dckd_long"]
     used = json.loads(quickstart_table.MEASURED.read_text(encoding="utf-8"))["seeds"]
     assert results["world_seed"] not in used
+
+
+def test_the_map_s_tables_and_every_difference_it_speaks_of_are_those_of_the_file_that_runs_wrote() -> None:
+    maps = json.loads(map_table.MEASURED.read_text(encoding="utf-8"))
+    page = map_table.PAGE.read_text(encoding="utf-8")
+    assert map_table.written(page, maps) == page, "run: python -m docs.map_table"
+    said = map_table.figures(page.split(map_table.BEGIN)[0] + page.split(map_table.END)[1])
+    assert said and said <= map_table.known_figures(maps)
+    used = {seed for name in ("quickstart", "quickstart_sweep") for seed in seeds_of(name)}
+    for one in maps:
+        assert len(one["seeds"]) >= 3 and not used & set(one["seeds"])
+        for cell in one["cells"]:
+            for found in cell["decoded"].values():
+                scores = {name: found["models"][name]["per_seed"] for name in one["methods"]}
+                assert found["best"] == best_of(scores)
+
+
+def seeds_of(name: str) -> list[int]:
+    """Return the world seeds of a measured file."""
+    measured = json.loads((ROOT / f"docs/measured/{name}.json").read_text(encoding="utf-8"))
+    return measured["seeds"] if "seeds" in measured else [measured["world_seed"]]
 
 
 def prose(text: str) -> str:

@@ -156,6 +156,11 @@ def check(prompt: str, response: str) -> float:
     return float(all(checks(prompt, response).values()))
 
 
+def share(prompt: str, response: str) -> float:
+    """Return the share of CHECKS that pass: what orders a pair."""
+    return sum(checks(prompt, response).values()) / len(CHECKS)
+
+
 # ---- data
 
 
@@ -255,11 +260,78 @@ def generate(seed: int) -> dict[str, list[dict[str, Any]]]:
     return {name: [make(fresh(), rng) for _ in range(count)] for name, count, make in FILES}
 
 
-def write(folder: Path, seed: int) -> None:
+# ---- knobs of the training data
+
+FLIP_BLOCK = 50  # rows among which the share of flipped pairs is exact
+
+
+class Knobs(NamedTuple):
+    """What of the training pairs differs from the world as it is."""
+
+    pairs: int = PAIRS_TRAIN  # the first so many
+    flipped: float = 0.0  # share of them whose worse reply is called chosen
+    extra_prompts: int | None = None  # prompts_train.jsonl: the pairs' prompts and so many more; None: no such file
+    own_pairs: list[dict[str, Any]] | None = None  # pairs of task=label in the place of the demonstrations'
+
+
+def is_flipped(seed: int, count: int, flipped: float) -> list[bool]:
+    """Tell which of `count` rows are flipped: a fixed random subset.
+
+    A row's place in it depends on the seed alone: fewer pairs are a prefix, and a higher share flips more rows, none
+    fewer. In every block of FLIP_BLOCK rows the share is exact.
+    """
+    rng, found = random.Random(f"worlds.shop flips {seed}"), list[bool]()
+    while len(found) < count:
+        places = rng.sample(range(FLIP_BLOCK), FLIP_BLOCK)
+        found += [place < round(flipped * FLIP_BLOCK) for place in places]
+    return found[:count]
+
+
+def turned(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a pair the wrong way round."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    return {re.sub("^(chosen|rejected)", lambda side: other[side[0]], key): value for key, value in row.items()}
+
+
+def turned_knobs(files: dict[str, list[dict[str, Any]]], seed: int, knobs: Knobs) -> dict[str, list[dict[str, Any]]]:
+    """Return the files of `generate` with other training pairs; ValueError where there are not so many."""
+    given = files["pairs_train.jsonl"] if knobs.own_pairs is None else knobs.own_pairs
+    if knobs.pairs > len(given):
+        raise ValueError(
+            f"world.pairs={knobs.pairs}: there are {len(given)} pairs. Ask for at most so many, or sample more"
+        )
+    pairs = given[: knobs.pairs]
+    flips = is_flipped(seed, len(pairs), knobs.flipped)
+    result = {**files, "pairs_train.jsonl": [turned(row) if on else row for row, on in zip(pairs, flips, strict=True)]}
+    if knobs.extra_prompts is not None:
+        prompts = [(row.get("prompt") or row["chosen"])[0]["content"] for row in pairs]
+        result["prompts_train.jsonl"] = [
+            {"messages": [{"role": "user", "content": prompt}]}
+            for prompt in [*prompts, *_more_prompts(files, seed, knobs.extra_prompts)]
+        ]
+    return result
+
+
+def _more_prompts(files: dict[str, list[dict[str, Any]]], seed: int, count: int) -> list[str]:
+    """Draw prompts that stand in no file; of fewer the same ones come first."""
+    rng, found = random.Random(f"worlds.shop extra prompts {seed}"), list[str]()
+    seen = {(row.get("messages") or row["chosen"])[0]["content"] for rows in files.values() for row in rows}
+    while len(found) < count:
+        prompt = prompt_text(draw_order(rng))
+        if prompt not in seen:
+            seen.add(prompt)
+            found.append(prompt)
+    return found
+
+
+AS_IT_IS = Knobs()
+
+
+def write(folder: Path, seed: int, knobs: Knobs = AS_IT_IS) -> None:
     """Write sft_{train,test}, pairs_{train,test} and prompts_test as .jsonl files, each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in generate(seed).items():
+    for name, rows in turned_knobs(generate(seed), seed, knobs).items():
         partial = folder / f"{name}.tmp"
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(partial, folder / name)
