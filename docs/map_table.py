@@ -1,4 +1,4 @@
-"""The tables of docs/map.md, from docs/measured/map.json.
+"""The tables of docs/map_results.md, from docs/measured/map.json.
 
 `python -m docs.map_table outputs/map/results.json outputs/map_own/results.json` keeps what runs of pipeline=map wrote
 in that file and writes the tables; without a path it writes the tables alone.
@@ -7,6 +7,7 @@ in that file and writes the tables; without a path it writes the tables alone.
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from report.map_page import difference, table
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "measured" / "map.json"
-PAGE = ROOT / "docs" / "map.md"
+PAGE = ROOT / "docs" / "map_results.md"
 BEGIN, END = "<!-- map-table: written by python -m docs.map_table -->", "<!-- /map-table -->"
 FIGURE = re.compile(r"[+−-]\d\.\d{3} \[[+−-]\d\.\d{3}, [+−-]\d\.\d{3}\]")
 
 
 def tables(maps: list[dict[str, Any]]) -> str:
-    """Return the tables of every map."""
-    return "\n".join(table(one) for one in maps).strip()
+    """Return the tables of every map, sentences in lines of a page's width."""
+    lines = "\n".join(table(one) for one in maps).strip().splitlines()
+    return "\n".join(line if line.startswith("|") else textwrap.fill(line, 120) for line in lines)
 
 
 def written(text: str, maps: list[dict[str, Any]]) -> str:

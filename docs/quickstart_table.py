@@ -1,7 +1,8 @@
-"""The tables of the quickstart in README.md and docs/results.md, from docs/measured/quickstart.json.
+"""The tables of the quickstart in README.md and docs/results.md, from docs/measured/quickstart*.json.
 
 `python -m docs.quickstart_table outputs/quickstart/results.json` keeps the figures of a run of pipeline=quickstart in
-that file and writes both tables; without a path it writes the tables alone.
+quickstart.json and writes the tables; without a path it writes the tables alone. A second path is that of a run of
+task=summarize over evaluations with evaluation.match_entropy, kept in quickstart_matched.json.
 """
 
 import json
@@ -11,7 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "measured" / "quickstart.json"
+MATCHED = ROOT / "docs" / "measured" / "quickstart_matched.json"
 BEGIN, END = "<!-- quickstart-table: written by python -m docs.quickstart_table -->", "<!-- /quickstart-table -->"
+BEGIN_MATCHED, END_MATCHED = "<!-- matched-table: written by python -m docs.quickstart_table -->", "<!-- /matched-table -->"
 SHORT = (
     "teacher_dpo",
     "student_sft",
@@ -79,26 +82,52 @@ def full_table(measured: dict[str, Any]) -> str:
     return f"{_markdown(rows)}\n\n{_markdown(compared)}"
 
 
-def written(text: str, table: str) -> str:
+def kept_matched(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what the table at matched entropy is made of; every model must have a temperature in every seed."""
+    first = next(iter(results["models"].values()))["matched"]
+    models = {name: {field: row["matched"][field] for field in KEPT} for name, row in results["models"].items()}
+    return {
+        "seeds": first["seeds"],
+        "prompts": first["n"],
+        "models": models,
+        "comparisons": results["matched_comparisons"],
+    }
+
+
+def matched_table(measured: dict[str, Any]) -> str:
+    """Return the scores at matched entropy, and the differences, with intervals over seeds."""
+    rows = [["model", "success", "over seeds"]]
+    rows += [[n, f"{m['score']:.3f}", _span(m["ci95_over_seeds"])] for n, m in measured["models"].items()]
+    compared = [["difference", "success", "over seeds"]]
+    for pair in measured["comparisons"]:
+        span = _span(pair["ci95_over_seeds"], "+.3f")
+        compared.append([f"{pair['first']} − {pair['second']}", f"{pair['difference']:+.3f}", span])
+    return f"{_markdown(rows)}\n\n{_markdown(compared)}"
+
+
+def written(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """Return a page with the table between its marks."""
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
-def between(text: str) -> str:
+def between(text: str, begin: str = BEGIN, end: str = END) -> str:
     """Return what stands between the marks."""
-    return text.split(BEGIN)[1].split(END)[0].strip()
+    return text.split(begin)[1].split(end)[0].strip()
 
 
 def main(arguments: list[str]) -> None:
     """Keep a run's figures, where one is named, and write the tables."""
-    if arguments:
-        results = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-        MEASURED.write_text(json.dumps(kept(results), indent=1) + "\n", encoding="utf-8")
-    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    for path, file, keep in zip(arguments, (MEASURED, MATCHED), (kept, kept_matched), strict=False):
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        file.write_text(json.dumps(keep(results), indent=1) + "\n", encoding="utf-8")
+    measured, matched = (json.loads(file.read_text(encoding="utf-8")) for file in (MEASURED, MATCHED))
     for name, make in (("README.md", short_table), ("docs/results.md", full_table)):
         page = ROOT / name
         page.write_text(written(page.read_text(encoding="utf-8"), make(measured)), encoding="utf-8")
+    page = ROOT / "docs/results.md"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(written(text, matched_table(matched), BEGIN_MATCHED, END_MATCHED), encoding="utf-8")
 
 
 if __name__ == "__main__":

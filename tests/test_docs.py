@@ -173,6 +173,10 @@ def test_the_tables_of_the_quickstart_are_those_of_the_file_that_a_run_wrote() -
     assert quickstart_table.between(README) == quickstart_table.short_table(measured)
     assert quickstart_table.between(page) == quickstart_table.full_table(measured)
     assert quickstart_table.full_table(measured) in log
+    matched = json.loads(quickstart_table.MATCHED.read_text(encoding="utf-8"))
+    marks = quickstart_table.BEGIN_MATCHED, quickstart_table.END_MATCHED
+    assert quickstart_table.between(page, *marks) == quickstart_table.matched_table(matched)
+    assert matched["seeds"] == measured["seeds"] and set(matched["models"]) < set(measured["models"])
     stages = yaml.safe_load((ROOT / "config/pipeline/quickstart.yaml").read_text(encoding="utf-8"))["stages"]
     assert list(measured["models"]) == list(stages["evaluate"]["set"]["evaluation"]["models"])
     for parts in measured["models"].values():
@@ -209,7 +213,7 @@ def test_the_map_s_tables_and_every_difference_it_speaks_of_are_those_of_the_fil
     maps = json.loads(map_table.MEASURED.read_text(encoding="utf-8"))
     page = map_table.PAGE.read_text(encoding="utf-8")
     assert map_table.written(page, maps) == page, "run: python -m docs.map_table"
-    said = map_table.figures(page.split(map_table.BEGIN)[0] + page.split(map_table.END)[1])
+    said = map_table.figures((ROOT / "docs/map.md").read_text(encoding="utf-8"))
     assert said and said <= map_table.known_figures(maps)
     used = {seed for name in ("quickstart", "quickstart_sweep") for seed in seeds_of(name)}
     for one in maps:
