@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "measured" / "quickstart.json"
 MATCHED = ROOT / "docs" / "measured" / "quickstart_matched.json"
 BEGIN, END = "<!-- quickstart-table: written by python -m docs.quickstart_table -->", "<!-- /quickstart-table -->"
-BEGIN_MATCHED, END_MATCHED = "<!-- matched-table: written by python -m docs.quickstart_table -->", "<!-- /matched-table -->"
+BEGIN_MATCHED = "<!-- matched-table: written by python -m docs.quickstart_table -->"
+END_MATCHED = "<!-- /matched-table -->"
 SHORT = (
     "teacher_dpo",
     "student_sft",
