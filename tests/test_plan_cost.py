@@ -59,7 +59,7 @@ def test_a_dry_run_plans_once_and_loads_no_model_code(student: list[str], tmp_pa
     found, printed = observed("pipeline=adpa_plus", "pipeline.teacher=tiny", *student, *own, "dry_run=true")
     assert found["modules"] == []
     stages = printed.count("  run\n")
-    assert stages == 9 and found["calls"]["build_plan"] == 1 and found["calls"]["_stage"] == stages
+    assert stages == 9 and found["calls"]["build_plan"] == 1 and found["calls"]["stage"] == stages
     assert found["calls"]["composed"] == stages
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| teacher_dpo")]
     assert rows and rows[0][4] != "-", "the tokens of data that is here are said"
