@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from evaluation.lineage import inputs_of, run_of
+from evaluation.lineage import runs_behind
 from evaluation.records import Evaluated
 from settings.artifacts import read_json, read_jsonl
 
@@ -30,15 +28,10 @@ class Cost(NamedTuple):
 
 def cost_of(folder: str) -> Cost | None:
     """Return what a model cost; None where it is in no run's folder."""
-    todo, seen = [run_of(folder)], set()
     hours: dict[str, float] = {}
-    trained = sampled = checked = unknown = 0
-    while todo:
-        run = todo.pop()
-        if run is None or run in seen:
-            continue
-        seen.add(run)
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+    runs = trained = sampled = checked = unknown = 0
+    for run, config in runs_behind(folder):
+        runs += 1
         found, task = read_json(run / "resources.json"), config.get("task", "train")
         if found:
             kind = str(found["device"])
@@ -48,8 +41,7 @@ def cost_of(folder: str) -> Cost | None:
             unknown += task in ("train", "generate")
         sampled += int(read_json(run / "summary.json").get("tokens", 0)) if task == "generate" else 0
         checked += int(read_json(run / "LABEL" / "summary.json").get("scored", 0)) if task == "label" else 0
-        todo += [run_of(path) for path in inputs_of(config)]
-    return Cost(hours, trained, sampled, checked, len(seen), unknown) if seen else None
+    return Cost(hours, trained, sampled, checked, runs, unknown) if runs else None
 
 
 def hours_text(hours: Mapping[str, float]) -> str:

@@ -6,6 +6,7 @@ teacher was trained on do not count.
 """
 
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,32 @@ def inputs_of(config: dict[str, Any]) -> list[Any]:
     return [(config.get(section) or {}).get(key) for section, key in sections.items()] + data
 
 
-def generated_tokens(folder: str) -> int | None:
-    """Return the tokens sampled for a model's training; None where there are none, or nobody knows."""
-    todo, seen, total = [run_of(folder)], set(), 0
+def runs_behind(folder: str, ends: Collection[str] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the run that wrote a model and those it came from, each once, with their stored configs.
+
+    ends: tasks behind which nobody looks.
+    """
+    todo: list[Path | None] = [run_of(folder)]
+    seen: set[Path] = set()
     while todo:
         run = todo.pop()
         if run is None or run in seen:
             continue
         seen.add(run)
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+        yield run, config
+        if config.get("task") not in ends:
+            todo += [run_of(path) for path in inputs_of(config)]
+
+
+def generated_tokens(folder: str) -> int | None:
+    """Return the tokens sampled for a model's training; None where there are none, or nobody knows."""
+    total = 0
+    for run, config in runs_behind(folder, ends=("generate",)):
         if config.get("task") == "generate":
             total += _number(run / "summary.json", "tokens")
-            continue
-        if (run / "metrics.jsonl").is_file():
+        elif (run / "metrics.jsonl").is_file():
             total += max((int(row.get(GENERATED, 0)) for row in read_jsonl(run / "metrics.jsonl")), default=0)
-        todo += [run_of(path) for path in inputs_of(config)]
     return total or None
 
 

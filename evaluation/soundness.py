@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from conversations import Conversation, find_format, key_of, to_conversation
-from evaluation.lineage import inputs_of, run_of
+from evaluation.lineage import runs_behind
 from evaluation.metrics import at
 from settings.artifacts import read_jsonl
 
@@ -26,17 +24,11 @@ class Overlap(NamedTuple):
 
 def training_files(folder: str) -> list[Path]:
     """Return the rows on this machine that a model, and the models that it came from, were trained on."""
-    todo, seen, files = [run_of(folder)], set(), []
-    while todo:
-        run = todo.pop()
-        if run is None or run in seen:
-            continue
-        seen.add(run)
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
+    files = []
+    for _, config in runs_behind(folder):
         for source in (config.get("datasets") or {}).values():
             path = Path(str((source or {}).get("train") or "")).expanduser()
             files += [path] if path.is_file() and path.suffix == ".jsonl" else []
-        todo += [run_of(path) for path in inputs_of(config)]
     return list(dict.fromkeys(files))
 
 
