@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from evaluation.markdown import markdown, span
+
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "docs" / "measured" / "quickstart.json"
 MATCHED = ROOT / "docs" / "measured" / "quickstart_matched.json"
@@ -45,22 +47,13 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
     return {"seeds": first["seeds"], "prompts": first["n"], "models": models, "comparisons": comparisons}
 
 
-def _span(interval: list[float] | None, digits: str = ".3f") -> str:
-    return f"[{interval[0]:{digits}}, {interval[1]:{digits}}]" if interval else "-"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def short_table(measured: dict[str, Any]) -> str:
     """Return the README's table: success with its interval over seeds at temperature 1 and 0.3, and greedily."""
     rows = [["model", "temperature 1", "0.3", "greedy"]]
     for name in SHORT:
         parts = measured["models"][name]
-        rows.append([name, *(f"{part['score']:.3f} {_span(part['ci95_over_seeds'])}" for part in parts.values())])
-    return _markdown(rows)
+        rows.append([name, *(f"{part['score']:.3f} {span(part['ci95_over_seeds'])}" for part in parts.values())])
+    return markdown(rows).strip()
 
 
 def full_table(measured: dict[str, Any]) -> str:
@@ -72,15 +65,15 @@ def full_table(measured: dict[str, Any]) -> str:
     for name, parts in measured["models"].items():
         cells = [name, *(f"{parts['1']['per_seed'][str(seed)]:.3f}" for seed in seeds)]
         for part in parts.values():
-            cells += [f"{part['score']:.3f}", _span(part["ci95"]), _span(part["ci95_over_seeds"])]
+            cells += [f"{part['score']:.3f}", span(part["ci95"]), span(part["ci95_over_seeds"])]
         rows.append(cells)
     compared = [["difference", "temperature 1", "over seeds", "0.3", "over seeds", "greedy", "over seeds"]]
     for number, pair in enumerate(measured["comparisons"]["1"]):
         cells = [f"{pair['first']} − {pair['second']}"]
         for found in measured["comparisons"].values():
-            cells += [f"{found[number]['difference']:+.3f}", _span(found[number]["ci95_over_seeds"], "+.3f")]
+            cells += [f"{found[number]['difference']:+.3f}", span(found[number]["ci95_over_seeds"], "+.3f")]
         compared.append(cells)
-    return f"{_markdown(rows)}\n\n{_markdown(compared)}"
+    return f"{markdown(rows)}\n{markdown(compared)}".strip()
 
 
 def kept_matched(results: dict[str, Any]) -> dict[str, Any]:
@@ -98,12 +91,12 @@ def kept_matched(results: dict[str, Any]) -> dict[str, Any]:
 def matched_table(measured: dict[str, Any]) -> str:
     """Return the scores at matched entropy, and the differences, with intervals over seeds."""
     rows = [["model", "success", "over seeds"]]
-    rows += [[n, f"{m['score']:.3f}", _span(m["ci95_over_seeds"])] for n, m in measured["models"].items()]
+    rows += [[n, f"{m['score']:.3f}", span(m["ci95_over_seeds"])] for n, m in measured["models"].items()]
     compared = [["difference", "success", "over seeds"]]
     for pair in measured["comparisons"]:
-        span = _span(pair["ci95_over_seeds"], "+.3f")
-        compared.append([f"{pair['first']} − {pair['second']}", f"{pair['difference']:+.3f}", span])
-    return f"{_markdown(rows)}\n\n{_markdown(compared)}"
+        over_seeds = span(pair["ci95_over_seeds"], "+.3f")
+        compared.append([f"{pair['first']} − {pair['second']}", f"{pair['difference']:+.3f}", over_seeds])
+    return f"{markdown(rows)}\n{markdown(compared)}".strip()
 
 
 def written(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:

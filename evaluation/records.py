@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from conversations import Conversation, Message
-from evaluation.matched import Matched
-from evaluation.turns import messages_before_last
+from dataloader import Example
+from evaluation.matched import Matched, mean_entropy
+from evaluation.turns import Answered, body_text, dialog, later_turns, messages_before_last
+from rewards.verifiers import Verifier, scored
 
 Exchange = tuple[list[Message], str, bool]  # the messages before a response, the response, whether it ended
 
@@ -65,3 +67,19 @@ class Evaluated(NamedTuple):
 def main_temperature(temperatures: Sequence[float]) -> float | None:
     """Return the temperature of the top-level score: 1 where it was asked for, else the first; None without any."""
     return 1.0 if 1.0 in temperatures else next(iter(temperatures), None)
+
+
+def verified(
+    samples: list[list[Answered]], tokenizer: Any, prompts: Sequence[Example], verifier: Verifier | None, greedy: bool
+) -> Responses:
+    """Decode the answers, without their end-of-turn tokens, and score them beside their prompts."""
+    turns = [[body_text(tokenizer, answer) for answer in answers] for answers in samples]
+    texts = [dialog(later_turns(row.conversation), said) for row, said in zip(prompts, turns, strict=True)]
+    scores = []
+    if verifier is not None:
+        scores = [scored(verifier, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
+    lengths = [sum(len(ids) for ids, _, _ in answers) for answers in samples]
+    ended = [all(reason == "stop" for _, reason, _ in answers) for answers in samples]
+    entropy = None if greedy else mean_entropy([answer for answers in samples for answer in answers])
+    several = any(len(said) > 1 for said in turns)
+    return Responses(texts, lengths, ended, scores, entropy, turns if several else [])

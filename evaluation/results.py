@@ -10,6 +10,7 @@ from evaluation.comparisons import best_model, compare_all
 from evaluation.intervals import score_interval
 from evaluation.lineage import generated_tokens
 from evaluation.majority import majority_metrics
+from evaluation.markdown import markdown
 from evaluation.matched import MATCHED, matched_entry
 from evaluation.metrics import DIGITS, METRICS, Metric, at, is_number, present
 from evaluation.records import Evaluated, Responses, main_temperature
@@ -226,12 +227,6 @@ def samples_cells(models: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
                 how = words.format(at(row, f"{prefix}temperature"))
                 rows.append([name, how, *(written(row, metric, prefix) for metric in metrics)])
     return rows
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as a Markdown table, the heads first; empty for none."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]] if rows else []
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _at(row: Mapping[str, Any], temperature: float) -> Mapping[str, Any]:

@@ -61,10 +61,10 @@ def changes_of(results: Mapping[str, Any], name: str) -> list[Change]:
 
 def won(entry: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return (wins over | loses to | is level with, by whom) of a model; None where nobody judged it."""
-    judged, key = entry.get("judged") or entry.get("against"), "win_rate_ci95"
+    judged = entry.get("judged") or entry.get("against")
     if not judged:
         return None
-    low, high = judged[key]
+    low, high = judged["win_rate_ci95"]
     kind = "wins over" if low > 0.5 else "loses to" if high < 0.5 else "is level with"
     return kind, f"{judged['by']}, {judged['win_rate']:.3f} [{low:.3f}, {high:.3f}]"
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import product
 from typing import Any, NamedTuple
 
-from pipeline.recipes import PLACEHOLDER, RESERVED, PipelineConfig, Recipe, known_inputs_of, recipes_of
+from pipeline.recipes import PLACEHOLDER, RESERVED, PipelineConfig, Recipe, known_inputs_of, recipes_of, with_texts
 from settings.schema import require, typed
 from settings.typed import nearest
 
@@ -69,16 +69,14 @@ def cells_of(section: dict[str, Any]) -> list[Cell]:
 
 def turned(value: Any, knobs: dict[str, Any]) -> Any:
     """Return a value with those of the knobs in the place of their names; a knob alone keeps its type."""
-    if isinstance(value, dict):
-        return {key: turned(entry, knobs) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [turned(entry, knobs) for entry in value]
-    if not isinstance(value, str):
-        return value
-    alone = PLACEHOLDER.fullmatch(value)
-    if alone and alone[1] in knobs:
-        return knobs[alone[1]]
-    return PLACEHOLDER.sub(lambda found: str(knobs[found[1]]) if found[1] in knobs else found[0], value)
+
+    def changed(text: str) -> Any:
+        alone = PLACEHOLDER.fullmatch(text)
+        if alone and alone[1] in knobs:
+            return knobs[alone[1]]
+        return PLACEHOLDER.sub(lambda found: str(knobs[found[1]]) if found[1] in knobs else found[0], text)
+
+    return with_texts(value, changed)
 
 
 def cell_pipeline(section: dict[str, Any], cell: Cell) -> PipelineConfig:

@@ -4,7 +4,7 @@ A recipe becomes a stage for each seed in plan.py.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,6 +73,15 @@ def flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def with_texts(value: Any, change: Callable[[str], Any]) -> Any:
+    """Return a nested value with every text changed."""
+    if isinstance(value, dict):
+        return {key: with_texts(entry, change) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [with_texts(entry, change) for entry in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def mentioned(value: Any) -> list[str]:

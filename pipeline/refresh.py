@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.composing import merged
-from pipeline.recipes import PLACEHOLDER, Recipe, inputs_of
+from pipeline.recipes import PLACEHOLDER, Recipe, inputs_of, with_texts
 from settings.typed import nearest
 
 MAX_ROUNDS = 1000  # more is a slip of the keyboard: every round is a folder with a model
@@ -129,10 +129,7 @@ def renamed(recipe: Recipe, names: dict[str, str]) -> Recipe:
 
 
 def _replaced(value: Any, names: dict[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _replaced(entry, names) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_replaced(entry, names) for entry in value]
-    if not isinstance(value, str):
-        return value
-    return PLACEHOLDER.sub(lambda match: f"{{{names.get(match[1], match[1])}}}", value)
+    def changed(text: str) -> str:
+        return PLACEHOLDER.sub(lambda match: f"{{{names.get(match[1], match[1])}}}", text)
+
+    return with_texts(value, changed)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from evaluation.markdown import markdown, span
 from report.markup import number, section, text
 from report.page import page
 from report.tables import html_table
@@ -12,11 +13,6 @@ RULE = (
     "A best method is marked ▲ only where its difference to the second one, paired by seed, is above 0 with its whole "
     "95 % interval over seeds. Without the mark the two cannot be told apart by these seeds."
 )
-
-
-def span(interval: Sequence[float] | None, digits: str = ".3f") -> str:
-    """Write an interval; a dash for none."""
-    return f"[{interval[0]:{digits}}, {interval[1]:{digits}}]" if interval else "–"
 
 
 def turned(cell: Mapping[str, Any], results: Mapping[str, Any], without: Sequence[str | None] = ()) -> str:
@@ -46,12 +42,6 @@ def verdict(results: Mapping[str, Any]) -> str:
 
 
 # ---- Markdown
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as a Markdown table, the heads first."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def scores_rows(results: Mapping[str, Any], decoding: str) -> list[list[str]]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from evaluation.harness import metrics_of
 from evaluation.judgments import judgments_in
+from evaluation.standing import TWO_SIDED
 from settings.artifacts import read_json
 
-ERRORS = 1.96  # standard errors of a 95 % interval
 WORDS = {"arena": "Arena-Hard", "pair": "MT-bench, pairs", "score": "MT-bench, 1 to 10"}
 
 
@@ -26,7 +26,7 @@ def of_alpaca_eval(file: Path) -> dict[str, list[dict[str, Any]]]:
     said = read_json(file)
     found: dict[str, list[dict[str, Any]]] = {}
     for model, row in said.get("models", {}).items():
-        value, half = row["win_rate"] / 100, ERRORS * row["standard_error"] / 100
+        value, half = row["win_rate"] / 100, TWO_SIDED * row["standard_error"] / 100
         ends = [max(0.0, value - half), min(1.0, value + half)]
         over = f"over {said['opponent']}"
         found[model] = [{"label": f"AlpacaEval {over}", "value": value, "ci95": ends, "n": row["n_total"]}]

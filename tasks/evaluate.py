@@ -30,14 +30,14 @@ from evaluation.latency import check_latency, latency_rows
 from evaluation.majority import majority_scores, majority_temperature, vote_settings
 from evaluation.matched import Matched, matched_temperature, mean_entropy, split_off
 from evaluation.pieces import Ledger, Piece, key_of
-from evaluation.records import Evaluated, Responses, main_temperature
+from evaluation.records import Evaluated, Responses, main_temperature, verified
 from evaluation.results import results_of, table, verdicts_of
-from evaluation.turns import Answered, body_text, dialog, in_turns, later_turns
+from evaluation.turns import Answered, in_turns, later_turns
 from functional import row_sums, token_logps
 from generation.hf import sample_watched
 from generation.interface import length_batches
 from report.evaluation_page import check_advantages, write_results
-from rewards.verifiers import Verifier, prompt_text, resolve_verifier, scored, vote_of
+from rewards.verifiers import Verifier, prompt_text, resolve_verifier, vote_of
 from settings.parts import Parts
 from settings.schema import EvaluationConfig, GenerationConfig, Settings
 
@@ -143,22 +143,6 @@ def answer(asked: "Asked", rows: Sequence[Example], temperature: float, seed: in
     conversations = [row.conversation for row in rows]
     longest = asked.settings.model.max_prompt_length
     return in_turns(sample, tokenizer, [row.prompt for row in rows], conversations, longest)
-
-
-def verified(
-    samples: list[list[Answered]], tokenizer: Any, prompts: list[Example], verifier: Verifier | None, greedy: bool
-) -> Responses:
-    """Decode the answers, without their end-of-turn tokens, and score them beside their prompts."""
-    turns = [[body_text(tokenizer, answer) for answer in answers] for answers in samples]
-    texts = [dialog(later_turns(row.conversation), said) for row, said in zip(prompts, turns, strict=True)]
-    scores = []
-    if verifier is not None:
-        scores = [scored(verifier, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
-    lengths = [sum(len(ids) for ids, _, _ in answers) for answers in samples]
-    ended = [all(reason == "stop" for _, reason, _ in answers) for answers in samples]
-    entropy = None if greedy else mean_entropy([answer for answers in samples for answer in answers])
-    several = any(len(said) > 1 for said in turns)
-    return Responses(texts, lengths, ended, scores, entropy, turns if several else [])
 
 
 def pair_batches(num_pairs: int, batch_size: int) -> list[range]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.intervals import paired_difference, score_interval, seed_interval
+from evaluation.markdown import markdown, span
 from evaluation.matched import MATCHED
 from evaluation.metrics import DIGITS, METRICS, PASSES, at, interval_over_seeds, is_number, present, put
 from report.gather import Evaluation, advantages_of, curves_of, read_evaluation, samples_of
@@ -136,16 +137,6 @@ def scored_in_all(evaluations: list[Evaluation], key: str) -> list[str]:
 # ---- tables
 
 
-def _span(interval: list[float] | None, digits: str = ".3f") -> str:
-    return f"[{interval[0]:{digits}}, {interval[1]:{digits}}]" if interval else "-"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    """Return rows as a Markdown table; the first is its head."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def table(results: dict[str, Any]) -> str:
     """Return the results as Markdown: the scores, the differences, then every other metric."""
     return scores_table(results) + differences_text(results) + metrics_table(results["models"])
@@ -164,10 +155,10 @@ def scores_table(results: dict[str, Any]) -> str:
     for name, row in results["models"].items():
         cells = [name, *([f"{score:.3f}" for score in row["per_seed"].values()] if several else [])]
         for part in (row, *(row[OTHERS][key] for key in others), *(row.get(name) for name in extra)):
-            cells += [f"{part['score']:.3f}", _span(part["ci95"])] if part else ["-", "-"]
-            cells += [_span(part and part["ci95_over_seeds"])] if several else []
+            cells += [f"{part['score']:.3f}", span(part["ci95"])] if part else ["-", "-"]
+            cells += [span(part and part["ci95_over_seeds"])] if several else []
         rows.append(cells)
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def differences_text(results: dict[str, Any]) -> str:
@@ -180,9 +171,9 @@ def differences_text(results: dict[str, Any]) -> str:
         if rows:
             text += f"\nDifferences on the same prompts, {title}:\n\n"
         for row in rows:
-            seeds = f", over seeds {_span(row['ci95_over_seeds'], '+.3f')}" if row["ci95_over_seeds"] else ""
+            seeds = f", over seeds {span(row['ci95_over_seeds'], '+.3f')}" if row["ci95_over_seeds"] else ""
             pair = f"{row['first']} - {row['second']}: {row['difference']:+.3f}"
-            text += f"- {pair}, 95 % {_span(row['ci95'], '+.3f')}{seeds}\n"
+            text += f"- {pair}, 95 % {span(row['ci95'], '+.3f')}{seeds}\n"
     return text
 
 
@@ -197,10 +188,10 @@ def metrics_table(models: dict[str, dict[str, Any]]) -> str:
         for metric in metrics:
             value, digits = at(entry, metric.key), f".{DIGITS[metric.unit]}f"
             ends = entry["over_seeds"].get(metric.key)
-            cells.append("-" if value is None else f"{value:{digits}}" + (f" {_span(ends, digits)}" if ends else ""))
+            cells.append("-" if value is None else f"{value:{digits}}" + (f" {span(ends, digits)}" if ends else ""))
         rows.append(cells)
     several = any(entry["over_seeds"] for entry in models.values())
-    return f"\nOther metrics{', mean [95 % over seeds]' if several else ''}:\n\n{_markdown(rows)}"
+    return f"\nOther metrics{', mean [95 % over seeds]' if several else ''}:\n\n{markdown(rows)}"
 
 
 # ---- the report
