@@ -24,6 +24,7 @@ WORDS = {
     "time_ratio": "slower",
     "processor_ratio": "slower",
     "floor_ratio": "slower",
+    "processor_floor_ratio": "slower",
     "speed_of_forward": "slower",
     "processor_of_forward": "slower",
     "memory_ratio": "larger",
@@ -33,6 +34,13 @@ WORDS = {
     "useful_share": "more padding",
     "time_slope": "grows faster",
     "memory_slope": "grows faster",
+}
+# What says the same of a CPU by processor seconds, which others on the machine hardly move: where both are there, the
+# clock's is not checked.
+BY_PROCESSOR = {
+    "time_ratio": "processor_ratio",
+    "floor_ratio": "processor_floor_ratio",
+    "speed_of_forward": "processor_of_forward",
 }
 # How far a figure may be off, relative, until it counts: measured ratios of works taking turns on a busy machine moved
 # by a tenth; what is counted and not timed hardly moves.
@@ -85,6 +93,16 @@ def committed(figures: Mapping[str, Figure], slack: float = 1.0) -> dict[str, di
             tolerance = TOLERANCES[word] * (slack if word == "slower" else 1.0)
             kept[name] = {"value": round(one.value, 4), "tolerance": tolerance, "worse": one.worse}
     return kept
+
+
+def checkable(figures: Mapping[str, Figure], device: str) -> dict[str, Figure]:
+    """Return the figures to check: on a CPU without those by the clock that another has by processor seconds."""
+
+    def twin(name: str) -> str:
+        work, _, kind = name.rpartition(".")
+        return f"{work}.{BY_PROCESSOR.get(kind, '')}"
+
+    return {name: one for name, one in figures.items() if device != "cpu" or twin(name) not in figures}
 
 
 def complaints(figures: Mapping[str, Figure], baseline: Mapping[str, Mapping[str, Any]]) -> list[str]:

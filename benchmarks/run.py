@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import growth, works
-from benchmarks.figures import Figure, committed, complaints, figure, met, ratios, shown, table, unlike
+from benchmarks.figures import Figure, checkable, committed, complaints, figure, met, ratios, shown, table, unlike
 from benchmarks.made_up_rows import write_mix
 from benchmarks.turns import Message, Worker
 from benchmarks.works import Setup
@@ -109,11 +109,16 @@ def own_figures(name: str, start: Message, answers: dict[str, list[Message]]) ->
     ours, rates = answers[name], [float(found["flops"]) for found in answers["matmul"]]
     flops, least = floor_flops(start), floor_bytes(start) / GIB
     floors = [flops / rate for rate in rates]
+    by_processor = [
+        flops / (rate * found["seconds"] / found["processor_seconds"])
+        for rate, found in zip(rates, answers["matmul"], strict=True)
+    ]
     shares = [start["tokens"]["needed"] / found["computed"] for found in ours]
     return {
         f"{name}.seconds": figure(seconds(ours), "s"),
         f"{name}.floor_seconds": figure(floors, "s"),
         f"{name}.floor_ratio": ratios(seconds(ours), floors),
+        f"{name}.processor_floor_ratio": ratios(processor_seconds(ours), by_processor),
         f"{name}.peak": figure([peak(ours)], "GiB"),
         f"{name}.floor_peak": figure([least], "GiB"),
         f"{name}.peak_to_weights": figure([peak(ours) / least], "", "higher"),
@@ -294,8 +299,9 @@ def checked(setup: Setup, figures: Figures, path: Path) -> int:
     differences = unlike(setup.conditions, baseline["conditions"])
     if differences:
         raise SystemExit(f"error: --check: {path.name} was measured under other conditions: {'; '.join(differences)}")
-    compared = [name for name in figures if name in baseline["figures"]]
-    worse = complaints(figures, baseline["figures"])
+    kept = checkable(figures, setup.device)
+    compared = [name for name in kept if name in baseline["figures"]]
+    worse = complaints(kept, baseline["figures"])
     print(f"\ncheck against {path.name}: {len(compared)} figures compared, {len(worse)} worse")
     for line in worse:
         print(line)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures, run
-from benchmarks.figures import Figure, committed, complaints, entropy_bytes, met, ratios, slope, unlike
+from benchmarks.figures import Figure, checkable, committed, complaints, entropy_bytes, met, ratios, slope, unlike
 from benchmarks.ours import tokens_of
 from benchmarks.turns import Worker
 from benchmarks.works import Setup, train_overrides
@@ -53,6 +53,19 @@ def test_the_check_is_silent_about_noise_about_gains_and_about_figures_that_nobo
     }
     assert complaints(now, committed(FIGURES)) == []
     assert "sft.seconds" not in committed(FIGURES)  # of one machine: the ratio is what is compared
+
+
+def test_a_busy_machine_is_no_slower_program() -> None:
+    """Seen: a step of 0.26 s took 1.33 s beside other work, and the same processor seconds."""
+    committed_ = committed(FIGURES | {"sft.processor_ratio": Figure(0.7, 0.7, 0.7, "", "higher")})
+    now = FIGURES | {"sft.time_ratio": Figure(2.4, 0.7, 4.1, "", "higher")}
+    now["sft.processor_ratio"] = Figure(0.72, 0.7, 1.2, "", "higher")
+    assert complaints(checkable(now, "cpu"), committed_) == []
+    assert len(complaints(checkable(now, "cuda"), committed_)) == 1, "a GPU's seconds are the clock's"
+    now["sft.processor_ratio"] = Figure(1.4, 1.4, 1.4, "", "higher")
+    assert [line.split()[1] for line in complaints(checkable(now, "cpu"), committed_)] == ["sft.processor_ratio"]
+    del now["sft.processor_ratio"]
+    assert [line.split()[1] for line in complaints(checkable(now, "cpu"), committed_)] == ["sft.time_ratio"]
 
 
 def test_checked_prints_the_complaints_and_returns_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
