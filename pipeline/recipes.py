@@ -55,7 +55,11 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         check_name("pipeline.name", self.name)
         for stage in self.stages:
-            check_name("pipeline.stages: the name of a stage", str(stage))
+            require(
+                re.fullmatch(r"\w+", str(stage)) is not None,
+                f"pipeline.stages: a stage is called {str(stage)!r}: name it by letters, digits and _, "
+                'so that "{name}" can stand for its folder',
+            )
             require(
                 stage not in RESERVED, f"pipeline.stages.{stage}: {{{stage}}} means something else; rename the stage"
             )

@@ -39,9 +39,10 @@ HALF = 0.5
 
 def tried(rate: float) -> str:
     """Return the name of the run with a learning rate."""
-    return f"lr_{rate:g}"
+    return f"rate_{round(1000 * rate)}"
 
 
+WORDS = {tried(rate): f"lr {rate:g}" for rate in RATES}
 NAMES = (*(tried(rate) for rate in RATES), UNANCHORED)
 
 
@@ -88,7 +89,7 @@ def row_of(results: dict[str, Any], name: str) -> str:
     seeds = list(results["seeds"].values())
     kept = [found[name]["diversity"] / found[START]["diversity"] for found in seeds]
     success = [found[name]["success"] for found in seeds]
-    cells = [name.replace("lr_", "lr "), f"{statistics.fmean(success):.3f}", f"{min(success):.3f}"]
+    cells = [WORDS.get(name, name), f"{statistics.fmean(success):.3f}", f"{min(success):.3f}"]
     cells += [f"{statistics.fmean(found[name]['diversity'] for found in seeds):.2f}", f"{min(kept):.2f}"]
     return f"| {' | '.join([*cells, str(sum(collapsed(found, name) for found in seeds))])} |"
 
@@ -138,6 +139,8 @@ def main(arguments: list[str]) -> int:
     ):  # one after the other: what is stopped has the seeds so far
         code = code or run_seed(seed, cache_dir, options.parallel)
     results = results_of(cache_dir, options.seeds)
+    if not results["seeds"]:
+        return code or 1
     (options.to / "measured").mkdir(parents=True, exist_ok=True)
     write_json(options.to / "measured" / f"{NAME}.json", results)
     write_text(options.to / f"{NAME}.md", page(results))

@@ -108,6 +108,8 @@ def test_the_same_cell_of_another_grid_is_the_same_stage() -> None:
         (["~pipeline.grid.pairs"], "'pairs'"),
         (["pipeline.stages.map=null"], "once: true"),
         (["++pipeline.stages.cell={task: world}"], "means something else"),
+        # "{lr-3}" was no placeholder, and reached the stage as it stood.
+        (["++pipeline.stages.lr-3={task: world}"], "letters, digits and _"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:

@@ -307,7 +307,8 @@ def test_rewards_run_through_and_leave_their_costs(tmp_path: Path) -> None:
     """pipeline=rewards with few steps: every stage of every method, the table, and predicted beside actual costs."""
     names = ("teacher_sft", "teacher_dpo", "student_sft", "grpo", "ppo", "gkd", "opd", "reward_weighted")
     short = [f"pipeline.stages.{name}.set.n_steps=2" for name in names]
-    run = launch("pipeline=rewards", f"cache_dir={tmp_path}", "n_eval_examples=20", *short, timeout=400)
+    small = ["n_examples=400", "n_eval_examples=20"]
+    run = launch("pipeline=rewards", f"cache_dir={tmp_path}", *small, *short, timeout=400)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     results = json.loads((tmp_path / "rewards" / "results.json").read_text())
     assert {"grpo", "ppo", "gkd", "opd", "reward_weighted", "student_sft"} <= set(results["models"])

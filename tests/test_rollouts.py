@@ -399,7 +399,7 @@ def shop(tmp_path_factory) -> Path:
     launch.run_task(composed(f"cache_dir={folder}", "task=world", "exp_name=world"))
     no_test = "datasets.local.test=null"
     launch.run_task(composed(*world(folder, "sft_train"), no_test, "exp_name=sft", "lr=5e-3", "n_steps=500"))
-    run = ["loss=bradley-terry", "exp_name=reward", "lr=1e-3", "n_steps=200"]
+    run = ["loss=bradley-terry", "exp_name=reward", "lr=1e-3", "n_steps=100"]
     launch.run_task(composed(*world(folder, "pairs_train", "quickstart_teacher"), no_test, *run))
     return folder
 
@@ -407,7 +407,7 @@ def shop(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_reward_of_the_shop_rises_beyond_the_interval(name, shop):
-    """From the quickstart's student after SFT (right about once in 35 responses), in 120 steps."""
+    """From the quickstart's student after SFT (right about once in 35 responses), in 70 steps."""
     more = {
         "ppo": ["loss=ppo", "model.batch_size=256", "lr=3e-3", "loss.value_weight=0.5", "loss.kl_weight=0.01"],
         "grpo": ["loss=grpo", "model.batch_size=32", "lr=2e-3"],
@@ -420,7 +420,7 @@ def test_the_reward_of_the_shop_rises_beyond_the_interval(name, shop):
             f"model.load_from={shop}/sft/FINAL",
             *more,
             f"exp_name={name}",
-            "n_steps=120",
+            "n_steps=70",
         )
     )
     models_of = [f"+evaluation.models.{who}={shop}/{who}/FINAL" for who in ("sft", name)]
@@ -428,6 +428,7 @@ def test_the_reward_of_the_shop_rises_beyond_the_interval(name, shop):
         composed(
             *world(shop, "pairs_train"),
             "task=evaluate",
+            "n_eval_examples=300",
             f"exp_name=eval_{name}",
             "evaluation.verifier=worlds.shop:check",
             "evaluation.temperatures=[1.0]",
