@@ -147,7 +147,12 @@ def _near_names(root: Path) -> set[str]:
 
 def in_repository(module: Module, root: Path = ROOT) -> bool:
     """Tell whether a module is one of the repository's."""
-    return module.file.resolve().is_relative_to(root.resolve())
+    return _within(module.file, root)
+
+
+@cache  # a plan asks it of every module of every stage
+def _within(file: Path, root: Path) -> bool:
+    return file.resolve().is_relative_to(root.resolve())
 
 
 # ---- classes
