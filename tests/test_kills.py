@@ -171,8 +171,8 @@ def test_a_teacher_cache_survives_twenty_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantity", ["logprob", "advantage"])
-def test_a_cache_of_served_teachers_survives_twenty_kills(tmp_path: Path, quantity: str) -> None:
+@pytest.mark.parametrize("quantity, kills", [("logprob", 5), ("advantage", 20)])
+def test_a_cache_of_served_teachers_survives_kills(tmp_path: Path, quantity: str, kills: int) -> None:
     """Answers of 8 requests at once come in any order; what is on disk comes in one."""
     write_pairs(tmp_path / "pairs.jsonl", 500)
     config = typed(composed("model=tiny")["model"], ModelConfig)
@@ -200,16 +200,16 @@ def test_a_cache_of_served_teachers_survives_twenty_kills(tmp_path: Path, quanti
     index, log = tmp_path / "killed" / "CACHE" / "shard-00000" / "index.bin", tmp_path / "killed.log"
     size = lambda: index.stat().st_size if index.is_file() else 0  # noqa: E731
     before = len(served[0].requests)
-    killed = survive(begin, lambda: command("killed"), log, 20, size, start_up=1.5, window=0.2)
+    killed = survive(begin, lambda: command("killed"), log, kills, size, start_up=1.5, window=0.2)
     for server in served:
         server.shutdown()
         server.server_close()
-    assert killed >= 12
+    assert killed >= 0.6 * kills
     assert files_of(tmp_path / "whole", "CACHE/shard-*/*") == files_of(tmp_path / "killed", "CACHE/shard-*/*")
     names = [sorted(path.name for path in (tmp_path / name / "CACHE").iterdir()) for name in ("whole", "killed")]
     assert names[0] == names[1] and "served.json" in names[0]
     # a kill costs a probe and at most what was under way: 32 sequences, and 2 of a batch
-    assert len(served[0].requests) - before <= before + 20 * (1 + 32 + 2)
+    assert len(served[0].requests) - before <= before + kills * (1 + 32 + 2)
 
 
 @pytest.mark.slow
