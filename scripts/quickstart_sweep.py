@@ -14,6 +14,7 @@ import copy
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,16 @@ def _line(name: str, setting: str, found: dict[str, float], word: str) -> str:
     return f"| {' | '.join([name, setting, *values, word])} |"
 
 
+def run_changed(change: Callable[[dict[str, Any]], dict[str, Any]], cache_dir: Path, prompts: int) -> int:
+    """Run what `change` makes of the quickstart's pipeline group; return the pipeline's exit status."""
+    typed = ["pipeline=quickstart", f"cache_dir={shlex.quote(str(cache_dir))}", f"n_eval_examples={prompts}"]
+    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        config: Any = OmegaConf.to_container(compose("config", typed), resolve=True)
+    config["datasets"] = config.get("datasets") or {}
+    config["pipeline"] = change(config["pipeline"])
+    return run_pipeline(config, typed)
+
+
 def main(arguments: list[str]) -> int:
     """Run what is missing and write both files."""
     parser = argparse.ArgumentParser(prog="python scripts/quickstart_sweep.py", description=__doc__)
@@ -171,13 +182,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--to", type=Path, default=ROOT / "docs")
     parser.add_argument("--only-write", action="store_true", help="run nothing: write what is there")
     options = parser.parse_args(arguments)
-    typed = ["pipeline=quickstart", f"cache_dir={shlex.quote(options.cache_dir)}", f"n_eval_examples={PROMPTS}"]
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose("config", typed), resolve=True)
-    config["datasets"] = config.get("datasets") or {}
-    config["pipeline"] = with_tries(config["pipeline"], options.methods)
-    config["pipeline"] |= {"seeds": [options.seed], "parallel": options.parallel}
-    code = 0 if options.only_write else run_pipeline(config, typed)
+    knobs = {"seeds": [options.seed], "parallel": options.parallel}
+    change = lambda pipeline: with_tries(pipeline, options.methods) | knobs  # noqa: E731
+    code = 0 if options.only_write else run_changed(change, Path(options.cache_dir), PROMPTS)
     results = results_of(Path(options.cache_dir).expanduser() / NAME, options.seed)
     (options.to / "measured").mkdir(parents=True, exist_ok=True)
     write_json(options.to / "measured" / f"{NAME}.json", results)

@@ -11,7 +11,6 @@ measured/stability.json and stability.md of the seeds that are there.
 import argparse
 import copy
 import json
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -20,12 +19,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 from benchmarks.diversity import diversity
 from pipeline.composing import merged
-from pipeline.runner import run_pipeline
+from scripts.quickstart_sweep import run_changed
 from settings.artifacts import write_json, write_text
 
 NAME = "stability"
@@ -99,9 +95,9 @@ def page(results: dict[str, Any]) -> str:
     head = f"""# Does regularized ADPA+ collapse?
 
 Written by `python scripts/stability.py`: {len(results["seeds"])} seeds of the quickstart's world, each with its own
-teachers and students, {results["prompts"]} held-out prompts at temperature 1. Diversity is the entropy in nats of what a
-right response may vary in, at most 3.58. A run has collapsed where less than half of its start's is left. `dckd` is the
-start; `unanchored` is the paper's objective without its NLL term.
+teachers and students, and {results["prompts"]} held-out prompts at temperature 1. Diversity is the entropy in nats of
+what a right response may vary in, at most 3.58. A run has collapsed where less than half of its start's is left. The
+start is `dckd`; `unanchored` is the paper's objective without its NLL term.
 
 | run | success | lowest | diversity | lowest share of the start's | collapsed |
 | --- | --- | --- | --- | --- | --- |
@@ -111,16 +107,8 @@ start; `unanchored` is the paper's objective without its NLL term.
 
 def run_seed(seed: int, cache_dir: Path, parallel: int) -> int:
     """Run what is missing of one seed; return the pipeline's exit status."""
-    typed = ["pipeline=quickstart", f"cache_dir={shlex.quote(str(cache_dir))}", f"n_eval_examples={PROMPTS}"]
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose("config", typed), resolve=True)
-    config["datasets"] = config.get("datasets") or {}
-    config["pipeline"] = with_rates(config["pipeline"]) | {
-        "seeds": [seed],
-        "parallel": parallel,
-        "name": f"{NAME}_{seed}",
-    }
-    return run_pipeline(config, typed)
+    knobs = {"seeds": [seed], "parallel": parallel, "name": f"{NAME}_{seed}"}
+    return run_changed(lambda pipeline: with_rates(pipeline) | knobs, cache_dir, PROMPTS)
 
 
 def main(arguments: list[str]) -> int:
