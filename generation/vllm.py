@@ -6,6 +6,7 @@ Written for vLLM 0.32 (requirements/vllm.lock, vllm_gpu.lock). teacher/vllm.py t
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,6 +50,18 @@ def own_devices(environ: Mapping[str, str], count: int, tensor_parallel: int) ->
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible[local * tensor_parallel : (local + 1) * tensor_parallel])}
 
 
+@cache
+def _at_first() -> tuple[dict[str, str], int]:
+    """Return the environment and the number of GPUs of before the first engine, which leaves itself its own ones."""
+    return dict(os.environ), torch.cuda.device_count()
+
+
+def keep_own_devices(tensor_parallel: int) -> None:
+    """Leave this process the GPUs of its engine; an engine after another one gets the same ones."""
+    environ, count = _at_first()
+    os.environ |= own_devices(environ, count, tensor_parallel)
+
+
 def engine(
     config: ModelConfig,
     dtype_key: str,
@@ -77,7 +90,7 @@ def started(
     """Start a vLLM engine over a folder: no tokenizer, none of the folder's own sampling habits."""
     gpu = torch.cuda.is_available()
     if gpu:
-        os.environ |= own_devices(os.environ, torch.cuda.device_count(), tensor_parallel)
+        keep_own_devices(tensor_parallel)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu and tensor_parallel == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else three processes import vLLM one by one

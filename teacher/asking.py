@@ -44,7 +44,7 @@ class AskedRows:
             named = besides(
                 examples, {"column": column, "names": list(self.names)}, _names(column, self.names), [-1], num_proc
             )
-            self.who = named.counts()[:, 0]
+            self.who = named.counts().reshape(len(self))  # of no rows it has no second axis
             for row in np.flatnonzero(self.who < 0).tolist():
                 raise ValueError(self._unknown(row, column))
         if teachers.between is not None:
@@ -110,7 +110,8 @@ class AskedRows:
     def report(self) -> str:
         """Say which share of the response tokens is in aligned spans; ValueError below loss.min_coverage."""
         assert self.theirs is not None
-        counts = np.stack([self.theirs.counts(), sides_of(self.examples).supervised[:, :2]], axis=-1).reshape(-1, 2)
+        covering = self.theirs.counts().reshape(len(self), 2)
+        counts = np.stack([covering, sides_of(self.examples).supervised[:, :2]], axis=-1).reshape(-1, 2)
 
         def response(number: int) -> Any:
             asked = self.wanted(number // 2)[number % 2]

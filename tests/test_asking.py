@@ -66,6 +66,7 @@ def test_items_of_a_store_are_those_of_rows_one_by_one(place: Path, ways, way: s
     for item, same in zip(items, plain, strict=True):
         for one, other in zip(item.entries, same.entries, strict=True):
             assert all(np.array_equal(a, b) for a, b in zip(one.read()[:3], other.read()[:3], strict=True))
+    assert len(trainer_of("dckd", *ways[way]).items([], "train")) == 0
     if way == "column":
         asked = [item.entries[0].identity() for item in items]
         readers = {name: identity_of(reader) for name, reader in items[0].entries[0].teachers.readers.items()}
