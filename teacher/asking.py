@@ -25,7 +25,7 @@ from tokens.examples import Tokens
 from tokens.store import Record, Rows, StoredTokens, pack
 
 PAIR = ("chosen", "rejected")
-SAMPLE = 256  # rows whose entries are read before the first step, to say how much of the responses is compared
+SAMPLE = 64  # rows whose entries are read before the first step, to say how much of the responses is compared
 
 
 class AskedRows:
