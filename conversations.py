@@ -45,13 +45,15 @@ def find_format(row: Row, where: str) -> str:
     if {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys():
         return "shp"
     chosen = row.get("chosen")
+    if chosen is None:  # an empty side is the parser's to refuse, which names it and its row
+        chosen = row.get("rejected")
     if isinstance(chosen, str) and "prompt" not in row and chosen.startswith(HUMAN.rstrip(" ")):
         return "hh"
     if isinstance(row.get("conversations"), list) and not isinstance(row.get("messages"), list):
         return "sharegpt"
     if isinstance(row.get("messages"), list) or isinstance(chosen, list):
         return "messages"
-    if "prompt" in row and (isinstance(chosen, str) or "response" in row or "chosen" not in row):
+    if "prompt" in row and (chosen is None or isinstance(chosen, str) or "response" in row or "chosen" not in row):
         return "strings"
     if "question_id" in row and isinstance(row.get("turns"), list):
         return "questions"
@@ -87,7 +89,11 @@ def _text(content: Any, what: str) -> str:
         return content
     if isinstance(content, list) and content:
         return "".join(_part_text(part, what) for part in content)
-    raise ValueError(f"{what} must be a text, this is {content!r:.80}: remove the row or give it one")
+    raise ValueError(f"{what} must be a text, this is {_told(content)}: remove the row or give it one")
+
+
+def _told(content: Any) -> str:
+    return "None (null)" if content is None else f"{content!r:.80}"
 
 
 def _part_text(part: Any, what: str) -> str:
@@ -103,8 +109,8 @@ def _checked(messages: Any, what: str = "messages") -> list[Message]:
         return [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages:
         raise ValueError(
-            f"{what} must be a text or a non-empty list of role/content objects, this is {messages!r:.80}: remove the "
-            "row or give it one"
+            f"{what} must be a text or a non-empty list of role/content objects, this is {_told(messages)}: remove "
+            "the row or give it one"
         )
     return [_message(message, f"{what}[{i}]") for i, message in enumerate(messages)]
 
@@ -169,7 +175,7 @@ def _meta(row: Row) -> dict[str, Any]:
 
 
 def _from_messages(row: Row) -> Conversation:
-    if row.get("chosen") is not None:
+    if row.get("chosen") is not None or ("chosen" in row and row.get("messages") is None):
         prompt, chosen = _split_last(_checked(row["chosen"], "chosen"))
         other, rejected = _split_last(_checked(row["rejected"], "rejected"))
         if prompt != other:

@@ -109,6 +109,10 @@ class Examples(Sequence[Example]):
         """Return label and reward [n, 2] of every row, nan where it has no such number; no row is made."""
         return self._taken(lambda table: table.figures)
 
+    def counts(self) -> np.ndarray:
+        """Return what was counted [n, C] of every row; no row is made."""
+        return self._taken(lambda table: table.counts)
+
     def part(self, row: int, side: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and mask of a side of a row (-1: its prompt) as views; no row is made."""
         return self.tables[self.parts[row]].part(self.places[row], side + 1)

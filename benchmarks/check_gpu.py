@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -285,8 +285,10 @@ def task(name: str, backend: str, scale: Scale) -> Row:
         return Row(f"{name} by {backend}", f"{scale.answers} rows, start and end included", seconds)
 
 
-def served_advantages(scale: Scale) -> Row:
-    """Ask two real vLLM servers for advantages, the reference by given ids in binary; compare with cache.backend=hf."""
+def advantages(backend: str, scale: Scale) -> Row:
+    """Ask two real vLLM servers, or engines in turn, for advantages, the reference by given ids in binary; compare with
+    cache.backend=hf.
+    """
     needs_gpu()
     if find_spec("vllm") is None:
         raise Skipped("vLLM is not installed (./install.sh --vllm)")
@@ -302,12 +304,17 @@ def served_advantages(scale: Scale) -> Row:
         words += ["model.max_prompt_length=512", "datasets=[local]", f"datasets.local.train={base / 'rows.jsonl'}"]
         words += [f"cache_dir={base}", "cache.top_k=20", "cache.responses=[response]", "model.reference_dtype=float32"]
         run_here([*words, "exp_name=here", f"cache.reference={other}"])
-        with VllmServer(model, "teacher") as one, VllmServer(other, "start") as two:
-            urls = [f"cache.base_url={one.root}/v1", f"cache.reference_base_url={two.root}/v1"]
+        words += ["exp_name=there", f"cache.backend={backend}"]
+        with ExitStack() as servers:
+            asked = [f"cache.reference={other}"]
+            if backend == "server":
+                one, two = (servers.enter_context(VllmServer(m, n)) for m, n in ((model, "teacher"), (other, "start")))
+                asked = [f"cache.base_url={one.root}/v1", f"cache.reference_base_url={two.root}/v1"]
+                asked += ["cache.concurrency=64"]
             started = time.perf_counter()
-            run_here([*words, "exp_name=there", "cache.backend=server", "cache.concurrency=64", *urls])
+            run_here([*words, *asked])
             seconds = time.perf_counter() - started
-        return Row("advantages by two servers", compared(base / "here/CACHE", base / "there/CACHE"), seconds)
+        return Row(f"advantages by {backend}", compared(base / "here/CACHE", base / "there/CACHE"), seconds)
 
 
 def compared(here: Path, there: Path) -> str:
@@ -336,7 +343,8 @@ def checks(scale: Scale) -> dict[str, Callable[[], Row]]:
     for backend in ("hf", "vllm"):
         for name in ("generate", "cache"):
             found[f"{name} by {backend}"] = lambda n=name, b=backend: task(n, b, scale)  # type: ignore[misc]
-    found["advantages by two servers"] = lambda: served_advantages(scale)
+    for backend in ("server", "vllm"):
+        found[f"advantages by {backend}"] = lambda b=backend: advantages(b, scale)  # type: ignore[misc]
     return found
 
 

@@ -2,12 +2,14 @@
 
     python -m benchmarks.start_up --rows 100 100000 --processes 1 2 --folder /tmp/start_up
     python -m benchmarks.start_up --losses kto csft adpa --checkpoint
+    python -m benchmarks.start_up --losses dckd-column dckd-bytes
 
 The pairs are made up (about 250 bytes a sequence, a token a byte), and so are the entries of teacher caches: K = 8
-random numbers a token; for adpa also a generation for each prompt. A run is two steps of the tiny model, with
---checkpoint one of them saved, so that the data is hashed. The first start of a row count tokenizes, later ones do
-not. CPU seconds are those of all processes together. Memory is the largest resident set of a process of the run (pages
-of mapped files among them).
+random numbers a token; for adpa also a generation for each prompt. dckd-column: the rows name one of two teachers (one
+cache under two names); dckd-bytes: the teacher's tokenizer is taken for another one. A run is two steps of the tiny
+model, with --checkpoint one of them saved, so that the data is hashed. The first start of a row count tokenizes, later
+ones do not. CPU seconds are those of all processes together. Memory is the largest resident set of a process of the
+run (pages of mapped files among them).
 """
 
 import argparse
@@ -35,6 +37,7 @@ def write_rows(path: Path, count: int) -> None:
     with path.open("w", encoding="utf-8") as out:
         for number in range(count):
             row = {"prompt": f"{number}: {text()}", "chosen": text(), "rejected": text(), "source": "made up"}
+            row["teacher"] = "even" if number % 2 == 0 else "odd"
             out.write(json.dumps(row) + "\n")
 
 
@@ -75,14 +78,19 @@ def write_cache(data: Path, base: Path, loss: str) -> None:
 
 def inputs_of(loss: str, base: Path) -> list[str]:
     """Return what a loss is given beside the pairs, written where it is not there yet."""
-    if loss not in ("dckd", "adpa"):
+    if not loss.startswith(("dckd", "adpa")):
         return []
-    folder = base / ("cache" if loss == "dckd" else "adpa")
+    folder = base / ("adpa" if loss == "adpa" else "cache")
     if not (folder / "DONE").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         write_cache(base / "pairs.jsonl", base, loss)
+    one = f"loss.teacher_cache={folder}"
+    if loss == "dckd-column":
+        return [f"loss.teacher_cache={{even: {folder}, odd: {folder}}}", "loss.teacher_column=teacher"]
+    if loss == "dckd-bytes":
+        return [one, "loss.alignment=bytes", "loss.teacher_tokenizer=assets/byte_tokenizer"]
     if loss == "dckd":
-        return [f"loss.teacher_cache={folder}"]
+        return [one]
     return [f"loss.generations={base / 'generations.jsonl'}", f"loss.advantages={folder}"]
 
 
@@ -128,7 +136,8 @@ def main() -> None:
         base.mkdir(parents=True, exist_ok=True)
         if not (base / "pairs.jsonl").is_file():
             write_rows(base / "pairs.jsonl", rows)
-        words = [f"loss={loss}", *inputs_of(loss, base), *(["save_every=1"] if options.checkpoint else [])]
+        name = loss.partition("-")[0] if loss.startswith("dckd") else loss
+        words = [f"loss={name}", *inputs_of(loss, base), *(["save_every=1"] if options.checkpoint else [])]
         for processes in options.processes:
             shutil.rmtree(base / "out", ignore_errors=True)
             for start in range(1, options.starts + 1):

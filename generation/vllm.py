@@ -1,20 +1,19 @@
-"""vLLM backend: continuous batching with prefix caching, on GPUs (tensor parallel) or CPU; and its prompt scores.
+"""vLLM backend: continuous batching with prefix caching, on GPUs (tensor parallel) or CPU.
 
-Written for vLLM 0.32 (requirements/vllm.lock, vllm_gpu.lock). Letters: L scored tokens of a sequence, K entries.
+Written for vLLM 0.32 (requirements/vllm.lock, vllm_gpu.lock). teacher/vllm.py takes its scores of prompts.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
 import models
-from dataloader import Tokens
 from generation.calculator_hooks import forced_ids, pause_ids, piece_of
 from generation.interface import Answer, derived_seed, forbidden_ids
 from settings.schema import ModelConfig, Settings
@@ -51,6 +50,18 @@ def own_devices(environ: Mapping[str, str], count: int, tensor_parallel: int) ->
     return {"CUDA_VISIBLE_DEVICES": ",".join(visible[local * tensor_parallel : (local + 1) * tensor_parallel])}
 
 
+@cache
+def _at_first() -> tuple[dict[str, str], int]:
+    """Return the environment and the number of GPUs of before the first engine, which leaves itself its own ones."""
+    return dict(os.environ), torch.cuda.device_count()
+
+
+def keep_own_devices(tensor_parallel: int) -> None:
+    """Leave this process the GPUs of its engine; an engine after another one gets the same ones."""
+    environ, count = _at_first()
+    os.environ |= own_devices(environ, count, tensor_parallel)
+
+
 def engine(
     config: ModelConfig,
     dtype_key: str,
@@ -79,7 +90,7 @@ def started(
     """Start a vLLM engine over a folder: no tokenizer, none of the folder's own sampling habits."""
     gpu = torch.cuda.is_available()
     if gpu:
-        os.environ |= own_devices(os.environ, torch.cuda.device_count(), tensor_parallel)
+        keep_own_devices(tensor_parallel)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu and tensor_parallel == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else three processes import vLLM one by one
@@ -131,9 +142,8 @@ def finished(llm: Any, todo: deque[int], request: Callable[[int], Request]) -> I
                 yield output
 
 
-def model_width(config: ModelConfig) -> int:
-    """Return how many ids the model's softmax is over."""
-    source = models.model_source(config)
+def model_width(source: str | None) -> int:
+    """Return how many ids the softmax of the model in a folder is over."""
     architecture = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     return int(architecture.get_text_config().vocab_size)
 
@@ -183,7 +193,7 @@ class VllmBackend:
         generation = settings.generation
         self.generation, self.tokenizer, self.stop = generation, tokenizer, stop
         self.pauses = pause_ids(tokenizer, stop) if generation.calculator else []
-        width = model_width(settings.model)
+        width = model_width(models.model_source(settings.model))
         forbidden = forbidden_ids(tokenizer, stop, len(tokenizer), width).nonzero().flatten().tolist()
         self.bias = bias_against(forbidden, width, len(tokenizer), "generation.backend=hf")
         self.llm = engine(
@@ -236,57 +246,3 @@ def shut_down(llm: Any) -> None:
 
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
-
-
-class VllmScorer:
-    """The K most probable ids before every response token of a sequence, with vLLM's prompt_logprobs."""
-
-    def __init__(self, settings: Settings, vocab_size: int, max_length: int) -> None:
-        self.k = settings.cache.top_k
-        width = model_width(settings.model)
-        if width != vocab_size:
-            raise ValueError(
-                f"cache.backend=vllm: the model's softmax has {width} entries, the tokenizer {vocab_size} tokens, and "
-                "vLLM cannot leave the surplus out of its log-probabilities: use cache.backend=hf"
-            )
-        if self.k > width:
-            raise ValueError(f"cache.top_k={self.k} is more than the vocabulary of {width}")
-        self.llm = engine(
-            settings.model,
-            "reference_dtype",
-            max_length + 1,
-            settings.cache.tensor_parallel,
-            settings.cache.kv_cache_gb,
-            max_logprobs=self.k,
-        )
-
-    def __call__(self, rows: Sequence[Tokens]) -> list[dict[str, np.ndarray]]:
-        """Return the arrays of quantity logprob of each row's response tokens."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        # One token has to be generated; it is thrown away.
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=self.k,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        outputs = finished(self.llm, deque(range(len(rows))), lambda i: (str(i), rows[i].ids, params))
-        found = {int(o.request_id): self._entries(o.prompt_logprobs, rows[int(o.request_id)]) for o in outputs}
-        return [found[i] for i in range(len(rows))]
-
-    def _entries(self, flat: Any, row: Tokens) -> dict[str, np.ndarray]:
-        """Return the top K of each response token: ids [L, K], values [L, K], and the mass outside, tail [L].
-
-        Each position lists its own token first, then the K by rank.
-        """
-        at = np.flatnonzero(row.response)
-        starts = np.asarray(flat.start_indices)[at][:, None] + 1 + np.arange(self.k)
-        assert (np.asarray(flat.end_indices)[at] == starts[:, -1] + 1).all(), "vLLM's prompt log-probabilities changed"
-        logps = np.asarray(flat.logprobs, dtype=np.float64)[starts]
-        tail = np.clip(1.0 - np.exp(logps).sum(axis=1), 0.0, None)
-        ids = np.asarray(flat.token_ids)[starts]
-        return {"ids": ids, "values": logps.astype(np.float32), "tail": tail.astype(np.float32)}

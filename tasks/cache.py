@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from teacher.precision import teacher_path
 from teacher.quantities import Quantity, quantity_of
 from teacher.scoring import Scorer, batches_of, left_to_do, missing
 from teacher.served import Served, ServedScorer, check_models, check_servers, connected
+from teacher.vllm import EngineTeacher, score_in_turn
 from teacher.vocabulary import check_reads_ours
 from teacher.writing import Scored, score_all, write_all
 from tokens.generations import generated_sequences
@@ -59,10 +61,14 @@ def run(settings: Settings) -> None:
     todo = left_to_do(batches, written, process.rank, process.world_size)
     if todo and served:
         _ask(settings, quantity, tokenizer, served, folder, meta, missing(todo, written))
+    elif config.backend == "vllm" and quantity.num_models == 2:
+        if not keys <= written:
+            score_in_turn(settings, len(tokenizer), meta, batches, process)
     elif not served:
         _score(settings, quantity, tokenizer, placement, folder, meta, todo, batches[0])
     if process.is_main:
         done = finish(folder, meta, keys)
+        shutil.rmtree(settings.run.run_dir / "TOP_K", ignore_errors=True)  # the cache is whole without it
         size = sum(f.stat().st_size for f in folder.glob("shard-*/*"))
         print(
             f"{done.quantity} cache: {done.num_sequences} sequences, {done.num_tokens} tokens, "
@@ -191,10 +197,8 @@ def _scorer(
     """Return who scores batches, and what ends it."""
     config = settings.cache
     if config.backend == "vllm":
-        from generation.vllm import VllmScorer, shut_down
-
-        served = VllmScorer(settings, len(tokenizer), longest)
-        return served, lambda: shut_down(served.llm)
+        teacher = EngineTeacher(models.model_source(settings.model), settings, len(tokenizer), longest, None)
+        return teacher, teacher.close
     dtype = _path(settings, quantity, placement).weights
     place = placement.place_reference if quantity.policy_path else placement.place_frozen
     sources = (None, config.reference)[: quantity.num_models]

@@ -42,12 +42,20 @@ def top_k_request(model: str, ids: Sequence[int], k: int) -> Body:
 
 def given_ids_request(model: str, ids: Sequence[int], response: Sequence[bool], wanted: np.ndarray) -> Body:
     """Ask for the log-probabilities of wanted [L, K] before each response token; other positions are padded with -1."""
+    rows, start = given_rows(ids, response, wanted)
+    sampling: Body = {"temperature": 0, "max_tokens": 1, "detokenize": False}
+    sampling |= {"prompt_logprob_token_ids": rows.tolist(), "prompt_logprob_start": start}
+    return {"model": model, "token_ids": list(ids), "return_token_ids": True, "sampling_params": sampling}
+
+
+def given_rows(ids: Sequence[int], response: Sequence[bool], wanted: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return wanted [L, K] as vLLM takes it: a row a token from the first of the response on, those of other tokens
+    filled with -1; and the position that the first row predicts from.
+    """
     at = response_positions(ids, response)
     rows = np.full((len(ids) - int(at[0]), wanted.shape[1]), -1, dtype=np.int64)
     rows[at - at[0]] = wanted
-    sampling: Body = {"temperature": 0, "max_tokens": 1, "detokenize": False}
-    sampling |= {"prompt_logprob_token_ids": rows.tolist(), "prompt_logprob_start": int(at[0]) - 1}
-    return {"model": model, "token_ids": list(ids), "return_token_ids": True, "sampling_params": sampling}
+    return rows, int(at[0]) - 1
 
 
 def response_positions(ids: Sequence[int], response: Sequence[bool]) -> np.ndarray:
@@ -118,6 +126,11 @@ def given_logps_of(answer: Mapping[str, Any], ids: Sequence[int], response: Sequ
         table = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
     except (binascii.Error, ValueError, EOFError, TypeError) as error:
         raise ValueError(f"prompt_token_id_logprobs is no .npy file in base64 ({error})") from error
+    return scores_at(table, ids, response, k)
+
+
+def scores_at(table: np.ndarray, ids: Sequence[int], response: Sequence[bool], k: int) -> np.ndarray:
+    """Take the rows of the response tokens, float32 [L, K], out of vLLM's answer to given_rows."""
     at = response_positions(ids, response)
     shape = (len(ids) - int(at[0]), k)
     if table.shape != shape or table.dtype != np.float32:

@@ -68,19 +68,23 @@ TABLE = (
         "advantage",
         (*_TOP_K, Array("teacher_logps", "float16", True)),
         num_models=2,
-        backends=("hf", "server"),
+        backends=("hf", "vllm", "server"),
     ),
     Quantity("token_logp", (Array("logps", "float32", False),), policy_path=True),
     Quantity("value", (Array("values", "float32", False),)),
 )
 
 
-def quantity_named(name: str) -> Quantity:
+# Not for sale: what the first of two vLLM engines says until the second one has been asked (teacher/vllm.py).
+TOP_K = Quantity("top_k", (Array("ids", None, True), Array("values", "float32", True), Array("tail", "float32", False)))
+
+
+def quantity_named(name: str, rows: tuple[Quantity, ...] = (*TABLE, TOP_K)) -> Quantity:
     """Return a row of the table; ValueError names the nearest one."""
-    names = [row.name for row in TABLE]
+    names = [row.name for row in rows]
     if name not in names:
         raise ValueError(f"cache.quantity={name!r} is not known.{nearest(name, names)}")
-    return TABLE[names.index(name)]
+    return rows[names.index(name)]
 
 
 def quantity_of(config: CacheConfig) -> Quantity:
@@ -90,7 +94,7 @@ def quantity_of(config: CacheConfig) -> Quantity:
     second = config.reference_base_url if config.backend == "server" else config.reference
     key = "cache.reference_base_url" if config.backend == "server" else "cache.reference"
     default = "advantage" if second else "logprob"
-    quantity = quantity_named(default if config.quantity == "auto" else config.quantity)
+    quantity = quantity_named(default if config.quantity == "auto" else config.quantity, TABLE)
     asked = f"cache.quantity={quantity.name}"
     if quantity.num_models == 2 and second is None:
         place = "URL" if config.backend == "server" else "FOLDER"

@@ -1,18 +1,18 @@
 """The cached teachers of a method: one, a mixture of several, or one a row; with the student's tokenizer or another.
 
-`wanted` says at the start which sequence of which teacher an example needs, `entry` reads it. Another tokenizer's
-teacher is asked for the same conversation in its own tokens (teacher/spans.py lays them onto the student's).
+teacher/asking.py says at the start what is missing, by keys alone; `entry` reads what a row needs when a batch is made.
+Another tokenizer's teacher is asked for the same conversation in its own tokens (teacher/spans.py lays them onto the
+student's).
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import models
-from dataloader import Example, Tokens
+from dataloader import Tokens
 from models import tokenizer_digest
 from settings.schema import DatasetConfig, ModelConfig, one_of, require
 from settings.typed import Place, Places
@@ -21,20 +21,8 @@ from teacher.hub import cache_folder
 from teacher.lookup import check_held, entry_of, identity_of
 from teacher.mixture import ABSENT, MIXTURES, mixed, named, shares, within
 from teacher.quantities import Entry
-from teacher.spans import (
-    MERGES,
-    Aligned,
-    aligned,
-    check_coverage,
-    compared_tokens,
-    laid_onto,
-    response_ids,
-    translation,
-)
+from teacher.spans import MERGES, Aligned, aligned, laid_onto, response_ids, translation
 from teacher.vocabulary import NOTHING, check_shared_ids
-from tokens.encoding import encode_example
-
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -148,53 +136,15 @@ class CachedTeachers:
         elif config.teacher_tokenizer is not None:
             check_shared_ids(tokenizer, self.tokenizer, f"loss.teacher_tokenizer={config.teacher_tokenizer}")
 
-    # ---- what is wanted
+    def identity(self, names: Iterable[str] | None = None) -> bytes:
+        """Return what tells the entries of these teachers (by default all) from those of others."""
+        return b"".join(identity_of(self.readers[name]) for name in (self.readers if names is None else names))
 
-    def wanted(self, example: Example, sides: Sequence[str] = SIDES) -> list[Wanted]:
-        """Return what a row's responses ask of whom; ValueError names the row whose teacher is not there."""
-        teachers, own = self._teachers_of(example), [getattr(example, side) for side in sides]
+    def aligned(self, own: Tokens, other: Tokens | None) -> Aligned | None:
+        """Align a response in the student's tokens with itself in the teacher's; None if the tokenizer is the same."""
         if self.between is None:
-            return [Wanted(tokens, tokens, teachers, None) for tokens in own]
-        found = encode_example(self.tokenizer, example.conversation, self.model, "last", Counter())
-        theirs = [None if found is None else getattr(found, side) for side in sides]
-        return [
-            Wanted(tokens, other, teachers, aligned(self.between, response_ids(tokens), response_ids(other)))
-            if other is not None
-            else Wanted(tokens, None, teachers, None)
-            for tokens, other in zip(own, theirs, strict=True)
-        ]
-
-    def _teachers_of(self, example: Example) -> tuple[str, ...]:
-        column = self.config.teacher_column
-        if column is None:
-            return tuple(self.readers)
-        name = example.conversation.meta.get(column)
-        if not isinstance(name, str) or name not in self.readers:
-            raise ValueError(
-                f"{example.where}: the row's column {column!r} (loss.teacher_column) says {name!r}, and "
-                f"loss.teacher_cache has {', '.join(self.readers)}. Name one of them in every row"
-            )
-        return (name,)
-
-    def coverage(self, wanted: Iterable[Wanted]) -> float:
-        """Return the share of the sequences that every teacher asked for them has."""
-        keyed = [(w.teachers, w.asked.key) for w in wanted if w.asked is not None]
-        held = [all(self.readers[name].holds(key) for name in teachers) for teachers, key in keyed]
-        return sum(held) / max(1, len(held))
-
-    @property
-    def same_for_all(self) -> bool:
-        """Tell whether every sequence is asked of every teacher as it is, so that keys alone say what is held."""
-        return self.between is None and self.config.teacher_column is None
-
-    def lacking(self, keys: np.ndarray) -> np.ndarray:
-        """Return which sequences [n, S] of the keys [n, S, 16] a teacher lacks, where they are the same for all."""
-        held = [reader.held(keys.reshape(-1, keys.shape[-1])) for reader in self.readers.values()]
-        return ~np.logical_and.reduce(held).reshape(keys.shape[:-1])
-
-    def identity(self) -> bytes:
-        """Return what `Together.identity` says of every sequence, where the teachers are the same for all."""
-        return b"".join(map(identity_of, self.readers.values()))
+            return None
+        return aligned(self.between, response_ids(own), [] if other is None else response_ids(other))
 
     # ---- entries
 
@@ -255,19 +205,6 @@ class CachedTeachers:
         share = float((self.between.matches != NOTHING).mean())
         return share, 1 - share
 
-    # ---- how much of the responses is compared
-
-    def report(self, wanted: Sequence[Wanted], entries: Iterable[Entry]) -> str:
-        """Say which share of the response tokens is in aligned spans; ValueError below loss.min_coverage."""
-        tokens = sum(w.tokens.num_supervised for w in wanted)
-        assert self.between is not None
-        found = [w.aligned or aligned(self.between, response_ids(w.tokens), []) for w in wanted]
-        share, compared = check_coverage(found, self.config.min_coverage), sum(map(compared_tokens, entries))
-        return (
-            f"alignment by bytes: {share:.1%} of {tokens} response tokens are in aligned spans, "
-            f"{compared / max(1, tokens):.1%} are compared (of the others the teacher's top k says nothing)"
-        )
-
 
 class Together(NamedTuple):
     """A sequence's entries in the caches of its teachers, read when a batch is made."""
@@ -281,4 +218,4 @@ class Together(NamedTuple):
 
     def identity(self) -> bytes:
         """Return the identities of the caches that are asked."""
-        return b"".join(identity_of(self.teachers.readers[name]) for name in self.wanted.teachers)
+        return self.teachers.identity(self.wanted.teachers)

@@ -3,7 +3,7 @@
 Letters: L response tokens of the student, M of the teacher, K entries a token, S spans of several tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -144,15 +144,22 @@ def compared_tokens(entry: Entry) -> int:
 
 def check_coverage(found: Sequence[Aligned], least: float) -> float:
     """Return the share of the student's tokens in aligned spans; ValueError below `least` shows the worst response."""
-    shares = [(covered(one.spans), len(one.ours.pieces)) for one in found]
-    tokens = sum(length for _, length in shares)
-    share = sum(inside for inside, _ in shares) / tokens if tokens else 1.0
+    counts = [(covered(one.spans), len(one.ours.pieces)) for one in found]
+    return check_shares(np.array(counts).reshape(-1, 2), least, found.__getitem__)
+
+
+def check_shares(counts: np.ndarray, least: float, response: Callable[[int], Aligned]) -> float:
+    """Return the share of tokens in aligned spans, given how many there are in each response [n, 2] and how many tokens
+    it has; ValueError below `least` shows the worst `response`.
+    """
+    inside, tokens = (int(total) for total in counts.sum(axis=0))
+    share = inside / tokens if tokens else 1.0
     if share >= least:
         return share
-    worst = min((inside / length, i) for i, (inside, length) in enumerate(shares) if length)[1]
+    worst = int(np.argmin(np.where(counts[:, 1] > 0, counts[:, 0] / np.maximum(counts[:, 1], 1), np.inf)))
     raise ValueError(
         f"{share:.1%} of {tokens} response tokens are in spans of text that both tokenizers have, less than "
-        f"loss.min_coverage={least}. The worst response, a bar where a common span begins:\n{shown(found[worst])}\n"
+        f"loss.min_coverage={least}. The worst response, a bar where a common span begins:\n{shown(response(worst))}\n"
         "Do both tokenizers keep the text as it is, and cut it at the same place (model.max_length counts tokens)?"
     )
 

@@ -49,5 +49,5 @@ def test_the_script_runs_here():
         assert "skipped" not in rows[name]
     if not torch.cuda.is_available():
         on_gpu = ("compile, sft step", "flash attention, forward", "generate by vllm", "cache by vllm")
-        for name in (*on_gpu, "advantages by two servers"):
+        for name in (*on_gpu, "advantages by server", "advantages by vllm"):
             assert "skipped: no GPU here" in rows[name]

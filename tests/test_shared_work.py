@@ -13,7 +13,7 @@ import pytest
 import launch
 import models
 from engine import export
-from generation.vllm import own_devices
+from generation.vllm import _at_first, keep_own_devices, own_devices
 from pipeline.plan import shares_devices
 from rewards.reward_model import RewardModel
 from tasks import evaluate
@@ -208,6 +208,17 @@ def test_an_engine_gets_the_devices_of_its_process() -> None:
     assert own_devices({**ranks, "CUDA_VISIBLE_DEVICES": "5,7"}, 2, 1) == {"CUDA_VISIBLE_DEVICES": "7"}
     with pytest.raises(ValueError, match="2 processes with an engine of tensor_parallel=4 each need 8 GPUs, and 4 are"):
         own_devices(ranks, 4, 4)
+
+
+def test_an_engine_after_another_one_has_the_same_gpus(monkeypatch):
+    """The first one narrows CUDA_VISIBLE_DEVICES: to count from there again would leave the second none."""
+    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "5,7"}.items():
+        monkeypatch.setenv(name, value)
+    _at_first.cache_clear()
+    for _ in range(2):
+        keep_own_devices(1)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    _at_first.cache_clear()
 
 
 def test_a_pipeline_starts_by_its_launcher_what_shares_devices() -> None:

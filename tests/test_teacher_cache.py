@@ -92,7 +92,8 @@ def test_the_table_the_functions_and_the_documentation_name_the_same_quantities(
         (["cache.quantity=advantage"], "compares two teachers: set cache.reference"),
         (["cache.quantity=logprob", "cache.reference=x"], "asks one model, and cache.reference=x names a second"),
         (["cache.quantity=token_logp", "cache.beta=2"], "cache.beta=2.0 is a factor on advantages"),
-        (["cache.reference=x", "cache.backend=vllm"], "cache.backend=vllm cannot give cache.quantity=advantage"),
+        (["cache.reference=x", "cache.backend=vllm"], "advantage"),
+        (["cache.quantity=value", "cache.backend=vllm"], "cache.backend=vllm cannot give cache.quantity=value"),
         (["cache.quantity=token_lgp"], "Did you mean 'token_logp'"),
     ],
 )

@@ -219,10 +219,10 @@ class StoredExample(Example):
 
 
 class Rows:
-    """A table with the place of everything in it."""
+    """A table with the place of everything in it; `folder`: where it is mapped from, None if it is in memory."""
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    def __init__(self, table: Table, folder: Path | None = None) -> None:
+        self.table, self.folder = table, folder
         sizes = np.maximum(table.lengths, 0).ravel().astype(np.int64)
         self.starts = (np.cumsum(sizes) - sizes).reshape(-1, 4)
 
@@ -310,7 +310,7 @@ def open_store(folder: Path, identity: Mapping[str, Any]) -> Rows:
             if found != {key: noted[key] for key in found} and _crc(path) != noted["crc32"]:
                 raise ValueError(f"{path.name} was changed: its checksum is another one")
         arrays = {name: _mapped(folder / f"{name}.bin", *FILES[name], meta["rows"]) for name in FILES}
-        return Rows(Table(**arrays, told=None))
+        return Rows(Table(**arrays, told=None), folder)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 

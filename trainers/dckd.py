@@ -19,6 +19,7 @@ from functional import row_sums, token_logps
 from models import ResponseLogits
 from settings.needs import Needs
 from settings.schema import one_of, require
+from teacher.asking import AskedRows
 from teacher.entries import (
     Factors,
     distillation_scores,
@@ -32,7 +33,7 @@ from teacher.entries import (
 from teacher.several import CachedTeachers, CachedTeachersConfig
 from tokens.columns import NOTHING
 from trainers.basic import BasicTrainer
-from trainers.batches import Batch, Item, Items, asked, checked, pair_items, pair_of
+from trainers.batches import Batch, Item, Items, asked, pair_items, pair_of
 
 
 @dataclass(frozen=True)
@@ -130,36 +131,31 @@ class DCKD(BasicTrainer):
         teachers = CachedTeachers(self.config, "logprob", self.tokenizer, self.settings.model, self.settings.datasets)
         self._check_tail(teachers)
         pairs = pair_items(examples, "dckd")
-        lacking = teachers.lacking(pairs.columns.keys) if pairs.columns is not None and teachers.same_for_all else None
+        rows = AskedRows(teachers, examples, self.settings.run.num_proc)
+        lacking = rows.lacking()
         if self.config.span_loss == "gold":
             self.shared, self.hybrid_weights = torch.from_numpy(teachers.shared()), teachers.hybrid_weights()
-        if split == "test" and self._coverage(teachers, examples, lacking) < 1.0:
+        if split == "test" and rows.coverage(lacking) < 1.0:
             self.processes.print("the teacher cache does not hold the test split: loss/eval is the NLL term alone")
             return pairs
-        if self.config.alignment == "bytes":
-            wanted = [w for e in examples for w in teachers.wanted(e)]
-            self.processes.print(teachers.report(wanted, map(teachers.entry, wanted)))
 
         def item(number: int) -> Item:
             example = examples[number]
-            return Item(pair_of(example, "dckd"), tuple(map(teachers.stored, teachers.wanted(example))))
+            return Item(pair_of(example, "dckd"), tuple(map(teachers.stored, rows.wanted(number, example))))
 
-        if lacking is None:
-            return checked(len(examples), item)
-        assert pairs.columns is not None
         for number in np.flatnonzero(lacking.any(axis=1)).tolist():
             item(number)  # says what the caches have in its place
-        return Items(len(examples), item, pairs.columns.having(NOTHING + asked([teachers.identity()] * 2)))
+        if self.config.alignment == "bytes":
+            self.processes.print(rows.report())
+        assert pairs.columns is not None
+        who = rows.identity()
+        behind = NOTHING + asked([who(0)] * 2) if rows.who is None else lambda i: NOTHING + asked([who(i)] * 2)
+        return Items(len(examples), item, pairs.columns.having(behind))
 
     @property
     def merges(self) -> bool:
         """Tell whether spans of several tokens are merged into one distribution."""
         return self.config.span_merge != "none"
-
-    def _coverage(self, teachers: CachedTeachers, examples: Sequence[Example], lacking: np.ndarray | None) -> float:
-        if lacking is not None:
-            return 1.0 - float(lacking.mean())
-        return teachers.coverage(w for e in examples for w in teachers.wanted(e))
 
     def _check_tail(self, teachers: CachedTeachers) -> None:
         for reader in teachers.readers.values():
