@@ -29,25 +29,16 @@ def converter() -> Any:
 
 
 def convert(folder: str, file: str, dtype: str, pre: str | None) -> None:
-    """Convert a Hugging Face folder. `pre`: name of the splitting before BPE, for a tokenizer that it has no name for.
+    """Convert a Hugging Face folder. `pre`: llama.cpp's name for how text is split before BPE.
 
-    It finds the name by a hash of one text's ids, so a vocabulary of one's own is never known; who gives a name here
-    compares ids afterwards.
+    Without it the converter finds the name by a hash of one text's ids: a vocabulary of one's own is not known, and two
+    splittings that part on other texts are one. Whoever asks compares ids afterwards.
     """
     program = converter()
     from conversion.base import TextModel
 
-    by_hash = TextModel.get_vocab_base_pre
-
-    def by_hash_or_given(self: Any, tokenizer: Any) -> str:
-        try:
-            return str(by_hash(self, tokenizer))
-        except NotImplementedError:
-            if pre is None:
-                raise
-            return pre
-
-    TextModel.get_vocab_base_pre = by_hash_or_given
+    if pre:
+        TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
     sys.argv[1:] = [folder, "--outfile", file, "--outtype", dtype]
     program.main()
 
