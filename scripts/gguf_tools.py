@@ -14,18 +14,12 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 CONVERTER = Path(sys.prefix) / "share/llama.cpp"
 FLOAT32 = 0  # GGML_TYPE_F32
 
 
-def converter() -> Any:
-    """Return the converter's module; ImportError where it is not beside this interpreter."""
-    sys.path[:0] = [str(CONVERTER), str(CONVERTER / "gguf-py")]
-    import convert_hf_to_gguf
-
-    return convert_hf_to_gguf
+sys.path[:0] = [str(CONVERTER), str(CONVERTER / "gguf-py")]
 
 
 def convert(folder: str, file: str, dtype: str, pre: str | None) -> None:
@@ -34,13 +28,13 @@ def convert(folder: str, file: str, dtype: str, pre: str | None) -> None:
     Without it the converter finds the name by a hash of one text's ids: a vocabulary of one's own is not known, and two
     splittings that part on other texts are one. Whoever asks compares ids afterwards.
     """
-    program = converter()
+    import convert_hf_to_gguf
     from conversion.base import TextModel
 
     if pre:
         TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
     sys.argv[1:] = [folder, "--outfile", file, "--outtype", dtype]
-    program.main()
+    convert_hf_to_gguf.main()
 
 
 def quantize(file: str, into: str, kind: str) -> None:
@@ -63,7 +57,6 @@ def quantize(file: str, into: str, kind: str) -> None:
 
 def tensor_types(file: str) -> dict[str, int]:
     """Count the tensors with two axes by type."""
-    converter()
     from gguf import GGUFReader
 
     return dict(Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1))
