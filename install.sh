@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--alpaca-eval] [--deepspeed]
-# [--cuda]`. Run it again at any time: it adds what is missing and takes a few seconds when nothing is.
+# Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--alpaca-eval] [--gguf]
+# [--deepspeed] [--cuda]`. Run it again at any time: it adds what is missing and takes a few seconds when nothing is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -11,12 +11,14 @@ export UV_NO_PROGRESS="${UV_NO_PROGRESS:-1}" UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:
 
 usage() {
     cat <<'TEXT'
-usage: ./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--alpaca-eval] [--deepspeed] [--cuda]
+usage: ./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--alpaca-eval] [--gguf] [--deepspeed]
+                    [--cuda]
   --dev        also what tests and checks need (pytest, ruff, mypy), --smollm2 and --deepspeed
   --smollm2    also the weights of SmolLM2-135M-Instruct from PyPI (93 MB), for pipeline=smollm2 with no hub
   --vllm       also vLLM (with the older transformers that it wants; stays so until .venv is removed)
   --lm-eval    also lm-evaluation-harness, for evaluation.lm_eval
   --alpaca-eval  also AlpacaEval's own tool, in an environment of its own, .alpaca_eval (docs/judging_tools.md)
+  --gguf       also llama.cpp, for task=export, in an environment of its own, .gguf; it is compiled (docs/export.md)
   --deepspeed  also DeepSpeed, for strategy=deepspeed (accelerate_config/deepspeed_*.yaml)
   --cuda       the normal build of torch, for GPUs, where this machine (a login node) has none
 Environment: PYTHON (default python3) is the interpreter for .venv.
@@ -124,8 +126,31 @@ install_alpaca_eval() { # its openai, pandas and scikit-learn are nobody else's
     uv pip install --python .alpaca_eval/bin/python -r requirements/alpaca_eval.lock
 }
 
+install_gguf() { # llama.cpp is built from the source package, and its converter lies nowhere else
+    local lock=requirements/gguf.lock version folder sdist
+    version=$(sed -n 's/^llama-cpp-python==//p' "$lock")
+    folder=.gguf/share/llama.cpp
+    command -v gcc >/dev/null || command -v cc >/dev/null || die "--gguf compiles llama.cpp: install a C++ compiler (gcc, g++)"
+    say "installing $lock into .gguf; llama.cpp is compiled the first time (minutes on many cores, half an hour on one)"
+    [[ -x .gguf/bin/python ]] || uv venv --quiet --python .venv/bin/python .gguf
+    # Its part for pictures is not needed. UV_LOCK_TIMEOUT: a second install waits for the first one's build.
+    CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS:-}" UV_LOCK_TIMEOUT="${UV_LOCK_TIMEOUT:-3600}" \
+        uv pip install --python .gguf/bin/python ${torch_options[@]+"${torch_options[@]}"} -r "$lock"
+    if [[ "$(cat "$folder/VERSION" 2>/dev/null)" != "$version" ]]; then
+        sdist=$(mktemp -d)
+        .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+            --dest "$sdist" "llama-cpp-python==$version"
+        rm -rf "$folder"
+        mkdir -p "$folder"
+        tar -xzf "$sdist"/llama_cpp_python-*.tar.gz -C "$folder" --strip-components=3 --wildcards \
+            '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
+        rm -rf "$sdist"
+        echo "$version" >"$folder/VERSION"
+    fi
+}
+
 main() {
-    dev=false smollm2=false vllm=false lm_eval=false alpaca_eval=false deepspeed=false cuda=false
+    dev=false smollm2=false vllm=false lm_eval=false alpaca_eval=false gguf=false deepspeed=false cuda=false
     local flag
     for flag in "$@"; do
         case "$flag" in
@@ -134,6 +159,7 @@ main() {
             --vllm) vllm=true ;;
             --lm-eval) lm_eval=true ;;
             --alpaca-eval) alpaca_eval=true ;;
+            --gguf) gguf=true ;;
             --deepspeed) deepspeed=true ;;
             --cuda) cuda=true ;;
             -h | --help) usage; exit 0 ;;
@@ -150,6 +176,7 @@ main() {
     if $lm_eval; then say "installing requirements/lm_eval.lock"; pip_install --no-deps -r requirements/lm_eval.lock; fi
     if $deepspeed; then install_deepspeed; fi
     if $alpaca_eval; then install_alpaca_eval; fi
+    if $gguf; then install_gguf; fi
     compile_bytecode
     say "done after $SECONDS s; try: .venv/bin/python launch.py pipeline=quickstart"
 }

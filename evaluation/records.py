@@ -22,7 +22,9 @@ class Responses(NamedTuple):
     num_tokens: list[int]
     ended: list[bool]
     scores: list[float]
-    entropy: float | None = None  # mean over the tokens of the distributions they were drawn from, nats; None: greedy
+    entropy: float | None = (
+        None  # mean over the tokens of the distributions they were drawn from, nats; None: greedy, or a server's
+    )
     turns: list[list[str]] = []  # the answer to every turn of each question; empty where all have one
 
     def last_exchanges(self, prompts: Sequence[list[Message]], turns: Sequence[Sequence[str]]) -> list[Exchange]:
@@ -80,6 +82,8 @@ def verified(
         scores = [scored(verifier, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
     lengths = [sum(len(ids) for ids, _, _ in answers) for answers in samples]
     ended = [all(reason == "stop" for _, reason, _ in answers) for answers in samples]
-    entropy = None if greedy else mean_entropy([answer for answers in samples for answer in answers])
+    every = [answer for answers in samples for answer in answers]
+    drawn = [(ids, reason, nats) for ids, reason, nats in every if nats is not None]
+    entropy = None if greedy or len(drawn) < len(every) else mean_entropy(drawn)
     several = any(len(said) > 1 for said in turns)
     return Responses(texts, lengths, ended, scores, entropy, turns if several else [])

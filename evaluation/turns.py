@@ -9,7 +9,8 @@ from typing import Any
 from conversations import Conversation, Message, turn_text
 from dataloader import encode_prompt
 
-Answered = tuple[list[int], str, float]  # token ids, stop or length, sum of the tokens' entropies in nats
+# Token ids, stop or length, sum of the tokens' entropies in nats (None of a server, which does not say).
+Answered = tuple[list[int], str, float | None]
 Sample = Callable[[list[list[int]]], list[Answered]]  # prompts as ids -> an answer to each
 
 

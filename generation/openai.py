@@ -1,7 +1,8 @@
 """OpenAI-compatible backend: any server with /completions that takes token ids as prompt, and gives token ids back.
 
 vLLM's server does (`return_token_ids`). Where a server gives only text it is refused, or, with
-generation.text_responses=tokenize, its text is tokenized: those rows are marked.
+generation.text_responses=tokenize, its text is tokenized: those rows are marked. Where it takes only text:
+generation/text_prompts.py.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from generation.calculator_hooks import Piece, pause_ids, piece_of, response_with_calculator
 from generation.interface import Answer, derived_seed, forbidden_ids
 from generation.server import Server, in_parallel, served_model
+from generation.text_prompts import UNCUT, TextPrompts
 from settings.schema import Settings
 from templates import turn_end
 from tokens.encoding import encode_text
@@ -25,6 +27,7 @@ class OpenAIBackend:
         self.pauses = pause_ids(tokenizer, stop) if generation.calculator else []
         self.server = Server(generation.base_url, generation.timeout, generation.retries)
         self.model = served_model(self.server, generation.model_name)
+        self.texts = TextPrompts(self.server, tokenizer, self.model) if generation.prompts_as == "text" else None
         forbidden = forbidden_ids(tokenizer, stop, len(tokenizer), len(tokenizer)).nonzero().flatten().tolist()
         self.bias = {str(i): -100 for i in forbidden}
 
@@ -41,6 +44,8 @@ class OpenAIBackend:
             "top_p": generation.top_p,
             "logit_bias": self.bias,
         }
+        if self.texts:
+            body |= {"prompt": self.texts.text(prompt), **UNCUT}
         if generation.text_responses == "tokenize":
             return body | {"stop": [self.tokenizer.convert_ids_to_tokens(i) for i in self.stop[:4]]}  # 4 at most
         return body | {

@@ -34,7 +34,7 @@ DATA_FILES = {"LABEL": ("labeled.jsonl",), "SELECT": ("*.jsonl",)}
 class Upload(NamedTuple):
     """What would be pushed. files: name in the repository -> file here."""
 
-    kind: str  # model | teacher cache | preference data | responses | report
+    kind: str  # model | exported model | teacher cache | preference data | responses | report
     repo_type: str  # of the hub: model | dataset
     folder: Path  # whose digest names it
     files: dict[str, Path]
@@ -46,7 +46,7 @@ def upload_of(run: Path, hub: HubConfig) -> Upload:
     to push, or where a file holds a secret.
     """
     run = run.expanduser()
-    run = run.parent if run.name in ("FINAL", "CACHE", *DATA_FILES) else run
+    run = run.parent if run.name in ("FINAL", "EXPORT", "CACHE", *DATA_FILES) else run
     if not is_done(run) and ((run / "config.yaml").is_file() or not (run / "report.html").is_file()):
         raise ValueError(f"hub.push: {run} is no finished run (it has no DONE): give the folder of one")
     kind, repo_type, folder, files = _found(run)
@@ -59,6 +59,8 @@ def upload_of(run: Path, hub: HubConfig) -> Upload:
 def _found(run: Path) -> tuple[str, str, Path, dict[str, Path]]:
     if (run / "FINAL").is_dir():
         return "model", "model", run / "FINAL", _inside(run / "FINAL", "README.md")
+    if (run / "EXPORT").is_dir():
+        return "exported model", "model", run / "EXPORT", _inside(run / "EXPORT", "README.md")
     if (run / "CACHE").is_dir():
         return "teacher cache", "dataset", run / "CACHE", _inside(run / "CACHE", "README.md")
     for name, patterns in DATA_FILES.items():
@@ -71,7 +73,8 @@ def _found(run: Path) -> tuple[str, str, Path, dict[str, Path]]:
     if "report.html" in found or "results.json" in found:
         return "report", "dataset", run, found
     raise ValueError(
-        f"hub.push: {run} holds no FINAL (model), CACHE, LABEL or SELECT (labeled data), generations.jsonl or report"
+        f"hub.push: {run} holds no FINAL (model), EXPORT, CACHE, LABEL or SELECT (labeled data), generations.jsonl or "
+        "report"
     )
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from settings.export_section import ExportConfig
 from settings.sections import (
     EstimateConfig,
     EvaluationConfig,
@@ -259,6 +260,7 @@ class Settings:
     estimate: EstimateConfig
     inspect: InspectConfig
     hub: HubConfig
+    export: ExportConfig = ExportConfig()
     wandb: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
 
@@ -300,6 +302,7 @@ def settings_from(raw: dict[str, Any]) -> Settings:
         estimate=_typed(raw["estimate"], EstimateConfig, "estimate."),
         inspect=_typed(raw.get("inspect") or {}, InspectConfig, "inspect."),
         hub=_typed(raw.get("hub") or {}, HubConfig, "hub."),
+        export=_typed(raw.get("export") or {}, ExportConfig, "export."),
         wandb=dict(raw["wandb"]),
         raw=raw,
     )

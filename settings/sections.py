@@ -5,7 +5,7 @@ and map in world_sections.py.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from settings.tasks import ESTIMATED
 from settings.typed import Code, Place, check_name, one_of, require
@@ -38,10 +38,12 @@ class GenerationConfig:
     timeout: float
     retries: int
     text_responses: str
+    prompts_as: str = "ids"  # with a default: a stored run may be older
 
     def __post_init__(self) -> None:
         one_of("generation.backend", self.backend, ("auto", "vllm", "hf", "openai"))
         one_of("generation.text_responses", self.text_responses, ("refuse", "tokenize"))
+        one_of("generation.prompts_as", self.prompts_as, ("ids", "text"))
         self._check_server()
         require(self.tensor_parallel >= 1, f"generation.tensor_parallel={self.tensor_parallel} must be at least 1")
         require(
@@ -76,6 +78,11 @@ class GenerationConfig:
         require(
             self.backend == "openai" or not (self.base_url or self.model_name),
             f"generation.base_url and generation.model_name are for generation.backend=openai, not {self.backend}",
+        )
+        require(
+            self.prompts_as == "ids" or self.text_responses == "tokenize",
+            "generation.prompts_as=text is for a server that knows no token ids (llama_cpp.server), which gives none "
+            "back either: set generation.text_responses=tokenize, too",
         )
         require(
             not (self.calculator and self.text_responses == "tokenize"),
@@ -145,6 +152,7 @@ class EvaluationConfig:
     lm_eval: list[str]
     lm_eval_path: Place | None
     lm_eval_chat_template: bool
+    served: list[str] = field(default_factory=list)  # with a default: a stored run may be older
 
     def __post_init__(self) -> None:
         for name in self.models:
@@ -158,6 +166,8 @@ class EvaluationConfig:
             "evaluation.reward_model and evaluation.judge compare with an opponent: set evaluation.opponent to one of "
             "evaluation.models",
         )
+        for name in self.served:
+            require(name in self.models, f"evaluation.served names {name!r}, which is no model of evaluation.models")
         for name in self.reference:
             require(name in self.models, f"evaluation.reference.{name} names no model of evaluation.models")
         require(

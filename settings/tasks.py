@@ -68,6 +68,24 @@ MODEL_IN_TRAINING = (
     "model.peft",
     "model.master_dtype",
 )
+# Of the model section, what decides how a model runs here, and not which it is.
+MODEL_AS_RUN = (
+    "model.template_date",
+    "model.policy_dtype",
+    "model.reference_dtype",
+    "model.max_length",
+    "model.max_prompt_length",
+    "model.attn_implementation",
+    "model.block_class",
+)
+# Of the generation section, what task=evaluate does not take from there, or what changes no response.
+NOT_OF_EVALUATIONS = tuple(
+    f"generation.{key}"
+    for key in (
+        "max_new_tokens temperature top_p top_k n batch_size split seed calculator teacher check_rows max_logp_gap "
+        "tensor_parallel kv_cache_gb concurrency timeout retries prompts_as"
+    ).split()
+)
 JUDGE_SERVER = ("judge.concurrency", "judge.timeout", "judge.retries")
 
 
@@ -78,6 +96,7 @@ class Task:
     sections: tuple[str, ...]  # sections that it reads
     run_keys: tuple[str, ...] = ()  # keys at the root that it reads, beside those of SHOWN
     free: tuple[str, ...] = ()  # SECTION.KEY that may differ: how it is served or shown; not read by it
+    by_server: tuple[str, ...] = ()  # sections that it reads where they say backend=openai; a pipeline hands none on
     has_folder: bool = True  # it writes into cache_dir/exp_name
     is_done_once: bool = True  # DONE is written there, and the same command does nothing; else it is new at every call
     is_estimated: bool = False  # task=estimate knows its cost
@@ -122,6 +141,7 @@ TASKS = {
             "generation.concurrency",
             "generation.timeout",
             "generation.retries",
+            "generation.prompts_as",
             "generation.check_rows",
             "generation.max_logp_gap",
         ),
@@ -135,7 +155,14 @@ TASKS = {
     "evaluate": Task(
         ("model", "datasets", "evaluation", "judge"),
         ("seed", "n_eval_examples"),
-        free=(*MODEL_IN_TRAINING, *JUDGE_SERVER, "evaluation.comparisons", "evaluation.latency_kv_cache_gb"),
+        free=(
+            *MODEL_IN_TRAINING,
+            *JUDGE_SERVER,
+            *NOT_OF_EVALUATIONS,
+            "evaluation.comparisons",
+            "evaluation.latency_kv_cache_gb",
+        ),
+        by_server=("generation",),
         needs=(("evaluation.models", "evaluation.models.NAME=FOLDER, e.g. evaluation.models.mine=outputs/run/FINAL"),),
     ),
     "select": Task(
@@ -169,6 +196,10 @@ TASKS = {
         ("seed", "n_examples", "n_eval_examples"),
         is_done_once=False,
         needs=(("datasets", "datasets=[NAME], e.g. datasets=[local] datasets.local.train=my.jsonl"),),
+    ),
+    "export": Task(
+        ("model", "export"),
+        free=(*MODEL_IN_TRAINING, *MODEL_AS_RUN, "export.check", "export.max_kl", "export.python"),
     ),
     "push": Task(
         ("hub",),
@@ -225,13 +256,18 @@ def counted(raw: dict[str, Any]) -> dict[str, Any]:
     task = task_of(name)
     free = {*task.free, *_unused(raw)}
     kept = {key: raw[key] for key in task.run_keys if key in raw and key not in free}
-    for section in task.sections:
+    for section in (*task.sections, *(name for name in task.by_server if is_served(raw, name))):
         value = raw.get(section)
         if isinstance(value, dict):
             value = {key: entry for key, entry in value.items() if f"{section}.{key}" not in free}
         if value:
             kept[section] = value
     return {"task": name, **kept}
+
+
+def is_served(raw: dict[str, Any], section: str) -> bool:
+    """Tell whether a section asks a server."""
+    return (raw.get(section) or {}).get("backend") == "openai"
 
 
 def _unused(raw: dict[str, Any]) -> set[str]:
@@ -247,6 +283,8 @@ def _unused(raw: dict[str, Any]) -> set[str]:
         for prefix in ("", "reference_"):
             if (raw.get(section) or {}).get(f"{prefix}model_name"):  # whoever serves it, it is this model
                 found.add(f"{section}.{prefix}base_url")
+    if not (raw.get("evaluation") or {}).get("served"):
+        found.add("evaluation.served")  # a stored run may be older
     found |= {key for key in ("first_step", "schedule_steps") if not raw.get(key)}  # the run is whole by itself
     model = raw.get("model") or {}
     loaded = any(model.get(key) for key in ("from_checkpoint", "load_from", "name_or_path"))

@@ -32,6 +32,7 @@ from evaluation.matched import Matched, matched_temperature, mean_entropy, split
 from evaluation.pieces import Ledger, Piece, key_of
 from evaluation.records import Evaluated, Responses, main_temperature, verified
 from evaluation.results import results_of, table, verdicts_of
+from evaluation.served import check_served, from_server, served_names, server_facts
 from evaluation.turns import Answered, in_turns, later_turns
 from functional import row_sums, token_logps
 from generation.hf import sample_watched
@@ -124,7 +125,7 @@ def answer(asked: "Asked", rows: Sequence[Example], temperature: float, seed: in
 
     With each answer comes the entropy that it was drawn with.
     """
-    config, model, tokenizer = asked.settings.evaluation, asked.model(), asked.tokenizer
+    config, tokenizer = asked.settings.evaluation, asked.tokenizer
     generation: GenerationConfig = replace(
         asked.settings.generation,
         n=1,
@@ -135,10 +136,14 @@ def answer(asked: "Asked", rows: Sequence[Example], temperature: float, seed: in
         batch_size=config.batch_size,
         calculator=config.calculator,
     )
-    stop = models.stop_ids(tokenizer, model)
+    if asked.is_served:
+        sample = from_server(asked.settings, generation, tokenizer, models.stop_ids_of(asked.own, tokenizer), seed)
+    else:
+        model = asked.model()
+        stop = models.stop_ids(tokenizer, model)
 
-    def sample(ids: list[list[int]]) -> list[Answered]:
-        return sample_watched(model, tokenizer, ids, generation, stop, len(tokenizer), seed)
+        def sample(ids: list[list[int]]) -> list[Answered]:
+            return list(sample_watched(model, tokenizer, ids, generation, stop, len(tokenizer), seed))
 
     conversations = [row.conversation for row in rows]
     longest = asked.settings.model.max_prompt_length
@@ -185,6 +190,7 @@ class Asked:
 
     def __init__(self, settings: Settings, name: str, device: torch.device) -> None:
         self.settings, self.name, self.device = settings, name, device
+        self.is_served = name in served_names(settings)
         self.own = settings.model.of_folder(settings.evaluation.models[name])
         self.dtype = models.resolve_dtype(self.own.policy_dtype, device)
         self.tokenizer = models.load_tokenizer(self.own)
@@ -209,6 +215,7 @@ class Asked:
             models.stop_ids_of(self.own, self.tokenizer),
             str(self.dtype),
             self.device.type,
+            *(server_facts(self.settings.generation) if self.is_served else []),
         ]
 
 
@@ -353,6 +360,7 @@ def run(settings: Settings) -> None:
     """Judge every model of evaluation.models and write the results into the run's folder."""
     config, meter = settings.evaluation, Meter()
     check_request(config)
+    check_served(settings)
     verifier = resolve_verifier(config.verifier) if config.verifier else None
     if config.majority and verifier:
         vote_of(verifier)  # refuses a module without one

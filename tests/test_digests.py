@@ -312,7 +312,9 @@ def test_every_row_is_a_module_and_every_free_key_is_there():
     for name, task in TASKS.items():
         for key in task.free:
             section, _, rest = key.partition(".")
-            assert section in task.sections and rest in classes[section].__dataclass_fields__, f"{name}: {key}"
+            assert section in (*task.sections, *task.by_server) and rest in classes[section].__dataclass_fields__, (
+                f"{name}: {key}"
+            )
 
 
 @pytest.mark.parametrize("task", TASKS)

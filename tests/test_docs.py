@@ -89,7 +89,8 @@ def test_every_command_of_readme_docs_and_script_composes(command: list[str], tm
     named = [word.removeprefix("--config-name=") for word in words if word.startswith("--config-name=")]
     words = [word for word in words if not word.startswith("--config-name=")]
     settings = settings_of(composed(*words, config_name=named[0] if named else "config"))
-    assert settings.datasets or settings.run.task in ("label", "estimate", "summarize", "report", "push", "pull")
+    without_rows = ("label", "estimate", "summarize", "report", "push", "pull", "export")
+    assert settings.datasets or settings.run.task in without_rows
     if "--config_file" in command:
         config = yaml.safe_load((ROOT / command[command.index("--config_file") + 1]).read_text(encoding="utf-8"))
         assert settings.model.batch_size % (config["num_processes"] * settings.model.gradient_accumulation_steps) == 0
