@@ -67,6 +67,7 @@ def write_the_files_of_the_pages(folder: Path) -> None:
     for name in (
         "pairs.jsonl",
         "prompts.jsonl",
+        "orders.jsonl",
         "question.jsonl",
         "questions.jsonl",
         "train.jsonl",

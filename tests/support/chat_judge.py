@@ -10,6 +10,7 @@ from typing import Any
 
 Rule = Callable[[str, str], float]  # two answers -> the chance, in (0, 1), that the first one is better
 OURS = re.compile(r"\[Answer A\]\n(.*?)\n\n\[Answer B\]\n(.*?)\n\nSay in", re.S)
+SCORED = re.compile(r"\[Assistant\]\n(.*?)\n\nSay in", re.S)
 ALPACA_EVAL = re.compile(r'"model_identifier": "m",\s*"output": """(.*?)"""\s*\},.*?"output": """(.*?)"""\s*\}', re.S)
 
 
@@ -18,6 +19,9 @@ def answer_to(question: str, rule: Rule) -> tuple[str, float]:
     if ours := OURS.search(question):
         chance = rule(ours[1], ours[2])
         return f"Because.\nVerdict: {'A' if chance > 0.5 else 'B'}", chance
+    if alone := SCORED.search(question):
+        chance = rule(alone[1], "")
+        return f"Because.\nScore: {round(1 + 9 * chance)}", chance
     if theirs := ALPACA_EVAL.search(question):
         chance = rule(theirs[1], theirs[2])
         return "m" if chance > 0.5 else "M", chance
