@@ -172,24 +172,34 @@ def run_changed(change: Callable[[dict[str, Any]], dict[str, Any]], cache_dir: P
     return run_pipeline(config, typed)
 
 
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every script that changes the quickstart."""
+    parser.add_argument("--parallel", type=int, default=2, help="stages at the same time")
+    parser.add_argument("--cache-dir", default="outputs")
+    parser.add_argument("--to", type=Path, default=ROOT / "docs")
+    parser.add_argument("--only-write", action="store_true", help="run nothing: write what is there")
+
+
+def write(folder: Path, name: str, results: dict[str, Any], page: str) -> None:
+    """Write measured/NAME.json and NAME.md, and print the page."""
+    (folder / "measured").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "measured" / f"{name}.json", results)
+    write_text(folder / f"{name}.md", page)
+    print(page)
+
+
 def main(arguments: list[str]) -> int:
     """Run what is missing and write both files."""
     parser = argparse.ArgumentParser(prog="python scripts/quickstart_sweep.py", description=__doc__)
     parser.add_argument("--seed", type=int, default=101, help="the world, and every other seed")
     parser.add_argument("--methods", nargs="+", default=list(TRIES), choices=list(TRIES))
-    parser.add_argument("--parallel", type=int, default=2, help="stages at the same time")
-    parser.add_argument("--cache-dir", default="outputs")
-    parser.add_argument("--to", type=Path, default=ROOT / "docs")
-    parser.add_argument("--only-write", action="store_true", help="run nothing: write what is there")
+    add_common(parser)
     options = parser.parse_args(arguments)
     knobs = {"seeds": [options.seed], "parallel": options.parallel}
     change = lambda pipeline: with_tries(pipeline, options.methods) | knobs  # noqa: E731
     code = 0 if options.only_write else run_changed(change, Path(options.cache_dir), PROMPTS)
     results = results_of(Path(options.cache_dir).expanduser() / NAME, options.seed)
-    (options.to / "measured").mkdir(parents=True, exist_ok=True)
-    write_json(options.to / "measured" / f"{NAME}.json", results)
-    write_text(options.to / f"{NAME}.md", table(results))
-    print(table(results))
+    write(options.to, NAME, results, table(results))
     return code
 
 

@@ -21,8 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.diversity import diversity
 from pipeline.composing import merged
-from scripts.quickstart_sweep import run_changed
-from settings.artifacts import write_json, write_text
+from scripts.quickstart_sweep import add_common, run_changed, write
 
 NAME = "stability"
 PROMPTS = 500
@@ -115,24 +114,17 @@ def main(arguments: list[str]) -> int:
     """Run what is missing and write both files."""
     parser = argparse.ArgumentParser(prog="python scripts/stability.py", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(201, 221)))
-    parser.add_argument("--parallel", type=int, default=2, help="stages at the same time")
-    parser.add_argument("--cache-dir", default="outputs")
-    parser.add_argument("--to", type=Path, default=ROOT / "docs")
-    parser.add_argument("--only-write", action="store_true", help="run nothing: write what is there")
+    add_common(parser)
     options = parser.parse_args(arguments)
     cache_dir = Path(options.cache_dir).expanduser()
     code = 0
-    for seed in (
-        () if options.only_write else options.seeds
-    ):  # one after the other: what is stopped has the seeds so far
-        code = code or run_seed(seed, cache_dir, options.parallel)
+    if not options.only_write:
+        for seed in options.seeds:  # one after the other: what is stopped has the seeds so far
+            code = code or run_seed(seed, cache_dir, options.parallel)
     results = results_of(cache_dir, options.seeds)
     if not results["seeds"]:
         return code or 1
-    (options.to / "measured").mkdir(parents=True, exist_ok=True)
-    write_json(options.to / "measured" / f"{NAME}.json", results)
-    write_text(options.to / f"{NAME}.md", page(results))
-    print(page(results))
+    write(options.to, NAME, results, page(results))
     return code
 
 

@@ -287,6 +287,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert 'src="http' not in (tmp_path / "site/index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_table_of_losses_is_the_code() -> None:
     page = (ROOT / "docs/losses.md").read_text(encoding="utf-8")
     written = page.split(losses_table.BEGIN)[1].split(losses_table.END)[0].strip()

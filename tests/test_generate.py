@@ -248,6 +248,7 @@ def test_rows_of_another_run_are_refused(base):
     assert (base / name / "generations.jsonl").read_bytes() == b"".join(lines[:6])
 
 
+@pytest.mark.slow
 def test_a_run_killed_with_signal_9_loses_and_doubles_nothing(base):
     name, many = "kill9", ["generation.batch_size=1", "generation.n=3", "generation.max_new_tokens=24"]
     path = base / name / "generations.jsonl"

@@ -345,6 +345,7 @@ def test_what_cannot_work_is_refused(base, overrides, message):
 # ---- that they do what they are for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gkd", "opd", "online-adpa"])
 def test_on_policy_distillation_comes_nearer_to_the_teacher(name, base):
     """The exact reverse KL on the student's own responses falls, from prompts alone."""
