@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import launch
-from teacher.cache import IDENTITY, NOT_IDENTITY, Meta, Reader, Writer, content_key, finish, stored_keys
+from teacher.cache import IDENTITY, NOT_IDENTITY, Meta, Reader, Writer, begin, content_key, finish, stored_keys
 from teacher.quantities import TABLE, quantity_named, quantity_of
 from teacher.scoring import SCORES
 from tests.support.helpers import ROOT, composed
@@ -207,6 +207,12 @@ def test_another_meta_in_the_same_folder_is_refused(tmp_path, key):
     written(tmp_path / "c", range(2))
     with pytest.raises(ValueError, match=f"made with another .*{key}="):
         Writer(tmp_path / "c", replace(META, **{key: 0.5 if key in ("beta", "temperature", "mass") else "another"}))
+
+
+def test_another_backend_is_named_before_what_comes_with_it(tmp_path: Path) -> None:
+    begin(tmp_path / "CACHE", META)
+    with pytest.raises(ValueError, match="made with another backend: backend='hf', this run has 'vllm'"):
+        begin(tmp_path / "CACHE", replace(META, backend="vllm", precision="attention=vllm"))
 
 
 def test_all_of_a_meta_but_counts_and_command_is_its_identity():
