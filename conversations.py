@@ -44,9 +44,7 @@ def find_format(row: Row, where: str) -> str:
         return "generation"
     if {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys():
         return "shp"
-    chosen = row.get("chosen")
-    if chosen is None:  # an empty side is the parser's to refuse, which names it and its row
-        chosen = row.get("rejected")
+    chosen = row.get("chosen") or row.get("rejected")  # an empty side is the parser's to refuse: it names it
     if isinstance(chosen, str) and "prompt" not in row and chosen.startswith(HUMAN.rstrip(" ")):
         return "hh"
     if isinstance(row.get("conversations"), list) and not isinstance(row.get("messages"), list):

@@ -9,23 +9,19 @@ float32 weights under bfloat16 autocast on a GPU. Each runs in a process of its 
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from benchmarks.commands import VllmServer, run_here
+from benchmarks.check_backends import advantages, task
+from benchmarks.check_parts import ROOT, SCALES, Row, Scale, Skipped, model_config, needs_gpu
 from benchmarks.measure import forget_peak, peak_bytes, wait
 from benchmarks.random_steps import batch_of, trainer_of
 from benchmarks.setup import Size, device, machine
@@ -35,64 +31,16 @@ from estimate.arithmetic import Work, training_flops
 from estimate.shape import shape_of
 from functional import token_logps
 from models import load_model, load_tokenizer, resolve_dtype, response_logits
-from settings.schema import ModelConfig, typed
-from teacher.cache import Reader
+from settings.schema import ModelConfig
 from trainers.batches import Batch
 
-ROOT = Path(__file__).resolve().parents[1]
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s by NVIDIA's data sheets
 METHODS = ("sft", "dpo", "dckd", "adpa")
 TOP_K = 50
 LOGITS_TOLERANCE = 0.25  # nat between two attention kernels in bfloat16 on random weights
-ADVANTAGE_TOLERANCE = 0.01  # nat on average between vLLM's float32 and ours, TF32 included
-
-
-class Scale(NamedTuple):
-    """How large the checks are: a file of config/model, and a batch of B pairs."""
-
-    model: str
-    rows: int
-    prompt: int
-    response: int
-    steps: int
-    answers: int  # responses that generation is timed on
-
-
-SCALES = {"1b": Scale("llama_1b_shape", 4, 512, 512, 10, 256), "tiny": Scale("tiny", 2, 8, 8, 2, 4)}
-
-
-class Row(NamedTuple):
-    """One line of the table; figures that a check does not have are None."""
-
-    check: str
-    result: str
-    seconds: float | None = None
-    tokens_per_second: float | None = None
-    mfu: float | None = None
-    peak_bytes: int | None = None
-
-
-class Skipped(Exception):
-    """A check that cannot run here; its text says why."""
 
 
 # ---- what the checks share
-
-
-def model_config(name: str, **changes: Any) -> ModelConfig:
-    """Read a file of config/model over the base."""
-    files = [ROOT / "config" / "model" / f"{part}.yaml" for part in ("base_model", name)]
-    merged: dict[str, Any] = {}
-    for file in files:
-        merged |= yaml.safe_load(file.read_text(encoding="utf-8"))
-    merged.pop("defaults", None)
-    return typed({**merged, **changes}, ModelConfig)
-
-
-def needs_gpu() -> None:
-    """Skip without a GPU."""
-    if not torch.cuda.is_available():
-        raise Skipped("no GPU here")
 
 
 def vocabulary(config: ModelConfig) -> int:
@@ -237,99 +185,6 @@ def flash_attention(scale: Scale) -> Row:
     if difference > LOGITS_TOLERANCE:
         raise ValueError(f"log-probabilities differ by {difference:.3f} nat from sdpa's")
     return Row("flash attention, forward", f"{difference:.4f} nat from sdpa ({seconds[0]:.4f} s)", seconds[1])
-
-
-@contextmanager
-def model_folder(scale: Scale) -> Iterator[tuple[Path, Path]]:
-    """Write a model of the scale with the byte tokenizer, and prompts with responses, into a folder for a while."""
-    base = Path(tempfile.mkdtemp(prefix="check_gpu_"))
-    try:
-        tokenizer = load_tokenizer(model_config("tiny"))
-        # Its vocabulary is the tokenizer's: engines would else say tokens that are no text.
-        config = model_config(scale.model)
-        build = {**(config.build or {}), "vocab_size": len(tokenizer)}
-        load_model(model_config(scale.model, build=build), dtype=torch.bfloat16, trainable=False).save_pretrained(
-            base / "model"
-        )
-        tokenizer.save_pretrained(base / "model")
-        with (base / "rows.jsonl").open("w", encoding="utf-8") as out:
-            for i in range(scale.answers):
-                out.write(json.dumps({"prompt": f"Count from {i}.", "response": f"{i} {i + 1} {i + 2}"}) + "\n")
-        yield base, base / "model"
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
-
-
-def task(name: str, backend: str, scale: Scale) -> Row:
-    """Run task=generate or task=cache through the command line with a backend."""
-    if backend == "vllm":
-        needs_gpu()
-        if find_spec("vllm") is None:
-            raise Skipped("vLLM is not installed (./install.sh --vllm)")
-    with model_folder(scale) as (base, model):
-        words = [f"task={name}", f"{'generation' if name == 'generate' else 'cache'}.backend={backend}"]
-        words += ["model=base_model", f"model.name_or_path={model}", "model.max_length=1024"]
-        words += ["model.max_prompt_length=512", "datasets=[local]", f"datasets.local.train={base / 'rows.jsonl'}"]
-        words += [f"cache_dir={base}", "exp_name=checked"]
-        words += (
-            [f"generation.max_new_tokens={scale.response}"]
-            if name == "generate"
-            else [
-                "cache.top_k=20",
-                "cache.responses=[response]",
-            ]
-        )
-        started = time.perf_counter()
-        run_here(words)
-        seconds = time.perf_counter() - started
-        return Row(f"{name} by {backend}", f"{scale.answers} rows, start and end included", seconds)
-
-
-def advantages(backend: str, scale: Scale) -> Row:
-    """Ask two real vLLM servers, or engines in turn, for advantages, the reference by given ids in binary; compare with
-    cache.backend=hf.
-    """
-    needs_gpu()
-    if find_spec("vllm") is None:
-        raise Skipped("vLLM is not installed (./install.sh --vllm)")
-    with model_folder(scale) as (base, model):
-        other = base / "other"
-        width = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-        build = {**(model_config(scale.model).build or {}), "vocab_size": width}
-        shutil.copytree(model, other)
-        load_model(
-            model_config(scale.model, build=build, build_seed=7), dtype=torch.bfloat16, trainable=False
-        ).save_pretrained(other)
-        words = ["task=cache", "model=base_model", f"model.name_or_path={model}", "model.max_length=1024"]
-        words += ["model.max_prompt_length=512", "datasets=[local]", f"datasets.local.train={base / 'rows.jsonl'}"]
-        words += [f"cache_dir={base}", "cache.top_k=20", "cache.responses=[response]", "model.reference_dtype=float32"]
-        run_here([*words, "exp_name=here", f"cache.reference={other}"])
-        words += ["exp_name=there", f"cache.backend={backend}"]
-        with ExitStack() as servers:
-            asked = [f"cache.reference={other}"]
-            if backend == "server":
-                one, two = (servers.enter_context(VllmServer(m, n)) for m, n in ((model, "teacher"), (other, "start")))
-                asked = [f"cache.base_url={one.root}/v1", f"cache.reference_base_url={two.root}/v1"]
-                asked += ["cache.concurrency=64"]
-            started = time.perf_counter()
-            run_here([*words, *asked])
-            seconds = time.perf_counter() - started
-        return Row(f"advantages by {backend}", compared(base / "here/CACHE", base / "there/CACHE"), seconds)
-
-
-def compared(here: Path, there: Path) -> str:
-    """Say how far two caches of advantages are apart, where they hold the same ids; ValueError beyond a tolerance."""
-    ours, theirs = Reader(here), Reader(there)
-    same, gaps = [], []
-    for ids, mask in ours.sequences(10**6):
-        one, other = ours.get(ids, mask), theirs.get(ids, mask)
-        equal = one["ids"] == other["ids"]
-        same.append(equal.mean())
-        gaps.append(np.abs(one["values"] - other["values"])[equal])
-    share, worst, mean = float(np.mean(same)), float(max(g.max() for g in gaps)), float(np.concatenate(gaps).mean())
-    if share < 0.95 or mean > ADVANTAGE_TOLERANCE:
-        raise ValueError(f"{share:.1%} of the ids are equal; advantages differ by {mean:.4f} nat, at most {worst:.4f}")
-    return f"float32, {share:.2%} of the ids equal, advantages {mean:.5f} nat apart on average, at most {worst:.4f}"
 
 
 def checks(scale: Scale) -> dict[str, Callable[[], Row]]:

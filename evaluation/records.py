@@ -22,9 +22,8 @@ class Responses(NamedTuple):
     num_tokens: list[int]
     ended: list[bool]
     scores: list[float]
-    entropy: float | None = (
-        None  # mean over the tokens of the distributions they were drawn from, nats; None: greedy, or a server's
-    )
+    # Mean over the tokens of the distributions they were drawn from, nats; None: greedy, or a server's.
+    entropy: float | None = None
     turns: list[list[str]] = []  # the answer to every turn of each question; empty where all have one
 
     def last_exchanges(self, prompts: Sequence[list[Message]], turns: Sequence[Sequence[str]]) -> list[Exchange]:

@@ -29,7 +29,7 @@ RATES = (3.0e-3, 6.0e-3, 1.0e-2)
 METHOD, START = "adpa_plus_regularized", "dckd"
 UNANCHORED = "unanchored"
 BASE = ("world", "teacher_sft", "teacher_dpo", "cache_logprobs", "student_sft", "dckd", "generate", "cache_advantages")
-HALF = 0.5
+LEAST_KEPT = 0.5  # of the start's diversity: a run with less has collapsed
 
 
 def tried(rate: float) -> str:
@@ -76,7 +76,7 @@ def results_of(cache_dir: Path, seeds: list[int]) -> dict[str, Any]:
 
 def collapsed(found: dict[str, dict[str, float]], name: str) -> bool:
     """Say whether a run kept less than half of its start's diversity."""
-    return found[name]["diversity"] < HALF * found[START]["diversity"]
+    return found[name]["diversity"] < LEAST_KEPT * found[START]["diversity"]
 
 
 def row_of(results: dict[str, Any], name: str) -> str:

@@ -199,7 +199,7 @@ TASKS = {
     ),
     "export": Task(
         ("model", "export"),
-        free=(*MODEL_IN_TRAINING, *MODEL_AS_RUN, "export.check", "export.max_kl", "export.python"),
+        free=(*MODEL_IN_TRAINING, *MODEL_AS_RUN, "export.python"),
     ),
     "push": Task(
         ("hub",),

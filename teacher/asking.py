@@ -8,7 +8,7 @@ Letters: n rows, R rows of one table.
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from settings.paths import ROOT
 from teacher.several import CachedTeachers, Wanted
 from teacher.spans import check_shares, compared_tokens, covered
 from tokens.beside import Made, beside
-from tokens.columns import sides_of
+from tokens.columns import Sides, sides_of
 from tokens.encoding import encode_example
 from tokens.examples import Tokens
 from tokens.store import Record, Rows, StoredTokens, pack
@@ -45,8 +45,8 @@ class AskedRows:
                 examples, {"column": column, "names": list(self.names)}, _names(column, self.names), [-1], num_proc
             )
             self.who = named.counts().reshape(len(self))  # of no rows it has no second axis
-            for row in np.flatnonzero(self.who < 0).tolist():
-                raise ValueError(self._unknown(row, column))
+            if (self.who < 0).any():
+                raise ValueError(self._unknown(int(np.argmax(self.who < 0)), column))
         if teachers.between is not None:
             self.theirs = besides(examples, _identity(teachers), _translated(teachers), [0, 0], num_proc)
 
@@ -63,10 +63,14 @@ class AskedRows:
 
     # ---- by keys alone
 
+    @cached_property
+    def _asked(self) -> Sides:
+        """The sides of the rows in the tokens that the teachers are asked in."""
+        return sides_of(self.examples if self.theirs is None else self.theirs)
+
     def lacking(self) -> np.ndarray:
         """Return which responses [n, 2] are asked of a teacher that has them not."""
-        sides = sides_of(self.examples if self.theirs is None else self.theirs)
-        keys, there = sides.keys[:, :2], sides.lengths[:, :2] >= 0
+        keys, there = self._asked.keys[:, :2], self._asked.lengths[:, :2] >= 0
         lacks = np.zeros(there.shape, np.bool_)
         for number, name in enumerate(self.names):
             rows = slice(None) if self.who is None else np.flatnonzero(self.who == number)
@@ -77,7 +81,7 @@ class AskedRows:
 
     def coverage(self, lacking: np.ndarray) -> float:
         """Return the share of the responses that every teacher asked for them has."""
-        there = sides_of(self.examples if self.theirs is None else self.theirs).lengths[:, :2] >= 0
+        there = self._asked.lengths[:, :2] >= 0
         return 1.0 - float(lacking.sum()) / max(1, int(there.sum()))
 
     def identity(self) -> Callable[[int], bytes]:
@@ -140,7 +144,8 @@ def besides(
     num_proc: int | None,
 ) -> Examples:
     """Return, in the order of the mix, what `maker` computes of every row of each table; rows of a list that lies in no
-    table are laid into one."""
+    table are laid into one.
+    """
     if not isinstance(examples, Examples):
         table = pack([Record(i, e, (), e.conversation) for i, e in enumerate(examples)], as_json=False)
         count = len(examples)

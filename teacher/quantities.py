@@ -75,7 +75,7 @@ TABLE = (
 )
 
 
-# Not for sale: what the first of two vLLM engines says until the second one has been asked (teacher/vllm.py).
+# Not to be asked for: what the first of two vLLM engines says until the second one was asked (teacher/vllm.py).
 TOP_K = Quantity("top_k", (Array("ids", None, True), Array("values", "float32", True), Array("tail", "float32", False)))
 
 

