@@ -71,8 +71,10 @@ def is_here(settings: Settings, split: str) -> bool:
 
 
 def from_text(settings: Settings) -> bool:
-    """Tell whether lengths come from the rows' text instead of their tokens."""
-    return settings.estimate.lengths == "text"
+    """Tell whether lengths come from the rows' text instead of their tokens: a shape alone has no tokenizer."""
+    model = settings.model
+    named = model.tokenizer_name_or_path or model.load_from or model.from_checkpoint or model.name_or_path
+    return settings.estimate.lengths == "text" or not named
 
 
 def examples_of(settings: Settings, split: str) -> tuple[Sequence["Example"], int, int]:

@@ -13,7 +13,9 @@ import pytest
 from estimate import lengths
 from estimate.llama import llama_of
 from estimate.meta_model import counted
+from settings.needs import Needs
 from settings.schema import Settings, settings_from
+from tasks.estimate import evaluation_batch
 from tests.support.helpers import ALONE, ROOT, composed, write_pairs
 
 # Runs launch.py, then says which libraries it loaded and how often it planned, composed and typed a config.
@@ -69,6 +71,17 @@ def test_a_dry_run_plans_once_and_loads_no_model_code(student: list[str], tmp_pa
 def settings(*overrides: str) -> Settings:
     """Compose and type a config."""
     return settings_from(composed(*overrides))
+
+
+def test_a_shape_without_a_tokenizer_is_estimated_from_the_rows_text(tmp_path: Path) -> None:
+    """Seen: the estimate of a 70B shape was refused on machines that have the data, and worked where it was missing."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 20)
+    own = ["datasets=[local]", f"datasets.local.train={data}", f"datasets.local.test={data}"]
+    shape = settings("model=llama_8b_shape", *own)
+    assert lengths.from_text(shape) and not lengths.from_text(settings("model=tiny", *own))
+    examples, _, number = lengths.examples_of(shape, "test")
+    assert len(examples) == number == 20
+    assert evaluation_batch(shape, Needs("pairs")) is not None
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
