@@ -29,6 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from pipeline.digests import digest_of
 from pipeline.sweeps import as_sweep, job_folder
@@ -279,6 +280,9 @@ def explain(error: Exception) -> str:
     """Word a user's mistake in one message."""
     text = str(error).strip()
     cause = error.__cause__
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1} is not YAML: {error.problem}"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: {text.splitlines()[0]}. A value with blanks, commas, brackets, = or quotes is quoted "
@@ -334,7 +338,7 @@ def guarded(work: Callable[[], None]) -> None:
     except KeyboardInterrupt as stopped:
         print(f"\ninterrupted; {str(stopped) or 'the same command goes on where this one stopped'}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if "debug=true" in sys.argv or "++debug=true" in sys.argv:
             raise
         print(f"error: {clean(hidden(explain(error), secrets_of(os.environ)))}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluation.lineage import runs_behind
+from evaluation.lineage import ENDS, runs_behind, scored_responses
 from evaluation.records import Evaluated
 from settings.artifacts import read_json, read_jsonl
 
@@ -21,7 +21,7 @@ class Cost(NamedTuple):
     hours: dict[str, float]
     trained: int  # tokens, a pass over a row counts each time
     sampled: int  # tokens that task=generate wrote
-    checked: int  # responses that a verifier, reward model or judge scored for task=label
+    checked: int  # responses that a verifier, reward model or judge scored, for task=label or while it trained
     runs: int
     unknown: int
 
@@ -29,8 +29,8 @@ class Cost(NamedTuple):
 def cost_of(folder: str) -> Cost | None:
     """Return what a model cost; None where it is in no run's folder."""
     hours: dict[str, float] = {}
-    runs = trained = sampled = checked = unknown = 0
-    for run, config in runs_behind(folder):
+    runs = trained = sampled = unknown = 0
+    for run, config in runs_behind(folder, ends=ENDS):
         runs += 1
         found, task = read_json(run / "resources.json"), config.get("task", "train")
         if found:
@@ -40,8 +40,7 @@ def cost_of(folder: str) -> Cost | None:
         else:
             unknown += task in ("train", "generate")
         sampled += int(read_json(run / "summary.json").get("tokens", 0)) if task == "generate" else 0
-        checked += int(read_json(run / "LABEL" / "summary.json").get("scored", 0)) if task == "label" else 0
-    return Cost(hours, trained, sampled, checked, runs, unknown) if runs else None
+    return Cost(hours, trained, sampled, scored_responses(folder) or 0, runs, unknown) if runs else None
 
 
 def hours_text(hours: Mapping[str, float]) -> str:

@@ -1,8 +1,8 @@
-"""How many tokens were sampled so that a model could learn: what generated responses cost, beside the score.
+"""How many tokens were sampled, and how many responses checked, so that a model could learn: the price of a score.
 
-Read from the run folders: what the policy wrote while it trained (metrics.jsonl), the generations that it learned
-from (summary.json of task=generate), and the same of the models it was trained from, each file once. Tokens that a
-teacher was trained on do not count.
+Read from the run folders: what the policy wrote and had scored while it trained (metrics.jsonl), the generations and
+labels that it learned from (summary.json of task=generate and task=label), and the same of the models it was trained
+from, each file once. What a teacher was trained on does not count.
 """
 
 import json
@@ -14,7 +14,8 @@ import yaml
 
 from settings.artifacts import read_jsonl
 
-GENERATED = "generated_tokens"
+GENERATED, SCORED = "generated_tokens", "scored_responses"
+ENDS = ("generate",)  # who wrote a response that is learned from is no ancestor, unless training started from it
 HIGHEST = 4  # folders between a file and the run that wrote it
 
 
@@ -53,12 +54,22 @@ def runs_behind(folder: str, ends: Collection[str] = ()) -> Iterator[tuple[Path,
 
 def generated_tokens(folder: str) -> int | None:
     """Return the tokens sampled for a model's training; None where there are none, or nobody knows."""
+    return _sum_of(folder, GENERATED, "generate", "summary.json", "tokens")
+
+
+def scored_responses(folder: str) -> int | None:
+    """Return how many responses a checker scored for a model's training; None where there are none, or nobody knows."""
+    return _sum_of(folder, SCORED, "label", "LABEL/summary.json", "scored")
+
+
+def _sum_of(folder: str, column: str, task: str, file: str, key: str) -> int | None:
+    """Add up a column of the trainings behind a model (its last value each) and a number that the runs of a task told."""
     total = 0
-    for run, config in runs_behind(folder, ends=("generate",)):
-        if config.get("task") == "generate":
-            total += _number(run / "summary.json", "tokens")
+    for run, config in runs_behind(folder, ends=ENDS):
+        if config.get("task") == task:
+            total += _number(run / file, key)
         elif (run / "metrics.jsonl").is_file():
-            total += max((int(row.get(GENERATED, 0)) for row in read_jsonl(run / "metrics.jsonl")), default=0)
+            total += max((int(row.get(column, 0)) for row in read_jsonl(run / "metrics.jsonl")), default=0)
     return total or None
 
 

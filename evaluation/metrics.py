@@ -73,6 +73,7 @@ METRICS = (
     Metric("samples.diverse_prompts", "prompts with two right", "count", NEITHER, "samples", headline=False),
     Metric("match.temperature", "matched temperature", "number", NEITHER, "score", headline=False),
     Metric("generated_tokens", "generated to learn from", "count", NEITHER, "text"),
+    Metric("scored_responses", "checked to learn from", "count", NEITHER, "text"),
     Metric("token_entropy", "token entropy, nats", "nats", NEITHER, "text"),
     Metric("mean_response_tokens", "tokens", "tokens", NEITHER, "text"),
     Metric("p50_response_tokens", "tokens p50", "tokens", NEITHER, "text", headline=False),

@@ -8,7 +8,7 @@ import numpy as np
 from evaluation.bradley_terry import elo_rows, judged_elo_rows
 from evaluation.comparisons import best_model, compare_all
 from evaluation.intervals import score_interval
-from evaluation.lineage import generated_tokens
+from evaluation.lineage import GENERATED, SCORED, generated_tokens, scored_responses
 from evaluation.majority import majority_metrics
 from evaluation.markdown import markdown
 from evaluation.matched import MATCHED, matched_entry
@@ -109,8 +109,8 @@ def row_of(settings: Settings, name: str, evaluated: dict[str, Evaluated], verdi
     config, one = settings.evaluation, evaluated[name]
     main, phrases = main_temperature(config.temperatures), config.refusal_phrases
     row: dict[str, Any] = {"folder": config.models[name], "seeds": [settings.run.seed]}
-    if (generated := generated_tokens(config.models[name])) is not None:
-        row["generated_tokens"] = generated
+    price = {GENERATED: generated_tokens(config.models[name]), SCORED: scored_responses(config.models[name])}
+    row |= {what: count for what, count in price.items() if count is not None}
     if main is not None:
         row |= {**summary(one, main, phrases), "temperature": main}
     if 0.0 in config.temperatures:

@@ -170,9 +170,16 @@ def check_lineage(recipes: dict[str, Recipe]) -> None:
         aligned = recipe.start
         if aligned is None:
             raise ValueError(f"{key}: the stage has no `start`, so there is no aligned teacher to compare with")
-        origin = recipes[aligned].start
-        if mentioned(reference) != [origin] or reference != f"{{{origin}}}/FINAL":
+        origin, model = recipes[aligned].start, recipes[aligned].set.get("model", {})
+        # Without a stage before it, it started from the weights that its model names.
+        wanted = f"{{{origin}}}/FINAL" if origin else model.get("load_from") or model.get("name_or_path")
+        if wanted is None:
             raise ValueError(
-                f"{key} is not what the aligned teacher {aligned!r} started from ({origin!r}): "
-                f"log pi_dpo - log pi_ref would not be its advantage. Write {{{origin}}}/FINAL"
+                f"{key}: the aligned teacher {aligned!r} starts from no stage. Name its weights in "
+                "pipeline.teacher_set.model.name_or_path, and the same here"
+            )
+        if reference != wanted:
+            raise ValueError(
+                f"{key} is not what the aligned teacher {aligned!r} started from ({origin or wanted!r}): "
+                f"log pi_dpo - log pi_ref would not be its advantage. Write {wanted}"
             )

@@ -71,6 +71,11 @@ TRIES: dict[str, list[dict[str, Any]]] = {
         {"lr": 3.0e-3, "loss": {"teacher_temperature": 0.3}},
         {"lr": 6.0e-3, "loss": {"teacher_temperature": 0.3}},
     ],
+    "online_adpa": [
+        {"lr": 3.0e-3, "loss": {"kl_reference": "reference_teacher", "kl_weight": 1.0}},
+        {"lr": 6.0e-3, "loss": {"kl_reference": "reference_teacher", "kl_weight": 1.0}},
+        {"lr": 6.0e-3, "loss": {"kl_reference": "start", "kl_weight": 2.0}},
+    ],
 }
 # What the regularized objective did by default before: the rest of the reference teacher's mass was asked for.
 RECORDED: dict[str, list[dict[str, Any]]] = {

@@ -36,6 +36,7 @@ NASTY = ["####" + SPACE, "####" + SPACE + "x", "#" * 100_000, "#### -" + SPACE +
 def test_the_gsm8k_checker_takes_no_time_whatever_a_model_writes(text: str) -> None:
     with within(0.5):
         assert gsm8k.check("", text, {"answer": "1"}) == 0.0 and gsm8k.vote(text) is None
+        assert gsm8k.check_last("", text + "1", {"answer": "2"}) == 0.0
 
 
 def test_numbers_of_forty_characters_are_still_read() -> None:

@@ -54,11 +54,31 @@ def test_the_number_after_the_hashes_decides(response: str, right: bool) -> None
     assert gsm8k.check("How many?", response, {"answer": "1,080"}) == float(right)
 
 
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("3 + 4 = 1080 clips.", True),
+        ("The answer is $1,080.00.", True),
+        ("**1,080**", True),
+        ("1080 of 1,081", False),
+        ("-1080", False),
+        ("1080" + "x" * 400, False),
+        ("1" * 5000, False),
+        ("none", False),
+        ("", False),
+    ],
+)
+def test_the_last_number_decides_where_no_hashes_were_learned(response: str, right: bool) -> None:
+    assert gsm8k.check_last("How many?", response, {"answer": "1,080"}) == float(right)
+
+
 def test_signs_and_decimals_are_compared_as_numbers() -> None:
     assert gsm8k.check("", "#### -$2.50", {"answer": "-2.5"}) == 1.0
     assert gsm8k.check("", "#### .5", {"answer": "0.50"}) == 1.0
     with pytest.raises(ValueError, match="needs the reference in the row's `answer`"):
         gsm8k.check("How many?", "#### 1", {})
+    with pytest.raises(ValueError, match="worlds.gsm8k:check_last needs the reference"):
+        gsm8k.check_last("How many?", "1", {"answer": 1})
 
 
 def test_a_verifier_gets_the_meta_data_if_it_takes_it() -> None:

@@ -37,6 +37,14 @@ def test_a_typo_is_one_line_with_the_nearest_key_and_no_traceback(tmp_path, data
     assert run.returncode == 2 and "batch_size" in run.stderr and "Traceback" not in run.stderr
 
 
+def test_a_group_that_is_not_yaml_is_one_line_with_its_place(tmp_path, data):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [base_model]\nbuild: {size: ?}\n")
+    run = launch(f"--config-dir={tmp_path}", *base(tmp_path, data, "model=mine"))
+    assert run.returncode == 2 and "mine.yaml, line 2, column 15 is not YAML: " in run.stderr
+    assert "Traceback" not in run.stderr and len(run.stderr.splitlines()) == 1
+
+
 def test_a_strategy_that_is_not_running_is_refused(tmp_path, data):
     message = refused(composed(*base(tmp_path, data, "strategy=fsdp", "exp_name=s")))
     assert "strategy=fsdp: 1 process(es)" in message and "torchrun" in message

@@ -1,4 +1,4 @@
-"""The tokens that were sampled for a model's training, read from the folders of its runs."""
+"""What was sampled and checked for a model's training, read from the folders of its runs."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from evaluation.lineage import generated_tokens, run_of
+from evaluation.costs import cost_of
+from evaluation.lineage import generated_tokens, run_of, scored_responses
 
 
 def written(folder: Path, rows: list[dict[str, Any]], **config: Any) -> Path:
@@ -48,7 +49,24 @@ def test_rows_made_of_generations_count_and_a_hub_s_name_is_nobody_s(tmp_path: P
     labeled = tmp_path / "labels" / "LABEL" / "labeled.jsonl"
     labeled.parent.mkdir()
     labeled.touch()
+    (labeled.parent / "summary.json").write_text(json.dumps({"scored": 8}), encoding="utf-8")
     dpo = written(tmp_path / "dpo", [], datasets={"local": {"train": str(labeled), "test": None}})
-    assert generated_tokens(str(dpo)) == 60
+    assert (generated_tokens(str(dpo)), scored_responses(str(dpo))) == (60, 8)
+    ppo = [{"step": 1, "scored_responses": 16}, {"step": 2, "scored_responses": 32}]
+    after = written(tmp_path / "ppo", ppo, model={"load_from": str(dpo)})
+    assert scored_responses(str(after)) == 40
+    cost = cost_of(str(after))
+    assert cost is not None and cost.checked == 40 and scored_responses("owner/name") is None
     assert generated_tokens("meta-llama/Llama-3.2-1B") is None and run_of(None) is None
     assert run_of(str(tmp_path)) is None
+
+
+def test_what_a_teacher_took_that_only_wrote_responses_is_not_its_student_s(tmp_path: Path) -> None:
+    teacher = written(tmp_path / "teacher", [{"step": 1, "scored_responses": 5}])
+    source = generations(tmp_path / "gen", 60)
+    config = {"task": "generate", "model": {"load_from": str(teacher)}}
+    (tmp_path / "gen" / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    student = written(tmp_path / "student", [], datasets={"local": {"train": source, "test": None}})
+    cost = cost_of(str(student))
+    assert cost is not None and (cost.runs, cost.sampled, cost.checked) == (2, 60, 0)
+    assert scored_responses(str(student)) is None

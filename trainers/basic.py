@@ -36,6 +36,7 @@ from trainers.sampling import Sampler, check_responder, due
 from trainers.value_head import VALUE_HEAD
 
 GENERATED = "generated_tokens"  # in metrics.jsonl: tokens that the policy wrote so far to learn from
+SCORED = "scored_responses"  # the same: responses that a verifier or reward model scored so far to learn from
 
 
 class BasicTrainer:
@@ -74,7 +75,7 @@ class BasicTrainer:
         self.ahead: Prefetch[list[Batch]] | None = None  # makes the batches of the next step
         self.keeps_start = False  # items carry the start's log-probabilities even beside a live reference, which moves
         self.norms: dict[int, Tensor | float] = {}  # step -> gradient norm, not looked at yet
-        self.written = 0  # tokens that the policy wrote to learn from, in this process, and that are not in `state` yet
+        self.tally = {GENERATED: 0, SCORED: 0}  # of this process, and not in `state` yet
         self.state: dict[str, float] = {}  # what a method carries from step to step; goes into checkpoints
 
     # ---- what a method defines
@@ -361,20 +362,20 @@ class BasicTrainer:
     def _log_train(self, step: int, tokens: int, seconds: float) -> None:
         self.check_norms()
         row = named(means(self.window.reduced(self._reduce)), "train")
-        total = self.count_written(tokens)
+        total = self.add_tally(tokens)
         lr = self.placement.optimizer.param_groups[0]["lr"]
         speed = {"tokens_per_second": round(total / max(seconds, 1e-9), 1)}
-        said = {GENERATED: int(self.state[GENERATED])} if GENERATED in self.state else {}
+        said = {name: int(self.state[name]) for name in self.tally if name in self.state}
         self.book.write({"step": step, "examples": self.examples_seen, **row, "lr": lr, **speed, **said})
         self.window = Window()
 
-    def count_written(self, tokens: int = 0) -> float:
-        """Add what the policies of all ranks wrote to the run's count, and return the sum of their `tokens`."""
-        counted = torch.tensor([float(tokens), float(self.written)], dtype=torch.float64)
-        total, written = self._reduce(counted).tolist()
-        self.written = 0
-        if written:
-            self.state[GENERATED] = self.state.get(GENERATED, 0.0) + written
+    def add_tally(self, tokens: int = 0) -> float:
+        """Add what the processes counted to the run's state, and return the sum of their `tokens`."""
+        total, *counts = self._reduce(torch.tensor([tokens, *self.tally.values()], dtype=torch.float64)).tolist()
+        for name, count in zip(self.tally, counts, strict=True):
+            if count:
+                self.state[name] = self.state.get(name, 0.0) + count
+            self.tally[name] = 0
         return float(total)
 
     # ---- save and resume

@@ -14,7 +14,7 @@ from settings.artifacts import write_json
 def save(trainer: Any, step: int) -> None:
     """Write checkpoint-STEP; all ranks call it."""
     trainer.check_norms()
-    trainer.count_written()
+    trainer.add_tally()
     sums = trainer.window.reduced(trainer.processes.reduce)
     if not trainer.processes.is_main:
         trainer.window = Window()  # rank 0 carries the window of all from here on

@@ -12,7 +12,7 @@ import numpy as np
 from dataloader import Example, Tokens
 from settings.schema import require
 from tokens.columns import PROMPT, SIDES, either, sides_of, taken, with_prompts
-from trainers.basic import BasicTrainer
+from trainers.basic import GENERATED, BasicTrainer
 from trainers.batches import Batch, Item, checked
 from trainers.rollouts import Micros, row_seed, with_response
 from trainers.sampling import Said, answers
@@ -82,7 +82,7 @@ class OwnResponses(BasicTrainer):
         renewed = list(items)
         for i, prompt, said in zip(asked, prompts, found, strict=True):
             if i in chosen:
-                self.written += len(said.ids)
+                self.tally[GENERATED] += len(said.ids)
                 renewed[i] = self.with_response(items[i], prompt, said)
         return renewed
 

@@ -22,7 +22,7 @@ from rewards.verifiers import resolve_verifier, scored
 from settings.schema import one_of, require
 from settings.typed import Code, Place
 from tokens.columns import PROMPT, SIDES, Sides, labeled, numbers_of, sides_of, taken, with_prompts
-from trainers.basic import BasicTrainer
+from trainers.basic import GENERATED, SCORED, BasicTrainer
 from trainers.batches import Item, Items
 from trainers.sampling import Said, answers, stop_ids
 
@@ -178,7 +178,11 @@ class Rollouts:
         split = "train" if step else "test"
         if self.config.is_online:
             micros = [self._answered(items, step, self.config.n if step else 1) for items in micros]
-        return [self._rewarded(items, split) for items in micros] if self.config.has_rewards else micros
+        if not self.config.has_rewards:
+            return micros
+        if step:
+            self.trainer.tally[SCORED] += sum(item.source >= 0 for items in micros for item in items)
+        return [self._rewarded(items, split) for items in micros]
 
     def _answered(self, items: list[Item], step: int, n: int) -> list[Item]:
         repeated = [(item, k) for item in items for k in range(n)]
@@ -187,7 +191,7 @@ class Rollouts:
         found = answers(self.trainer, prompts, seeds, self.config.max_new_tokens, step)
         if step:
             known = zip(repeated, found, strict=True)
-            self.trainer.written += sum(len(said.ids) for (item, _), said in known if item.source >= 0)
+            self.trainer.tally[GENERATED] += sum(len(said.ids) for (item, _), said in known if item.source >= 0)
         return [
             with_response(item, prompt, said) for (item, _), prompt, said in zip(repeated, prompts, found, strict=True)
         ]
