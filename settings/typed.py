@@ -7,7 +7,7 @@ from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 T = TypeVar("T")
 
@@ -63,6 +63,8 @@ def typed(section: Mapping[str, Any], cls: type[T], where: str = "") -> T:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (ConfigKeyError, OmegaConfBaseException) as error:
         key = getattr(error, "full_key", None) or "?"
+        if isinstance(error, MissingMandatoryValue):
+            raise ValueError(f"{where}{key} has no value: set it in the YAML or on the command line") from error
         seen = section.get(str(key).split(".")[0])
         detail = str(error).splitlines()[0]
         raise ValueError(f"{where}{key}: {detail} (value seen: {seen!r})") from error
