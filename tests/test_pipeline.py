@@ -245,7 +245,7 @@ def test_values_keep_their_type_through_the_command_line() -> None:
 def test_a_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "pipeline=quickstart", "dry_run=true") == 0
     printed = capsys.readouterr().out
-    assert "19 stages, 0 done, 19 to run" in printed and "task=cache" in printed
+    assert "20 stages, 0 done, 20 to run" in printed and "task=cache" in printed
     assert not any(tmp_path.iterdir())
 
 
@@ -305,16 +305,22 @@ def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rewards_run_through_and_leave_their_costs(tmp_path: Path) -> None:
     """pipeline=rewards with few steps: every stage of every method, the table, and predicted beside actual costs."""
-    names = ("teacher_sft", "teacher_dpo", "student_sft", "grpo", "ppo", "gkd", "opd", "reward_weighted")
+    names = ("teacher_sft", "teacher_dpo", "student_sft", "dckd", "grpo", "ppo", "gkd", "opd", "reward_weighted")
+    off = ("student_dpo_nll", "dckd_long", "adpa_plus_regularized", "reverse_kl", "generate", "cache_advantages")
     short = [f"pipeline.stages.{name}.set.n_steps=2" for name in names]
-    small = ["n_examples=400", "n_eval_examples=20"]
+    small = ["n_examples=400", "n_eval_examples=20", *(f"pipeline.stages.{name}=null" for name in off)]
+    small.append("pipeline.stages.evaluate.set.evaluation.match_entropy=null")
     run = launch("pipeline=rewards", f"cache_dir={tmp_path}", *small, *short, timeout=400)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     results = json.loads((tmp_path / "rewards" / "results.json").read_text())
-    assert {"grpo", "ppo", "gkd", "opd", "reward_weighted", "student_sft"} <= set(results["models"])
+    found = results["models"]
+    assert {"grpo", "ppo", "gkd", "opd", "reward_weighted", "student_sft"} <= set(found)
+    checked = {name: row.get("scored_responses") for name, row in found.items()}
+    assert (checked["grpo"], checked["ppo"], checked["reward_weighted"]) == (2 * 32 * 8, 2 * 256, 2 * 400)
+    assert checked["student_sft"] is None and checked["dckd"] is None and checked["gkd"] is None
     costs = (tmp_path / "rewards" / "costs.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line for line in costs.splitlines() if line.startswith("| ")}
-    assert set(rows) == {"stage", *names} and "not estimated" not in costs
+    assert set(rows) == {"stage", "cache_logprobs", *names} and "not estimated" not in costs
     assert all(
         line.count(" MB") + line.count(" kB") + line.count(" GB") == 2 for name, line in rows.items() if name != "stage"
     )
