@@ -56,6 +56,7 @@ class Source(NamedTuple):
     """A split of a data set, opened, and what decides how its rows become tokens."""
 
     name: str  # as the config writes it
+    dataset: str  # the name of its data set
     rows: RowSource
     format: str
     supervise: str
@@ -171,7 +172,7 @@ def load_examples(
             raise ValueError(f"datasets.{name}.{split}={source} has no rows")
         numbers = np.asarray(drawn_rows(count, config, split, seed, name), np.int64)
         read = (config.format, config.supervise, config.on_error, config.special_tokens)
-        drawn.append(Drawn(Source(source, rows, *read), numbers, count))
+        drawn.append(Drawn(Source(source, name, rows, *read), numbers, count))
     drawn = limited(drawn, limit, seed)
     tables = [_table(part, tokenizer, model, store_in, num_proc) for part in drawn]
     return _mixed(drawn, tables, split, model)
@@ -252,7 +253,8 @@ def _encoded(source: Source, numbers: Sequence[int], tokenizer: Any, model: Mode
             if fmt == "generation":  # ids that mean something else are no bad row
                 raise
             if source.on_error == "refuse":
-                raise ValueError(f"{error}. To go on without such rows: datasets.NAME.on_error=drop") from error
+                way_out = f"To go on without such rows: datasets.{source.dataset}.on_error=drop"
+                raise ValueError(f"{error}. {way_out}") from error
             counts, example = Counter({DROPPED: 1}), None
             conversation = Conversation([{"role": "user", "content": ""}], None, None, None, {REASON: str(error)})
         yield Record(number, example, [counts[what] for what in COUNTED], conversation)

@@ -6,6 +6,7 @@ python launch.py pipeline=quickstart
 """
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -14,6 +15,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and importlib.util.find_spec("hydra") is None:
+    sys.exit(
+        "error: hydra is not installed for this Python: type .venv/bin/python launch.py, or . .venv/bin/activate first"
+    )
 
 # Hydra then raises instead of printing, and `main` below words the message; a user's own setting wins.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -31,18 +37,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from pipeline.digests import digest_of
+from pipeline.run_folder import open_run_dir
 from pipeline.sweeps import as_sweep, job_folder
-from settings.artifacts import is_done, mark_done, remove_parts, write_json, write_text
+from settings.artifacts import is_done, mark_done, write_text
 from settings.help import GROUPS, asked_for, choices, help_text
 from settings.methods import config_fields, method_class
 from settings.needs import check_needs
 from settings.paths import CONFIG
 from settings.schema import Settings, require, settings_from, with_loss
 from settings.secrets import check_no_secret, hidden, secrets_of
-from settings.tasks import TASKS, check_task, counted
+from settings.tasks import TASKS, check_task
 from settings.terminal import clean
 from settings.typed import check_keys, nearest
+
+# Hydra's own options with a value all say config, info, cfg, package or rerun.
+DASHED = re.compile(r"--(?!config|info|cfg|package|experimental)[\w.]+=")
 
 
 def check_loss(section: dict[str, Any]) -> None:
@@ -80,71 +89,6 @@ def settings_of(raw: dict[str, Any]) -> Settings:
     settings = with_loss(settings, method.Config)
     check_needs(settings, method.needs.under(raw["loss"]), raw["loss"]["name"], method.head)
     return settings
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computes the numbers."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "accelerate", "datasets", "peft", "hydra-core", "numpy")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
-
-
-def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Name the first key at which two plain configs differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys(), key=str):
-            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-            if found:
-                return found
-        return None
-    return None if old == new else f"{path} was {old!r} and is {new!r}"
-
-
-def open_run_dir(settings: Settings) -> bool:
-    """Prepare the run's folder; return False if the same run is already finished there.
-
-    Raises ValueError if the folder holds a run with another configuration, or with other data or code behind the same
-    one, that this one would go on from or replace.
-    """
-    run_dir = settings.run.run_dir
-    stored, identity = run_dir / "config.yaml", run_dir / "digest.txt"
-    is_main = os.environ.get("RANK", "0") == "0"
-    begun = is_done(run_dir) or any(map(is_done, run_dir.glob("checkpoint-*")))
-    digest = run_digest(settings) if is_main or is_done(run_dir) else ""
-    if begun and stored.is_file():
-        difference = _difference(settings.raw, stored)
-        if not difference and digest and identity.is_file() and identity.read_text("utf-8").strip() != digest:
-            difference = (
-                "the same settings, but the content of a file that they name, or the version of the code, was another"
-            )
-        if difference:
-            raise ValueError(
-                f"{run_dir} holds a run with another configuration: {difference}. "
-                "Choose another exp_name or run_count, or remove that folder"
-            )
-        if is_done(run_dir):
-            return False
-    if is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        remove_parts(run_dir)
-        write_text(stored, OmegaConf.to_yaml(OmegaConf.create(settings.raw)))
-        write_text(identity, digest + "\n")
-        write_text(run_dir / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
-        write_json(run_dir / "versions.json", versions())
-    return True
-
-
-def run_digest(settings: Settings) -> str:
-    """Hash what can change the run's result, as the digest of a pipeline's stage does."""
-    return digest_of(settings.raw, Path(settings.run.cache_dir).expanduser() / "stages")
-
-
-def _difference(raw: dict[str, Any], stored: Path) -> str | None:
-    """Name the first key that the task reads and that is another in the stored config."""
-    old = OmegaConf.to_container(OmegaConf.load(stored))
-    assert isinstance(old, dict)
-    return first_difference(counted({str(key): value for key, value in old.items()}), counted(raw))
 
 
 def run_task(raw: dict[str, Any]) -> None:
@@ -225,7 +169,10 @@ def what_is_left(settings: Settings) -> str:
     if newest:
         return f"the same command goes on from {newest}"
     why = "save_every=0 keeps none" if not settings.run.save_every else f"save_every={settings.run.save_every}"
-    return f"there is no checkpoint yet ({why}): the same command begins anew"
+    return (
+        f"there is no checkpoint yet ({why}): the same command begins anew; with e.g. save_every=50, which the same "
+        "folder takes, it goes on"
+    )
 
 
 @hydra.main(version_base="1.3", config_path="config", config_name="config")
@@ -283,6 +230,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1} is not YAML: {error.problem}"
+    if isinstance(error, OverrideParseException) and "=" not in str(error.override).strip("="):
+        return f"{error.override!r}: write KEY=VALUE without blanks around the =; launch.py --help has examples"
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: {text.splitlines()[0]}. A value with blanks, commas, brackets, = or quotes is quoted "
@@ -291,6 +240,8 @@ def explain(error: Exception) -> str:
     choice = re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text)
     if choice and choice[1] in GROUPS:
         known = choices(choice[1])
+        if choice[1] == "datasets" and Path(choice[2]).suffix:
+            return f"{choice[2]} is no data set; for a file: datasets=[local] datasets.local.train={choice[2]}"
         hint = nearest(choice[2], known)
         listed = "" if "Known:" in hint else f" There are: {', '.join(sorted(known))}."
         return f"{choice[1]}={choice[2]} is not known.{hint}{listed}"
@@ -298,7 +249,8 @@ def explain(error: Exception) -> str:
     if unknown:
         full = re.search(r"full_key: ([\w.]+)", f"{text}\n{cause}")
         key = full.group(1) if full else unknown.group(1)
-        return f"unknown key {key!r}.{nearest(key.rsplit('.', 1)[-1], known_keys(key))}"
+        section, dot, name = key.rpartition(".")
+        return f"unknown key {key!r}.{nearest(name, known_keys(key), section + dot)}"
     return text if not isinstance(error, OSError) else f"{error.strerror or text}: {error.filename or ''}".rstrip(": ")
 
 
@@ -327,6 +279,8 @@ def _keys_of(file: Path, below: str) -> list[str]:
 
 def from_command_line() -> None:
     """Compose and run what was typed."""
+    dashed = next((word for word in sys.argv[1:] if DASHED.match(word)), None)
+    require(dashed is None, f"{dashed}: keys have no dashes here: {(dashed or '').lstrip('-')}")
     sys.argv[1:] = as_sweep(sys.argv[1:])
     composed()
 
@@ -336,7 +290,7 @@ def guarded(work: Callable[[], None]) -> None:
     try:
         work()
     except KeyboardInterrupt as stopped:
-        print(f"\ninterrupted; {str(stopped) or 'the same command goes on where this one stopped'}", file=sys.stderr)
+        print(f"\ninterrupted; {str(stopped) or 'nothing had begun'}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError) as error:
         if "debug=true" in sys.argv or "++debug=true" in sys.argv:

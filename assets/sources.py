@@ -1,10 +1,9 @@
 """Where models and tokenizers come from: a folder, a package with weights, or a name of the hub."""
 
-import difflib
 from pathlib import Path
 
 from assets import smollm2
-from settings.paths import found
+from settings.paths import found, hint_for
 from settings.schema import ModelConfig
 
 
@@ -22,14 +21,7 @@ def local_source(source: str) -> str:
     looks_local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or Path(source.split("/")[0]).is_dir()
     if not looks_local and path.name not in ("FINAL", "CACHE"):
         return source
-    there = path.parent
-    while not there.is_dir():
-        there = there.parent
-    names = sorted(p.name for p in there.iterdir() if p.is_dir())
-    missing = path.relative_to(there).parts[0] if path.is_relative_to(there) else path.name
-    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.7)
-    hint = f"did you mean {there / close[0]}?" if close else f"{there} has {', '.join(names[:5]) or 'no folders'}"
-    raise ValueError(f"no model folder {source!r}: {hint}")
+    raise ValueError(f"no model folder {source!r}: {hint_for(path)}")
 
 
 def check_not_a_run(folder: Path) -> None:

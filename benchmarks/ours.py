@@ -30,6 +30,7 @@ from benchmarks.measure import Clock, ComputedTokens
 from benchmarks.turns import Served
 from dataloader import collate, epoch_order, load_examples
 from estimate.shape import shape_of
+from pipeline.run_folder import versions
 from settings.paths import CONFIG
 from teacher.cache import Reader
 from trainers.basic import BasicTrainer
@@ -51,7 +52,7 @@ def facts() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": launch.versions(),
+        "versions": versions(),
     }
 
 

@@ -8,6 +8,7 @@ parameters learn with (config/pipeline/quickstart.yaml: 3e-3 and 5e-4; rewards.y
 
 import math
 from collections.abc import Iterable
+from itertools import combinations
 from typing import Any, NamedTuple
 
 LARGE, SMALL = 1e9, 1e5  # sizes between which the rate depends on the size
@@ -58,7 +59,7 @@ def sentence(rate: Rate) -> str:
 
 
 SHARE = 0.1  # of the steps after which it is looked at
-LEAST_ROWS = 6  # halves of three rows have a spread
+LEAST_ROWS = 6  # fewer would all fall by chance too often
 STILL = 0.002  # a smaller share of the loss is no movement
 
 
@@ -68,18 +69,14 @@ def ready(trained: list[dict[str, Any]], total_steps: int) -> bool:
 
 
 def still(losses: list[float]) -> bool:
-    """Tell whether the means of the first and the second half differ by no more than 0.2 %, or than chance explains
-    (two standard errors).
+    """Tell whether the losses' halves differ by no more than 0.2 %, or no more later losses are below (or above)
+    earlier ones than chance explains: Kendall's rank test at two standard errors, which takes no fall for noise.
     """
-    half = len(losses) // 2
-    first, second = losses[:half], losses[-half:]
-    means = [sum(part) / half for part in (first, second)]
-    spread = [
-        sum((v - mean) ** 2 for v in part) / (half - 1) / half
-        for part, mean in zip((first, second), means, strict=True)
-    ]
-    change = abs(means[1] - means[0])
-    return change <= max(STILL * abs(means[0]), 2 * math.sqrt(sum(spread)))
+    count, half = len(losses), len(losses) // 2
+    first, second = (sum(part) / half for part in (losses[:half], losses[-half:]))
+    signs = sum((later > earlier) - (later < earlier) for earlier, later in combinations(losses, 2))
+    error = math.sqrt(count * (count - 1) * (2 * count + 5) / 18)
+    return abs(second - first) <= STILL * abs(first) or abs(signs) <= 2 * error
 
 
 def unmoved(rows: list[dict[str, Any]], total_steps: int, lr: float, kind: str, fits: float) -> str | None:

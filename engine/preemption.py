@@ -49,7 +49,8 @@ def stop_agreed(reduce: Callable[[Tensor], Tensor]) -> bool:
 def leave(step: int) -> NoReturn:
     """End the process with REQUEUE after the checkpoint of `step`; all ranks call it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"stopped by a signal after step {step}; the same command goes on from here", file=sys.stderr, flush=True)
+        said = f"stopped by a signal after step {step}; the same command goes on from here"
+        print(f"\n{said}", file=sys.stderr, flush=True)  # below the progress bar
         note = os.environ.get("PREFDISTILL_REQUEUE_NOTE")  # a batch script asks for it: srun can hide the code
         if note:
             Path(note).touch()

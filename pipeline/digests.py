@@ -28,10 +28,14 @@ DATA = (".jsonl", ".json", ".parquet")  # a name that ends so is a file, never a
 
 def digest_of(raw: dict[str, Any], stages_dir: Path, root: Path = ROOT) -> str:
     """Hash what can change a stage's result; `root` is the repository whose code counts."""
+    return hashlib.sha256(told_of(raw, stages_dir, root).encode()).hexdigest()
+
+
+def told_of(raw: dict[str, Any], stages_dir: Path, root: Path = ROOT) -> str:
+    """Return what a digest is the hash of, as JSON: versions, code, config with contents in the place of paths."""
     payload = {**computed_by(raw, root), "config": with_contents(counted(raw), stages_dir, root)}
     # Folders of other stages carry their digests; where cache_dir lies does not matter.
-    text = json.dumps(payload, sort_keys=True, default=str).replace(json.dumps(f"{stages_dir}/")[1:-1], "stages/")
-    return hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(payload, sort_keys=True, default=str).replace(json.dumps(f"{stages_dir}/")[1:-1], "stages/")
 
 
 # ---- code

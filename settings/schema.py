@@ -280,6 +280,8 @@ def settings_from(raw: dict[str, Any]) -> Settings:
     run_keys = [f.name for f in fields(RunConfig)]
     known = run_keys + [f.name for f in fields(Settings) if f.name not in ("run", "raw")] + ["pipeline", "dry_run"]
     check_keys(raw, known)
+    if raw["exp_name"] is None:  # what looks at a run does not land in its folder
+        raw = {**raw, "exp_name": "run" if raw["task"] == "train" else raw["task"]}
     run = _typed({k: v for k, v in raw.items() if k in run_keys}, RunConfig)
     for name in raw["datasets"] or {}:
         check_name("datasets.*: the name of a data set", str(name))

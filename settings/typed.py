@@ -29,19 +29,26 @@ OTHER_SPELLINGS = {
 }
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """Return ' Did you mean ...?' for the closest of the known names, or the list of them."""
+def nearest(name: str, known: list[str], where: str = "") -> str:
+    """Return ' Did you mean ...?' for the closest of the known names, or the list of them; `where` stands before both.
+
+    Case does not matter, and neighboring letters that changed places win over any other likeness.
+    """
     if name in OTHER_SPELLINGS:
         return f" Here it is spelled: {OTHER_SPELLINGS[name]}."
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+    spelled = {other.lower(): other for other in known}
+    low = name.lower()
+    swapped = [low[:i] + low[i + 1] + low[i] + low[i + 2 :] for i in range(len(low) - 1)]
+    sure = [word for word in (low, *swapped) if word in spelled]
+    close = sure[:1] or difflib.get_close_matches(low, list(spelled), n=1, cutoff=0.55)
+    return f" Did you mean {where + spelled[close[0]]!r}?" if close else f" Known: {', '.join(sorted(known))}."
 
 
 def check_keys(given: Iterable[Any], known: list[str], where: str = "") -> None:
     """Refuse the first key that is not known, with the nearest one that is."""
     for key in given:
         if key not in known:
-            raise ValueError(f"unknown key {where + str(key)!r}.{nearest(str(key), known)}")
+            raise ValueError(f"unknown key {where + str(key)!r}.{nearest(str(key), known, where)}")
 
 
 def typed(section: Mapping[str, Any], cls: type[T], where: str = "") -> T:
@@ -67,7 +74,8 @@ def typed(section: Mapping[str, Any], cls: type[T], where: str = "") -> T:
             raise ValueError(f"{where}{key} has no value: set it in the YAML or on the command line") from error
         seen = section.get(str(key).split(".")[0])
         detail = str(error).splitlines()[0]
-        raise ValueError(f"{where}{key}: {detail} (value seen: {seen!r})") from error
+        shown = "" if repr(seen) in detail else f" (value seen: {seen!r})"
+        raise ValueError(f"{where}{key}: {detail}{shown}") from error
 
 
 @cache

@@ -17,9 +17,10 @@ from engine.strategy import placement_of
 from report.inspection import warnings
 from report.run_facts import facts_of, write_card
 from rewards.reward_model import check_reward_model
-from settings.artifacts import is_done, write_text
+from settings.artifacts import write_text
 from settings.methods import method_class
 from settings.schema import Settings
+from teacher.cache import check_whole
 from teacher.precision import teacher_dtype
 from teacher.vocabulary import check_reads_ours
 from templates import turn_end
@@ -88,20 +89,10 @@ def check_inputs(settings: Settings, trainer: BasicTrainer) -> None:
         value = getattr(trainer.config, key, None)
         for cache in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if isinstance(cache, str) and not cache.startswith(("hub:", "hf://")):
-                check_whole(Path(cache).expanduser(), f"loss.{key}")
+                check_whole(Path(cache).expanduser(), f"loss.{key}: ")
     file = getattr(trainer.config, "generations", None)
     if isinstance(file, str) and not Path(file).expanduser().is_file():
         raise ValueError(f"loss.generations={file}: no such file; task=generate writes generations.jsonl")
-
-
-def check_whole(folder: Path, key: str) -> None:
-    """Refuse a teacher cache that is not there or not finished."""
-    if is_done(folder):
-        return
-    inside = folder / "CACHE"
-    what = "is not finished (no DONE): run the same command again" if folder.is_dir() else "does not exist"
-    hint = f"is a run's folder: give {inside}" if is_done(inside) else what
-    raise ValueError(f"{key}: teacher cache {folder} {hint}")
 
 
 def _examples(settings: Settings, tokenizer: object) -> tuple[Sequence[Example], Sequence[Example]]:

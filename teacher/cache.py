@@ -21,6 +21,7 @@ import numpy as np
 
 from settings.artifacts import is_done, mark_done, remove_parts, write_json
 from settings.parts import wait_for as wait_for  # those who write caches wait for them
+from settings.paths import hint_for
 from teacher.codec import decode, encode, errors
 from teacher.shard import (
     KEY_BYTES,
@@ -261,6 +262,22 @@ def padded(arrays: Arrays, k: int, logps: str) -> Arrays:
     }
 
 
+def check_whole(folder: Path, key: str = "") -> None:
+    """Refuse a folder that is no teacher cache, or one that is not finished, and say which folder is meant."""
+    if is_done(folder) and not (folder / "CACHE").is_dir():
+        return
+    inside = folder / "CACHE"
+    if inside.is_dir():
+        what = f"is a run's folder; its cache is {inside}: give that"
+    elif (folder / "config.json").is_file():
+        what = f"is a model. Have its cache made by task=cache model.load_from={folder}, and give the CACHE of that run"
+    elif folder.is_dir():
+        what = "is not finished (no DONE): run the same command again"
+    else:
+        what = f"does not exist: {hint_for(folder)}"
+    raise ValueError(f"{key}teacher cache {folder} {what}")
+
+
 class Reader:
     """Find a sequence's entries by the ids that the trainer itself made; anything else is refused and shown."""
 
@@ -271,11 +288,7 @@ class Reader:
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.folder, self.decode = Path(folder).expanduser(), decode
-        if not is_done(self.folder):
-            state = (
-                "is not finished (no DONE): run the same command again" if self.folder.is_dir() else "does not exist"
-            )
-            raise ValueError(f"teacher cache {self.folder} {state}")
+        check_whole(self.folder)
         stored = read_meta(self.folder, expected or {})
         path = self.folder / "meta.json"
         if stored.get("digest") != _meta_digest(stored):

@@ -138,7 +138,7 @@ def test_a_pair_that_answers_two_prompts_stops_the_run_or_is_dropped_and_counted
     words = r"row 2: chosen and rejected answer different prompts: message 0 reads .*say it.*ask it"
     with pytest.raises(ValueError, match=words) as error:
         loaded(rows, tokenizer, model, tmp_path)
-    assert "datasets.NAME.on_error=drop" in str(error.value)
+    assert "datasets.local.on_error=drop" in str(error.value)
     kept = loaded(rows, tokenizer, model, tmp_path, on_error="drop")
     assert [example.where[-5:] for example in kept] == ["row 1", "row 3"]
     said = capsys.readouterr().out
@@ -239,7 +239,9 @@ def test_a_run_in_the_place_of_its_model_is_refused_with_the_model_named(tmp_pat
     ("line", "words"),
     [
         (["loss=dckd", "loss.teacher_cache={}/none"], "loss.teacher_cache: teacher cache .*none does not exist"),
-        (["loss=dckd", "loss.teacher_cache={}/run"], "is a run's folder: give .*run/CACHE"),
+        (["loss=dckd", "loss.teacher_cache={}/runn/CACHE"], "does not exist: did you mean .*/run/CACHE?"),
+        (["loss=dckd", "loss.teacher_cache={}/run"], "is a run's folder; its cache is .*run/CACHE: give that"),
+        (["loss=dckd", "loss.teacher_cache={}/model"], "is a model. Have its cache made by task=cache model"),
         (["loss=adpa", "loss.advantages={}/run/CACHE", "loss.generations={}/none"], "loss.generations=.*none: no such"),
         (["loss=sft", "model.load_from={}/none"], "no model folder"),
     ],
@@ -247,6 +249,9 @@ def test_a_run_in_the_place_of_its_model_is_refused_with_the_model_named(tmp_pat
 def test_inputs_are_looked_for_before_rows_are_tokenized(line, words, tmp_path):
     (tmp_path / "run" / "CACHE").mkdir(parents=True)
     (tmp_path / "run" / "CACHE" / "DONE").touch()
+    (tmp_path / "run" / "DONE").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
     data = written(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     run = [f"cache_dir={tmp_path}/out", "exp_name=x", "model=tiny", "datasets=[local]"]
     inputs = [part.replace("{}", str(tmp_path)) for part in line]

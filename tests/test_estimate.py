@@ -264,7 +264,7 @@ def test_hours_come_from_tokens_or_from_flops() -> None:
         (["estimate.devices=3"], "model.batch_size=8 .* is not divisible by 3 devices .* 9 would work"),
         (["estimate.run=nowhere"], "estimate.run=nowhere has no config.yaml"),
         (["estimate.strategy=none", "estimate.devices=2"], "choose ddp or fsdp"),
-        (["estimate.device=2"], "unknown key 'estimate.device'. Did you mean 'devices'"),
+        (["estimate.device=2"], "unknown key 'estimate.device'. Did you mean 'estimate.devices'"),
     ],
 )
 def test_a_mistake_is_named(wrong: list[str], message: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 import launch as launcher
 import models
+from pipeline import run_folder
 from settings.schema import ModelConfig, RunConfig, typed
 from tests.support.helpers import ROOT, composed, launch, rows_of, write_pairs
 
@@ -35,6 +36,22 @@ def test_a_typo_is_one_line_with_the_nearest_key_and_no_traceback(tmp_path, data
     assert run.returncode == 2 and "Did you mean 'lr'?" in run.stderr and "Traceback" not in run.stderr
     run = launch(*base(tmp_path, data, "model.bathc_size=3"))
     assert run.returncode == 2 and "batch_size" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("help", "'help': write KEY=VALUE without blanks around the =; launch.py --help has examples"),
+        ("--loss=dpo", "--loss=dpo: keys have no dashes here: loss=dpo"),
+        ("loss=dop", "loss=dop is not known. Did you mean 'dpo'?"),
+        ("loss=DPO", "loss=DPO is not known. Did you mean 'dpo'?"),
+        ("datasets=pairs.jsonl", "for a file: datasets=[local] datasets.local.train=pairs.jsonl"),
+        ("model.batch_size=abc", "model.batch_size: Value 'abc' of type 'str' could not be converted to Integer\n"),
+    ],
+)
+def test_a_word_that_is_no_key_says_how_it_is_typed(word, said):
+    run = launch(word)
+    assert run.returncode == 2 and said in run.stderr and "Traceback" not in run.stderr
 
 
 def test_a_group_that_is_not_yaml_is_one_line_with_its_place(tmp_path, data):
@@ -136,7 +153,9 @@ def folder_of_a_run(tmp_path, data, *more: str, done: bool = True) -> list[str]:
     folder = tmp_path / "runs" / "x"
     (folder / "checkpoint-2").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    (folder / "digest.txt").write_text(launcher.run_digest(launcher.settings_of(raw)), encoding="utf-8")
+    told = run_folder.told_of_run(launcher.settings_of(raw))
+    (folder / "digest.txt").write_text(run_folder.hashed(told), encoding="utf-8")
+    (folder / "digest.json").write_text(told, encoding="utf-8")
     (folder / "checkpoint-2" / "DONE").touch()
     if done:
         (folder / "DONE").touch()
@@ -145,7 +164,7 @@ def folder_of_a_run(tmp_path, data, *more: str, done: bool = True) -> list[str]:
 
 def goes_on(raw: dict) -> bool:
     """Tell whether there is something left to do in the folder of a run; ValueError if it holds another one."""
-    return launcher.open_run_dir(launcher.settings_of(raw))
+    return run_folder.open_run_dir(launcher.settings_of(raw))
 
 
 def test_a_finished_run_is_the_same_whatever_its_task_does_not_read(tmp_path, data):
@@ -157,9 +176,20 @@ def test_a_finished_run_is_the_same_whatever_its_task_does_not_read(tmp_path, da
         ("lr=1e-2", "lr was"),
         ("model.build_seed=4", "model.build_seed was"),
         ("n_epochs=2", "n_epochs"),
+        ("loss=dpo", "loss.name was 'sft' and is 'dpo'"),
+        ("model=shop_teacher", "x holds another run: model.name_or_path|model"),
     ):
         with pytest.raises(ValueError, match=words):
             goes_on(composed(*line, other))
+    with pytest.raises(ValueError, match="task was 'train' and is 'inspect'"):
+        goes_on(composed(*line, "task=inspect"))
+
+
+def test_what_looks_at_a_run_has_a_folder_of_its_own(tmp_path, data):
+    names = {
+        task: launcher.settings_of(composed(*base(tmp_path, data), f"task={task}")) for task in ("train", "estimate")
+    }
+    assert {task: found.run.exp_name for task, found in names.items()} == {"train": "run", "estimate": "estimate"}
 
 
 def test_a_finished_run_is_another_where_the_content_of_its_data_is(tmp_path, data):
@@ -167,7 +197,10 @@ def test_a_finished_run_is_another_where_the_content_of_its_data_is(tmp_path, da
     was = data.read_text(encoding="utf-8")
     data.write_text(was.replace("dog", "cat"), encoding="utf-8")
     assert data.read_text(encoding="utf-8") != was
-    with pytest.raises(ValueError, match="the content of a file that they name"):
+    with pytest.raises(ValueError, match="the same settings, but what datasets.local.train names had another content"):
+        goes_on(composed(*line))
+    (tmp_path / "runs" / "x" / "digest.json").unlink()  # of a version that did not write it
+    with pytest.raises(ValueError, match="the content of a file that they name, or the version of the code"):
         goes_on(composed(*line))
     data.write_text(was, encoding="utf-8")
     assert not goes_on(composed(*line))

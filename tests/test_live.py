@@ -59,6 +59,8 @@ def test_a_loss_that_stands_still_is_said_with_the_rate_to_try():
         ([0.6931, 0.6920, 0.6900, 0.6880, 0.6860, 0.6840], False),
         ([2.0, 2.3, 1.8, 2.2, 1.9, 2.1], True),  # the batches differ, and nothing falls
         ([1.0, 1.5, 2.0, 3.0, 4.0, 5.0], False),  # it moves: up
+        ([4.74, 3.1, 1.9, 1.2, 0.85, 0.63], False),  # steep: the halves differ within themselves, too
+        ([5.0, 0.8, 0.6, 0.58, 0.57, 0.56], False),
     ],
 )
 def test_movement_is_told_from_noise(values, stands):

@@ -227,7 +227,7 @@ def test_a_teacher_that_starts_from_its_own_weights_has_these_as_its_reference(t
         (["pipeline=quickstart", "pipeline.seeds=[1,1]"], "different numbers"),
         (["pipeline=quickstart", "cache.reference=x"], "gets it from another stage"),
         (["pipeline=quickstart", "++pipeline.stages.dckd.set.loss.gama=1"], "gama"),
-        (["pipeline=quickstart", "++pipeline.stages.dckd.starts=world"], "Did you mean 'start'"),
+        (["pipeline=quickstart", "++pipeline.stages.dckd.starts=world"], "Did you mean 'pipeline.stages.dckd.start'"),
         (["pipeline=quickstart", "pipeline.stages.dckd=null"], "needs stage 'dckd'"),
         (["pipeline=quickstart", "++pipeline.stages.world.set.x='{summarize}'"], "circle"),
         (

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from conversations import Row
 from pipeline.digests import content_digest
 from settings.artifacts import parsed_row, write_json
-from settings.paths import found
+from settings.paths import found, hint_for
 
 ROWS_AT_ONCE = 1000  # of a table of `datasets` turned into Python objects
 
@@ -156,10 +156,7 @@ def check_source(source: str, key: str) -> None:
 
 def _existing(path: Path, key: str) -> Path:
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*" + path.suffix)) if path.parent.is_dir() else []
-        folder = "this folder" if path.parent == Path() else path.parent
-        hint = f"; {folder} has {', '.join(near[:5])}" if near else ""
-        raise ValueError(f"{key}={path}: no such file{hint}")
+        raise ValueError(f"{key}={path}: no such file; {hint_for(path)}")
     return path
 
 
