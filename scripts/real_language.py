@@ -23,7 +23,8 @@ from settings.artifacts import write_text
 
 Rows = list[dict[str, Any]]
 SMALL = [
-    *("n_examples=128", "n_eval_examples=64", "++save_every=16"),
+    *("n_examples=128", "++save_every=16", "++pipeline.set.n_eval_examples=8"),
+    *(f"++pipeline.stages.{name}.set.n_eval_examples=64" for name in ("evaluate", "solve")),
     *("++model.batch_size=4", "++model.max_length=256", "++model.max_prompt_length=128"),
     "pipeline.stages.dckd_long=null",
     *(f"pipeline.stages.{name}.max_new_tokens=128" for name in ("generate.set.generation", "evaluate.set.evaluation")),

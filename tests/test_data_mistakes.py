@@ -138,7 +138,7 @@ def test_a_pair_that_answers_two_prompts_stops_the_run_or_is_dropped_and_counted
     words = r"row 2: chosen and rejected answer different prompts: message 0 reads .*say it.*ask it"
     with pytest.raises(ValueError, match=words) as error:
         loaded(rows, tokenizer, model, tmp_path)
-    assert "datasets.local.on_error=drop" in str(error.value)
+    assert ".on_error=drop" in str(error.value) and "datasets.NAME" not in str(error.value)
     kept = loaded(rows, tokenizer, model, tmp_path, on_error="drop")
     assert [example.where[-5:] for example in kept] == ["row 1", "row 3"]
     said = capsys.readouterr().out
