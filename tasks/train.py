@@ -118,13 +118,17 @@ def _check_pairs(examples: Sequence[Example], loss: str) -> None:
         )
 
 
-def _show(example: Example, tokenizer: object, processes: Processes) -> None:
-    """Print one decoded example, so that a template gone wrong is seen before the first step."""
+def _show(example: Example, tokenizer: Any, processes: Processes) -> None:
+    """Print one decoded example, both sides of a pair, so that a template gone wrong is seen before the first step."""
     tokens = example.chosen or example.response
-    if tokens is not None:
-        text = tokenizer.decode(tokens.ids)  # type: ignore[attr-defined]
-        supervised = tokenizer.decode([i for i, on in zip(tokens.ids, tokens.response, strict=True) if on])  # type: ignore[attr-defined]
-        processes.print(f"first example ({len(tokens.ids)} tokens): {text[:400]!r}\nsupervised: {supervised[:200]!r}")
+    if tokens is None:
+        return
+    sides = {"": tokens} if example.rejected is None else {" chosen": tokens, " rejected": example.rejected}
+    lines = [f"first example ({len(tokens.ids)} tokens): {tokenizer.decode(tokens.ids)[:400]!r}"]
+    for name, side in sides.items():
+        supervised = tokenizer.decode([i for i, on in zip(side.ids, side.response, strict=True) if on])
+        lines.append(f"supervised{name}: {supervised[:200]!r}")
+    processes.print("\n".join(lines))
 
 
 def _record(settings: Settings, trainer: BasicTrainer, used: meter.Meter, examples: int) -> None:
