@@ -99,7 +99,9 @@ def examples_of(settings: Settings, split: str) -> tuple[Sequence["Example"], in
     tokenizer = models.load_tokenizer(config)
     with redirect_stdout(io.StringIO()):
         sampled = min(number, settings.estimate.rows or number)
-        examples = load_examples(settings.datasets, split, tokenizer, config, sampled, run.seed)
+        # All rows of a finished run are looked at again: their tokens are kept since it began.
+        kept = run.tokens_dir if settings.estimate.rows is None and run.tokens_dir.is_dir() else None
+        examples = load_examples(settings.datasets, split, tokenizer, config, sampled, run.seed, kept)
     return examples, sampled, number
 
 

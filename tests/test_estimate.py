@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import dataloader
 import launch
 import models
 from dataloader import collate
@@ -273,10 +274,13 @@ def test_a_mistake_is_named(wrong: list[str], message: str, tmp_path: Path) -> N
         launch.run_task(raw)
 
 
-def test_a_finished_run_stands_beside_its_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_stands_beside_its_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl", 20)
     common = ["model=tiny", "datasets=[local]", f"datasets.local.train={data}", f"cache_dir={tmp_path}"]
     launch.run_task(composed(*common, "exp_name=run", "n_steps=4", "lr=1e-4"))
+    monkeypatch.setattr(dataloader, "_encoded", None)  # the tokens are there: no row is tokenized again
     for _ in range(2):  # it is new at every call
         launch.run_task(composed(*common, "exp_name=said", "task=estimate", f"estimate.run={tmp_path}/run"))
     said = json.loads((tmp_path / "said/estimate.json").read_text(encoding="utf-8"))
