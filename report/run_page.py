@@ -45,11 +45,12 @@ def made_from(place: str) -> str:
 
 def data_said(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """Say how many rows a run has, and from where."""
-    counted = (
-        f"{facts['num_train']:,} training rows, {facts['num_test']:,} held-out rows" if "num_train" in facts else ""
-    )
+    counted, lacking = "", no_held_out(config)
+    if "num_train" in facts:
+        counted = f"{facts['num_train']:,} training rows"
+        counted += "" if lacking else f", {facts['num_test']:,} held-out rows"
     places = [f"{key} {value}" for key, value in inputs_of(dict(config)) if key.startswith("datasets.")]
-    return "; ".join(filter(None, [counted, *places, no_held_out(config)]))
+    return "; ".join(filter(None, [counted, lacking, *places]))
 
 
 def facts_section(folder: Path, config: Mapping[str, Any]) -> str:

@@ -51,8 +51,8 @@ def reached(folder: Path, task: str, total: int, log_every: int) -> str:
             f"a row comes every {log_every}" if log_every else "log_every=0: no rows"
         )
     if (folder / "objective.txt").is_file():
-        return "read its rows, and stopped before the first step"
-    return "stopped before its rows were read"
+        return "read its rows, and began no step"
+    return "came as far as reading and checking its rows"
 
 
 def last_error(folder: Path) -> str:

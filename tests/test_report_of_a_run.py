@@ -70,8 +70,7 @@ def test_the_report_of_one_run_says_what_it_was_and_that_nothing_is_compared(tmp
     objective = (run / "objective.txt").read_text().partition(": ")[2].strip()
     for words in (
         objective.replace("'", "&#x27;"),
-        "12 training rows, 0 held-out rows",
-        "no held-out rows: datasets.local.test= gives them",
+        "12 training rows; no held-out rows: datasets.local.test= gives them",
         "new weights",
         str(tmp_path / "pairs.jsonl"),
         "<dt>rewards/accuracies</dt>",
@@ -128,8 +127,8 @@ def test_a_folder_without_a_single_row_is_refused_with_how_far_each_run_came(tmp
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({}, "stopped before its rows were read"),
-        ({"objective.txt": "loss=dpo: L"}, "read its rows, and stopped before the first step"),
+        ({}, "came as far as reading and checking its rows"),
+        ({"objective.txt": "loss=dpo: L"}, "read its rows, and began no step"),
         ({"progress.json": '{"total_steps": 40, "lr": 1}'}, "began its 40 steps; a row comes every 10"),
         ({"log.txt": "$ launch.py\nstep 1\rstep 2\nerror: no such file: a\n"}, "log.txt: error: no such file: a"),
         (
