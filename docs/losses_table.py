@@ -4,6 +4,8 @@ Cost counts passes: every learned sequence 3 (forward, and a backward pass twice
 watching the models while the loss is computed on six pairs; SFT on the chosen responses is 1.
 """
 
+import re
+import string
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from settings.help import data_of
 from tests.golden.coverage import LOSS_CASES
 from tests.support.bigram import items_of, loss_of, trainer_of
+from trainers.basic import BasicTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- losses-table: written by python -m docs.losses_table -->", "<!-- /losses-table -->"
@@ -30,9 +33,10 @@ CORE = ("sft", "dpo", "dckd", "adpa")
 REWARD_BASED = ("bradley-terry", "ppo", "grpo", "reward-weighted-distill")
 OWN_TEACHER = ("opsd",)  # the reference is the teacher
 GROUPS = ("Core: the stages of ADPA+", "Preference losses", "Distillation", "Reward-based")
+KEYS = {"floor": "advantage_floor"}  # what a formula calls a key of the YAML that has another name there
 HEAD = (
-    "| loss | minimized (values: the defaults) | needs | source | cost | golden cases |",
-    "|---|---|---|---|---|---|",
+    "| loss | minimized | defaults | needs | source | cost | golden cases |",
+    "|---|---|---|---|---|---|---|",
 )
 
 
@@ -62,6 +66,19 @@ def group_of(name: str) -> str:
     return "Distillation" if taught else "Preference losses"
 
 
+def with_keys(trainer: BasicTrainer) -> tuple[str, str]:
+    """Return what a method minimizes with the names of its keys where a run prints their values, and these values."""
+    formula, config = type(trainer).formula, trainer.config
+    names = [field for _, field, _, _ in string.Formatter().parse(formula) if field]
+    values = {name: getattr(config, name) for name in names}
+    plain, said = "L = " + formula.format(**values), trainer.objective()
+    assert said.startswith(plain), f"{said} does not begin with the method's formula"
+    more = re.sub(r"^ \+ [\d.]+ NLL", " + `nll_weight` NLL", said.removeprefix(plain))
+    values |= {"nll_weight": config.nll_weight} if "`nll_weight`" in more else {}
+    shown = formula.format(**{name: f"`{KEYS.get(name, name)}`" for name in names}) + more
+    return shown, ", ".join(f"`{KEYS.get(name, name)}` {value}" for name, value in values.items())
+
+
 def row(name: str, sft: int) -> str:
     """Return a loss's line."""
     trainer = trainer_of(name)
@@ -70,8 +87,8 @@ def row(name: str, sft: int) -> str:
     data = data_of(f"{method.__module__}.{method.__name__}")
     needs = DATA.get(method.needs.data, data) + REFERENCE[trainer.needs.reference] + teacher
     cases = ", ".join(f"`{case}`" for case in LOSS_CASES[name])
-    formula = trainer.objective().removeprefix("L = ").replace("|", "\\|")
-    return f"| `{name}` | {formula} | {needs} | {method.source} | {passes(name) / sft:.2f} | {cases} |"
+    formula, defaults = (part.replace("|", "\\|") for part in with_keys(trainer))
+    return f"| `{name}` | {formula} | {defaults} | {needs} | {method.source} | {passes(name) / sft:.2f} | {cases} |"
 
 
 def table() -> str:

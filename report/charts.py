@@ -112,7 +112,7 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def line_chart(name: str, series: Sequence[Series]) -> str:
-    """Draw one metric over steps: training solid, held out dashed with dots; several seeds as several lines."""
+    """Draw one metric over steps: training solid, held out dashed with dots, a single point a dot; a line a seed."""
     values = [value for line in series for _, value in line.points]
     steps = [step for line in series for step, _ in line.points]
     low, high = padded(values)
@@ -143,10 +143,12 @@ def line_chart(name: str, series: Sequence[Series]) -> str:
     hover = []
     for line in sorted(series, key=lambda s: s.split == "eval"):
         points = thinned(line.points)
-        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-        parts.append(f'<polyline class="line {line.split}" points="{path}"/>')
-        if line.split == "eval":
-            parts += [f'<circle class="point" cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.6"/>' for s, v in points[-12:]]
+        if len(points) > 1:
+            path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+            parts.append(f'<polyline class="line {line.split}" points="{path}"/>')
+        # A line of one point is no line: without its dot nothing would be seen.
+        dotted = points[-12:] if line.split == "eval" or len(points) == 1 else []
+        parts += [f'<circle class="point {line.split}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.6"/>' for s, v in dotted]
         hover.append(
             [line.split, line.seed, [[round(x(s), 1), round(y(v), 1), s, float(f"{v:.5g}")] for s, v in points]]
         )

@@ -39,9 +39,12 @@ def curves_section(curves: Mapping[str, Path]) -> str:
         stages.setdefault(stage if slash else name, {})[seed] = read_curves(Path(path))
     if not stages:
         return section("curves", "Training", '<p class="empty">No training curves in this run.</p>')
+    names = [name for seeds in stages.values() for read in seeds.values() for name in read.points]
+    held_out = any(panel_of(name)[1] == "eval" for name in names)
     legend = (
         '<p class="legend"><span><i class="key line train"></i>training</span>'
-        '<span><i class="key line eval"></i>held out</span><span>horizontal axis: optimizer step</span></p>'
+        + ('<span><i class="key line eval"></i>held out</span>' if held_out else "")
+        + "<span>horizontal axis: optimizer step</span></p>"
     )
     return section("curves", "Training", legend + "".join(stage_block(stage, seeds) for stage, seeds in stages.items()))
 
@@ -253,6 +256,7 @@ def page(title: str, body: str) -> str:
         "best-greedy": "Best, greedy",
         "methods": "Each model",
         "scores-1": "Scores",
+        "facts": "What was run",
         "results": "Scores",
         "temperatures": "Temperatures",
         "strengths": "Strengths",
@@ -264,6 +268,7 @@ def page(title: str, body: str) -> str:
         "latency": "Latency",
         "running": "Not finished",
         "curves": "Training",
+        "glossary": "Metrics",
         "responses": "Responses",
         "pushed": "Pushed",
         "advantages": "Advantages",

@@ -9,10 +9,11 @@ from models import config_digest, model_source
 from pipeline.digests import content_digest
 from report.charts import read_curves
 from report.model_card import Facts, Source, card
-from settings.artifacts import write_text
+from settings.artifacts import write_json, write_text
 from settings.paths import ROOT, found
 from settings.schema import Settings
 
+FACTS = "facts.json"  # the facts of the card, in the run's folder: task=report shows them
 # Of the run section, what a reader wants to see; loss and model stand beside it.
 RUN_SETTINGS = (
     "seed",
@@ -100,5 +101,19 @@ def facts_of(settings: Settings, objective: str, head: str, num_train: int, num_
 
 
 def write_card(folder: Path, facts: Facts) -> None:
-    """Write the folder's README.md, whole or not at all."""
+    """Write the folder's README.md, and the same facts beside the folder, each whole or not at all."""
     write_text(folder / "README.md", card(facts))
+    write_json(folder.parent / FACTS, facts._asdict() | {"sources": [source._asdict() for source in facts.sources]})
+
+
+def known_facts(run_dir: Path) -> dict[str, Any]:
+    """Return a run's facts, by the names of Facts; of one that has not ended those that lie there from its start."""
+    file = run_dir / FACTS
+    if file.is_file():
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return facts
+    parts = {"objective": run_dir / "objective.txt", "command": run_dir / "command.txt"}
+    facts = {name: part.read_text(encoding="utf-8") for name, part in parts.items() if part.is_file()}
+    if "objective" in facts:  # "loss=NAME: L = ..."
+        facts["objective"] = facts["objective"].partition(": ")[2].strip()
+    return facts

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from settings.methods import config_fields, find_method, needs_of
-from settings.paths import CONFIG
+from settings.paths import CONFIG, ROOT
 from settings.source import class_value
 from settings.tasks import TASKS
 from settings.typed import nearest
@@ -39,6 +39,16 @@ TEACHER = {
     "token_logp": "caches of log-probabilities of the response tokens (task=cache cache.quantity=token_logp)",
     "value": "a cache of the teacher's values (task=cache cache.quantity=value), or of its log-probabilities",
     "live": "live teachers",
+}
+FILES = {"responses": "sft.jsonl", "prompts": "prompts.jsonl", "rewards": "rewards.jsonl"}  # else pairs.jsonl
+ROWS = "model=tiny 'datasets=[local]' datasets.local.train="
+FINISHED = {  # keys of models that a method asks -> the finished run that an example takes for it
+    "teacher": "outputs/teacher/FINAL",
+    "reference_teacher": "outputs/teacher_sft/FINAL",
+    "reverse_teacher": "outputs/reverse/FINAL",
+    "teacher_cache": "outputs/teacher/FINAL",
+    "positive_cache": "outputs/teacher_dpo/FINAL",
+    "negative_cache": "outputs/reverse/FINAL",
 }
 EXAMPLES = (
     ("pipeline=quickstart", "the whole chain on a small world"),
@@ -145,8 +155,47 @@ def data_of(trainer: str) -> str:
     return SCORED if data == "prompts" and "verifier" in config_fields(trainer) else DATA[data]
 
 
+def example_of(file: Path) -> list[str]:
+    """Return commands to copy: what makes each cache that a loss needs, then the training."""
+    values = values_of(file)
+    trainer = str(values["trainer"])
+    needs = needs_of(trainer)
+    rows = ROWS + FILES.get(needs.data, "pairs.jsonl")
+    before, given = [], []
+    for key in (key for key, value in values.items() if value == "???"):
+        if key == "generations":
+            before.append(f"task=generate {rows} exp_name=said model.load_from=outputs/start/FINAL")
+            given.append("loss.generations=outputs/said/generations.jsonl")
+        elif key == "advantages":
+            both = "model.load_from=outputs/teacher/FINAL cache.reference=outputs/teacher_sft/FINAL"
+            own = "cache.generations=outputs/said/generations.jsonl"
+            before.append(f"task=cache {rows} exp_name=asked {both} {own}")
+            given.append("loss.advantages=outputs/asked/CACHE")
+        elif key.endswith("_cache"):
+            name = "asked" if key == "teacher_cache" else f"asked_{key.removesuffix('_cache')}"
+            quantity = f" cache.quantity={needs.teacher}" if needs.teacher != "logprob" else ""
+            before.append(f"task=cache {rows} exp_name={name} model.load_from={FINISHED[key]}{quantity}")
+            given.append(f"loss.{key}=outputs/{name}/CACHE")
+        else:
+            given.append(f"loss.{key}={FINISHED[key]}")
+    if needs.data == "prompts" and "verifier" in config_fields(trainer):
+        given.append("loss.verifier=worlds.gsm8k:check")
+    start = ["model.load_from=outputs/start/FINAL"] if needs.teacher == "advantage" else []
+    return [*before, " ".join([f"loss={file.stem} {rows} exp_name=mine", *start, *given])]
+
+
+def page_of(name: str) -> str:
+    """Return the page of docs/ that a method has a section in, else one that speaks of it, else that of all losses."""
+    pages = {one: one.read_text(encoding="utf-8") for one in sorted((ROOT / "docs").glob("losses_*.md"))}
+    for pattern in (rf"^## .*(?<![\w-]){re.escape(name)}(?![\w-])", rf"`(loss=)?{re.escape(name)}`"):
+        found = next((one for one, said in pages.items() if re.search(pattern, said, re.M)), None)
+        if found:
+            return f"docs/{found.name}"
+    return "docs/losses.md"
+
+
 def about_method(file: Path) -> str:
-    """Return what a loss minimizes with its YAML's values, what it needs, and where it is from."""
+    """Return commands to copy, what a loss minimizes with its YAML's values, what it needs, and where it is from."""
     values = values_of(file)
     trainer = str(values["trainer"])
     needs, found = needs_of(trainer), find_method(trainer)
@@ -159,7 +208,9 @@ def about_method(file: Path) -> str:
         texts[name] = str(ast.literal_eval(value[1])) if value else "not said"
     formula = re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[1])), texts["formula"])
     lines = [f"loss={file.stem} ({trainer})", f"  formula  L = {formula}"]
-    return "\n".join([*lines, f"  needs    {'; '.join(filter(None, asked))}", f"  source   {texts['source']}"])
+    lines += [f"  needs    {'; '.join(filter(None, asked))}", f"  source   {texts['source']}"]
+    tried = [f"  python launch.py {line}" for line in example_of(file)]
+    return "\n".join([*tried, "", *lines, f"  page     {page_of(file.stem)}"])
 
 
 def values_of(file: Path) -> dict[str, Any]:
@@ -191,8 +242,11 @@ def with_bases(file: Path) -> list[Path]:
 
 
 def shown(file: Path) -> str:
-    """Return the keys of a file as they stand there; what only Hydra reads is left out."""
+    """Return the keys of a file as they stand there, one without a value as required; what only Hydra reads is left
+    out.
+    """
     blocks = file.read_text(encoding="utf-8").strip().split("\n\n")
     kept = [block for block in blocks if not block.startswith("hydra:")]
     kept[0] = "\n".join(line for line in kept[0].splitlines() if not line.startswith(("defaults:", "  - ")))
-    return f"---- config/{file.relative_to(CONFIG)}\n" + "\n\n".join(kept)
+    keys = re.sub(r'"?\?\?\?"?(?: {7}(?= ))?', "(required)", "\n\n".join(kept))  # comments stay where they stood
+    return f"---- config/{file.relative_to(CONFIG)}\n{keys}"

@@ -5,23 +5,28 @@ A finished evaluation (task=evaluate) gets its own pages anew, with what other t
 Writes DIR/summary.md and DIR/report.html. Runs whose configurations differ in the seed alone are one row: mean and 95 %
 interval over seeds. The best value of a column is marked only where its interval lies apart from every other one.
 Losses are compared only between rows whose loss is the same: another method or another weight has another scale.
+Runs of a task that neither trains nor evaluates, such as a teacher cache, are named and not compared.
 """
 
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from engine.samples import FILE as SAMPLES
 from evaluation.intervals import Interval
 from evaluation.metrics import MORE, NEITHER, TRAINING, Metric, interval_over_seeds, metric_of, values_in
-from report.charts import Plotted, interval_chart, read_curves
+from report.charts import Plotted, interval_chart, panel_of, read_curves
 from report.evaluation_page import rewrite
+from report.glossary import glossary_section
 from report.markup import section, text
 from report.page import curves_section, page
-from report.running import line_of, now, running_section, samples_of_runs, state_of
+from report.run_page import facts_section, last_section, no_held_out
+from report.running import STOPPED, line_of, now, running_section, samples_of_runs, state_of
 from settings.artifacts import is_done, write_text
 from settings.schema import Settings
 from settings.tasks import counted
@@ -77,6 +82,29 @@ def read_jobs(sweep: Path) -> list[Job]:
     return jobs
 
 
+def is_compared(job: Job) -> bool:
+    """Tell whether a run is a row of the table: a finished one that trained, or that has scores."""
+    return job.done and (job.config["task"] == "train" or bool(job.values))
+
+
+def others_of(jobs: list[Job]) -> list[Job]:
+    """Return the finished runs of tasks with nothing to compare, such as task=cache."""
+    return [job for job in jobs if job.done and not is_compared(job)]
+
+
+def check_rows(sweep: Path, jobs: list[Job]) -> None:
+    """Refuse runs of which none has anything to show, with how far each of them came."""
+    shown_ones = [job for job in jobs if is_compared(job) and job.values]
+    shown_ones += [job for job in jobs if read_curves(job.folder / "metrics.jsonl").points]
+    if shown_ones or any((job.folder / SAMPLES).is_file() for job in jobs):
+        return
+    states = [line_of(state_of(job.folder, job.name, job.config, now())) for job in jobs if not job.done]
+    states += [
+        f"{job.name} (task={job.config['task']}): finished, and has no rows of training" for job in jobs if job.done
+    ]
+    raise ValueError(f"sweep={sweep} holds no run with a row to show:\n  " + "\n  ".join(states))
+
+
 def compared_config(config: dict[str, Any]) -> str:
     """Return what has to be equal in the runs of a row."""
     return json.dumps({k: v for k, v in counted(config).items() if k != "seed"}, sort_keys=True, default=str)
@@ -92,7 +120,7 @@ def rows_of(jobs: list[Job]) -> list[Row]:
     """Pool the finished runs over seeds; ValueError if a seed stands twice in a row."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
-        if job.done:
+        if is_compared(job):
             groups.setdefault(compared_config(job.config), []).append(job)
     rows = []
     for group in groups.values():
@@ -165,7 +193,7 @@ def cell(row: Row, column: str) -> str:
     return f"{mean(row, column):.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
 
 
-def table(rows: list[Row], unfinished: list[Job]) -> str:
+def table(rows: list[Row], unfinished: list[Job], others: Sequence[Job] = ()) -> str:
     """Return the sweep as Markdown: a row for each configuration, the separated best of a column in bold."""
     columns = columns_of(rows)
     best = {column: best_rows(rows, column) for column in columns}
@@ -173,24 +201,46 @@ def table(rows: list[Row], unfinished: list[Job]) -> str:
     for row in rows:
         cells = [f"**{cell(row, c)}**" if row in best[c] else cell(row, c) for c in columns]
         lines.append([row.name, " ".join(str(s) for s in sorted(j.config["seed"] for j in row.jobs)), *cells])
-    written = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
-    written += "Mean [95 % interval over seeds]. "
-    marked = any(best.values())
-    written += (
-        "Bold: the interval lies apart from every other one.\n"
-        if marked
-        else "No interval lies apart from all others: none is marked.\n"
+    written = (
+        "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + words_below(rows, any(best.values()))
     )
-    if any(len(row.jobs) < 2 for row in rows):
-        written += "A run of one seed has no interval: add e.g. seed=1,2,3 to the sweep.\n"
-    states = [state_of(job.folder, str(job.folder), job.config, now()) for job in unfinished]
     written = written if rows else ""
-    return written + "".join(f"Unfinished, left out of the table: {line_of(state)}\n" for state in states)
+    states = [state_of(job.folder, str(job.folder), job.config, now()) for job in unfinished]
+    written += "".join(f"Unfinished, left out of the table: {line_of(state)}\n" for state in states)
+    written += f"{STOPPED}\n" if states else ""
+    return written + others_said(others)
 
 
-def html(title: str, rows: list[Row], unfinished: list[Job]) -> str:
-    """Return the report: a chart and a table for each column, then the training curves."""
+def words_below(rows: list[Row], marked: bool) -> str:
+    """Say how to read the table; of one run that there is nothing to compare."""
+    alone = len(rows) == 1 and len(rows[0].jobs) == 1
+    said = ""
+    if alone:
+        said = "The last values of one run: there is nothing to compare them with.\n"
+    elif any(spread(row, column) for row in rows for column in row.values):
+        bold = "Bold: the interval lies apart from every other one."
+        none = "No interval lies apart from all others: none is marked."
+        said = (
+            f"Mean [95 % interval over seeds]. {bold if marked else none}\n"
+            if len(rows) > 1
+            else "Mean [95 % interval over seeds].\n"
+        )
+    if any(len(row.jobs) < 2 for row in rows):
+        said += "A run of one seed has no interval: with -m, seed=1,2,3 gives one.\n"
+    hints = dict.fromkeys(no_held_out(job.config) for row in rows for job in row.jobs if row.loss)
+    return said + "".join(f"{'N' + hint[1:]}.\n" for hint in hints if hint)
+
+
+def others_said(others: Sequence[Job]) -> str:
+    """Name the runs that have nothing to compare."""
+    named = ", ".join(f"{job.name} (task={job.config['task']})" for job in others)
+    return f"Finished, and no run of training: {named}.\n" if named else ""
+
+
+def results_of(rows: list[Row]) -> str:
+    """Return a chart and a table for each column."""
     body = ""
+    many = any(len(row.jobs) > 1 for row in rows)
     for column in columns_of(rows):
         filled, best = [row for row in rows if column in row.values], best_rows(rows, column)
         plotted = [
@@ -203,21 +253,40 @@ def html(title: str, rows: list[Row], unfinished: list[Job]) -> str:
             f"<td>{len(row.jobs)}</td><td>{text(cell(row, column))}</td></tr>"
             for row in filled
         )
-        head = '<th scope="col">run</th><th scope="col">seeds</th><th scope="col">mean [95 % over seeds]</th>'
+        value = "mean [95 % over seeds]" if many else "value"
+        head = f'<th scope="col">run</th><th scope="col">seeds</th><th scope="col">{value}</th>'
         body += (
             f"<h3>{text(column)} ({shown(column).better} is better)</h3>{interval_chart(plotted)}"
             f'<div class="scroll" tabindex="0" role="region" aria-label="{text(column)}"><table class="results">'
             f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
         )
-    if unfinished:
-        body += '<p class="note">Unfinished runs are left out here; where they stand is said below.</p>'
+    return body
+
+
+def html(title: str, rows: list[Row], unfinished: list[Job], others: Sequence[Job] = ()) -> str:
+    """Return the report: what one run was and its last values, or a chart and a table for each column of several; then
+    the training curves.
+    """
+    jobs = [*(job for row in rows for job in row.jobs), *unfinished]
+    alone = jobs[0] if len(jobs) == 1 and jobs[0].config["task"] == "train" else None
+    if alone:
+        results = facts_section(alone.folder, alone.config) + last_section(alone.folder)
+    else:
+        body = results_of(rows)
+        if unfinished:
+            body += '<p class="note">Unfinished runs are left out here; where they stand is said above.</p>'
+        body += f'<p class="note">{text(others_said(others))}</p>' if others else ""
+        results = section("results", "Runs of the sweep" if len(rows) > 1 else "The finished run", body) if rows else ""
     named = {f"seed_{j.config['seed']}/{r.name}": j.folder for r in rows for j in r.jobs}
     named |= {f"{job.name} (unfinished)": job.folder for job in unfinished}
+    if alone:
+        named = {alone.name: alone.folder}
     files = {name: folder / "metrics.jsonl" for name, folder in named.items()}
     files = {name: file for name, file in files.items() if file.is_file()}
+    panels = {panel_of(name)[0] for file in files.values() for name in read_curves(file).points}
     running = running_section([state_of(job.folder, job.name, job.config, now()) for job in unfinished])
-    results = section("results", "Runs of the sweep", body) if rows else ""
-    return page(title, running + results + curves_section(files) + samples_of_runs(named))
+    words = glossary_section(panels)
+    return page(title, running + results + curves_section(files) + words + samples_of_runs(named))
 
 
 def run(settings: Settings) -> None:
@@ -229,10 +298,11 @@ def run(settings: Settings) -> None:
         print((sweep / "summary.md").read_text(encoding="utf-8"))
         print(f"{sweep / 'summary.md'}\n{sweep / 'report.html'}", flush=True)
         return
-    rows, unfinished = rows_of(jobs), [job for job in jobs if not job.done]
-    written = table(rows, unfinished)
+    check_rows(sweep, jobs)
+    rows, unfinished, others = rows_of(jobs), [job for job in jobs if not job.done], others_of(jobs)
+    written = table(rows, unfinished, others)
     print(written)
     title = f"{'Run' if len(jobs) == 1 else 'Sweep'} {sweep.name}"
-    for name, content in (("summary.md", written), ("report.html", html(title, rows, unfinished))):
+    for name, content in (("summary.md", written), ("report.html", html(title, rows, unfinished, others))):
         write_text(sweep / name, content)
         print(sweep / name, flush=True)

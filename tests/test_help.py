@@ -8,7 +8,7 @@ import yaml
 
 from launch import settings_of
 from settings.help import CONFIG, EXAMPLES, GROUPS, MEANT, choices, help_text
-from tests.support.helpers import composed, write_pairs
+from tests.support.helpers import ROOT, composed, write_pairs
 
 
 def test_the_overview_says_what_it_does_with_six_examples_and_a_line_a_group() -> None:
@@ -84,3 +84,29 @@ def test_a_method_that_nobody_scores_asks_for_prompts_alone(name: str) -> None:
 def test_a_method_whose_responses_are_scored_names_who_scores(name: str) -> None:
     needs = "prompts and a verifier or reward model, or responses with a reward"
     assert f"  needs    {needs}; " in help_text([f"help=loss/{name}"])
+
+
+@pytest.mark.parametrize("name", choices("loss"))
+def test_the_commands_of_a_loss_compose_and_make_what_the_last_one_reads(name: str, tmp_path, monkeypatch) -> None:
+    for file in ("sft.jsonl", "pairs.jsonl", "prompts.jsonl", "rewards.jsonl"):
+        write_pairs(tmp_path / file, 4)
+    monkeypatch.chdir(tmp_path)
+    text = help_text([f"help=loss/{name}"])
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^  (python launch.py .*)$", text, re.M)]
+    assert text.startswith("  python launch.py ") and f"loss={name}" in commands[-1]
+    made = {word.partition("=")[2] for command in commands[:-1] for word in command if word.startswith("exp_name=")}
+    read = set(re.findall(r"outputs/(\w+)/(?:CACHE|generations)", " ".join(commands[-1])))
+    assert made == read, "each command before the last makes what the last one reads"
+    for command in commands:
+        assert settings_of(composed(*command)).datasets
+    for page in re.findall(r"^  page     (.*)$", text, re.M):
+        assert (ROOT / page).is_file()
+
+
+def test_dckd_is_two_lines_with_its_page_and_a_required_key() -> None:
+    text = help_text(["help=loss/dckd"])
+    assert text.count("python launch.py ") == 2 and "task=cache" in text.splitlines()[0]
+    assert re.search(r"^teacher_cache: \(required\) +# ", text, re.M) and "???" not in text
+    assert "  page     docs/losses_dckd.md" in text
+    assert "  page     docs/losses_online.md" in help_text(["help=loss/grpo"])
+    assert help_text(["help=loss/sft"]).count("python launch.py ") == 1

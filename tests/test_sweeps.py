@@ -190,4 +190,5 @@ def test_an_unfinished_run_shows_where_it_stands_and_what_its_policy_says(tmp_pa
 def test_a_run_before_its_first_row_is_said(tmp_path):
     (tmp_path / "config.yaml").write_text("{task: cache, seed: 1, loss: {}}")
     (job,) = read_jobs(tmp_path)
-    assert line_of(state_of(tmp_path, job.name, job.config, 0.0)) == f"{tmp_path.name}: task=cache, no row yet"
+    line = line_of(state_of(tmp_path, job.name, job.config, 0.0))
+    assert line == f"{tmp_path.name}: task=cache, no row; nothing but its settings; last write 0:00 ago"
