@@ -17,34 +17,37 @@ MEASURED = ROOT / "docs" / "measured" / "rewards.json"
 PAGE = ROOT / "docs" / "rewards.md"
 NAMES = ("rewards", "online_dpo")
 KEPT = ("score", "ci95_over_seeds", "per_seed")
+WAYS = {"1": "temperature 1", "greedy": "greedy", "matched": "equal entropy"}  # the last in the first table alone
 
 
 def kept(results: dict[str, Any]) -> dict[str, Any]:
     """Return what a table is made of: each model's scores, what was sampled and checked for it, the differences."""
     models = {}
     for name, row in results["models"].items():
-        parts = {"1": row, "greedy": row["greedy"]}
-        models[name] = {key: {field: part[field] for field in KEPT} for key, part in parts.items()}
+        parts = {"1": row, "greedy": row["greedy"], "matched": row.get("matched")}
+        models[name] = {key: {field: part[field] for field in KEPT} for key, part in parts.items() if part}
         models[name] |= {key: row.get(key) for key in (SCORED, GENERATED)}
     first = next(iter(results["models"].values()))
-    pairs = {"1": results["comparisons"], "greedy": results["greedy_comparisons"]}
+    named = {"1": "comparisons", "greedy": "greedy_comparisons", "matched": "matched_comparisons"}
+    pairs = {key: results[name] for key, name in named.items() if results.get(name)}
     return {"seeds": first["seeds"], "prompts": first["n"], "models": models, "comparisons": pairs}
 
 
 def table(measured: dict[str, Any]) -> str:
     """Return success with intervals over seeds beside its price, and the differences."""
-    rows = [["model", "responses checked for it", "tokens sampled for it", "temperature 1", "over seeds"]]
-    rows[0] += ["greedy", "over seeds"]
+    ways = list(measured["comparisons"])
+    heads = [cell for way in ways for cell in (WAYS[way], "over seeds")]
+    rows = [["model", "responses checked for it", "tokens sampled for it", *heads]]
     for name, row in measured["models"].items():
         cells = [name, *(f"{row[key]:,.0f}" if row[key] else "-" for key in (SCORED, GENERATED))]
-        for part in (row["1"], row["greedy"]):
-            cells += [f"{part['score']:.3f}", span(part["ci95_over_seeds"])]
+        for way in ways:
+            cells += [f"{row[way]['score']:.3f}", span(row[way]["ci95_over_seeds"])]
         rows.append(cells)
-    compared = [["difference", "temperature 1", "over seeds", "greedy", "over seeds"]]
-    for one, other in zip(measured["comparisons"]["1"], measured["comparisons"]["greedy"], strict=True):
-        cells = [f"{one['first']} − {one['second']}"]
-        for found in (one, other):
-            cells += [f"{found['difference']:+.3f}", span(found["ci95_over_seeds"], "+.3f")]
+    compared = [["difference", *heads]]
+    for number, pair in enumerate(measured["comparisons"]["1"]):
+        cells = [f"{pair['first']} − {pair['second']}"]
+        for found in measured["comparisons"].values():
+            cells += [f"{found[number]['difference']:+.3f}", span(found[number]["ci95_over_seeds"], "+.3f")]
         compared.append(cells)
     return f"{markdown(rows)}\n{markdown(compared)}".strip()
 
