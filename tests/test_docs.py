@@ -223,7 +223,8 @@ def test_the_tables_of_rewards_are_those_of_the_file_that_runs_wrote() -> None:
     page = rewards_table.PAGE.read_text(encoding="utf-8")
     assert rewards_table.written(page, measured) == page, "run: python -m docs.rewards_table"
     models = measured["rewards"]["models"]
-    assert models["ppo"]["scored_responses"] == models["grpo"]["scored_responses"] == 400 * 256
+    assert models["grpo"]["scored_responses"] == 400 * 32 * 8
+    assert models["ppo"]["scored_responses"] == 25 * 4000  # 400 steps of 256 are 25 passes over all prompts
     assert models["reverse_kl"]["scored_responses"] is None and len(measured["rewards"]["seeds"]) >= 3
 
 
