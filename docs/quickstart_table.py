@@ -6,6 +6,7 @@ there and writes the tables; without a path it writes the tables alone.
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,18 @@ def full_table(measured: dict[str, Any]) -> str:
         for part in parts.values():
             cells += [f"{part['score']:.3f}", span(part["ci95"]), span(part["ci95_over_seeds"])]
         rows.append(cells)
-    heads = [cell for words in WAYS for cell in (words, "over seeds")]
-    compared = [["difference", *heads]]
-    for number, pair in enumerate(measured["comparisons"]["1"]):
-        cells = [f"{pair['first']} − {pair['second']}"]
-        for found in measured["comparisons"].values():
-            cells += [f"{found[number]['difference']:+.3f}", span(found[number]["ci95_over_seeds"], "+.3f")]
-        compared.append(cells)
-    return f"{markdown(rows)}\n{markdown(compared)}".strip()
+    return f"{markdown(rows)}\n{markdown(differences(measured['comparisons'], WAYS))}".strip()
+
+
+def differences(comparisons: dict[str, Any], ways: Sequence[str]) -> list[list[str]]:
+    """Return a row for each compared pair, with its interval over seeds, two columns a way to decode."""
+    rows = [["difference", *(cell for words in ways for cell in (words, "over seeds"))]]
+    for pairs in zip(*comparisons.values(), strict=True):
+        cells = [f"{pairs[0]['first']} − {pairs[0]['second']}"]
+        for found in pairs:
+            cells += [f"{found['difference']:+.3f}", span(found["ci95_over_seeds"], "+.3f")]
+        rows.append(cells)
+    return rows
 
 
 def written(text: str, table: str) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docs.quickstart_table import differences
 from evaluation.lineage import GENERATED, SCORED
 from evaluation.markdown import markdown, span
 
@@ -43,12 +44,7 @@ def table(measured: dict[str, Any]) -> str:
         for way in ways:
             cells += [f"{row[way]['score']:.3f}", span(row[way]["ci95_over_seeds"])]
         rows.append(cells)
-    compared = [["difference", *heads]]
-    for number, pair in enumerate(measured["comparisons"]["1"]):
-        cells = [f"{pair['first']} − {pair['second']}"]
-        for found in measured["comparisons"].values():
-            cells += [f"{found[number]['difference']:+.3f}", span(found[number]["ci95_over_seeds"], "+.3f")]
-        compared.append(cells)
+    compared = differences(measured["comparisons"], [WAYS[way] for way in ways])
     return f"{markdown(rows)}\n{markdown(compared)}".strip()
 
 
