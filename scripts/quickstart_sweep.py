@@ -31,6 +31,7 @@ from settings.artifacts import write_json, write_text
 PROMPTS = 500  # of the held-out ones, for validation
 TEMPERATURES = [1.0, 0.3, 0.0]
 NAME = "quickstart_sweep"
+ALONE = {"opponent": None, "match_entropy": None}  # a table that compares its models with none of the quickstart's
 
 
 # What is laid over the `set` of the method's stage in config/pipeline/quickstart.yaml.
@@ -97,7 +98,7 @@ def with_tries(pipeline: dict[str, Any], methods: list[str]) -> dict[str, Any]:
     """Return the quickstart with a stage for each try of the methods in the place of theirs, and one table a method."""
     stages = {name: stage for name, stage in pipeline["stages"].items() if name in BASE}
     template = pipeline["stages"]["evaluate"]
-    table = {**template["set"]["evaluation"], "temperatures": TEMPERATURES, "opponent": None}
+    table = {**template["set"]["evaluation"], "temperatures": TEMPERATURES, **ALONE}
     judged = {"starts": {name: f"{{{name}}}/FINAL" for name in STARTS}}
     # Each table as soon as its models are there, so that a run that is stopped has the methods so far.
     stages["evaluate_starts"] = {**template, "set": {"evaluation": {**table, "models": judged["starts"]}}}

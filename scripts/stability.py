@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.diversity import diversity
 from pipeline.composing import merged
-from scripts.quickstart_sweep import add_common, run_changed, write
+from scripts.quickstart_sweep import ALONE, add_common, run_changed, write
 
 NAME = "stability"
 PROMPTS = 500
@@ -51,7 +51,7 @@ def with_rates(pipeline: dict[str, Any]) -> dict[str, Any]:
     stages[UNANCHORED] = {**linear, "set": merged(linear["set"], {"loss": {"sft_weight": 0.0}})}
     template = pipeline["stages"]["evaluate"]
     models = {name: f"{{{name}}}/FINAL" for name in (START, *NAMES)}
-    asked = {**template["set"]["evaluation"], "temperatures": [1.0], "opponent": None, "models": models}
+    asked = {**template["set"]["evaluation"], "temperatures": [1.0], "models": models, **ALONE}
     stages["evaluate"] = {**template, "set": {"evaluation": asked}}
     return {**pipeline, "stages": stages}
 

@@ -102,7 +102,7 @@ def test_a_teacher_that_a_stage_has_yet_to_write_has_the_shape_of_that_stage(tmp
     stages = planned(tmp_path, "pipeline=rewards")
     section = {**composed()["estimate"], "tokens": 1e6}
     made = made_by(list(stages.values()))
-    wanted = shape_of(settings("model=quickstart_teacher").model).parameters
+    wanted = shape_of(settings("model=shop_teacher").model).parameters
     for name in ("gkd", "opd"):
         found = of_stage(stages[name], section, made)
         assert isinstance(found, dict), found

@@ -260,7 +260,7 @@ def test_a_trainer_that_is_none_is_refused_with_what_to_do(tmp_path, data, train
 
 
 def test_every_key_of_config_yaml_is_read_by_a_dataclass():
-    raw = composed("model=tiny")
+    raw = composed("model=tiny", "exp_name=x")
     settings = launcher.settings_of(raw)
     assert settings.run == typed({k: v for k, v in raw.items() if k in RunConfig.__dataclass_fields__}, RunConfig)
     assert isinstance(settings.model, ModelConfig)

@@ -103,7 +103,7 @@ def test_what_is_shown_does_not_make_another_run():
 
 
 def test_a_missing_tracker_says_how_to_install_it():
-    with pytest.raises(ValueError, match="tracker=no_such_tracker needs .* install.sh --trackers"):
+    with pytest.raises(ValueError, match="tracker=no_such_tracker needs .*install.sh --trackers"):
         check_installed("no_such_tracker")
 
 

@@ -69,7 +69,7 @@ def test_a_resume_on_other_labels_is_refused(tmp_path: Path, overrides, other, m
         with pytest.raises(KeyboardInterrupt):
             launch.run_task(command)
     data.write_text("".join(json.dumps(row) + "\n" for row in other))
-    with pytest.raises(ValueError, match="the content of a file that they name"):  # the file is another one
+    with pytest.raises(ValueError, match="what datasets.local.train names had another content"):
         launch.run_task(command)
     (tmp_path / "run" / "digest.txt").unlink()
     with pytest.raises(ValueError, match="was written with data="):  # and what is learned from it
