@@ -68,15 +68,21 @@ def matched_temperature(entropy_at: Callable[[float], float], target: float) -> 
 
 
 def split_off(count: int, size: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return which of `count` held-out prompts are scored and which `size` of them choose the temperatures.
+    """Return which of `count` held-out prompts are scored and which `size` of them, at most half, choose temperatures.
 
-    ValueError where none would be left to score.
+    ValueError where none would choose.
     """
-    if not 0 < size < count:
+    if count < 2:
         raise ValueError(
-            f"evaluation.match_prompts={size} of {count} held-out prompts: some must choose the temperatures and some "
-            "must be left to score"
+            f"evaluation.match_entropy with {count} held-out prompt: some must choose the temperatures and some must "
+            "be left to score"
         )
+    if size > count // 2:
+        print(
+            f"evaluation.match_prompts={size} is more than half of {count} held-out prompts: {count // 2} choose the "
+            "temperatures"
+        )
+        size = count // 2
     chosen = set(np.random.default_rng(seed).permutation(count)[:size].tolist())
     return [i for i in range(count) if i not in chosen], sorted(chosen)
 

@@ -92,8 +92,9 @@ def test_prompts_that_choose_temperatures_are_scored_nowhere() -> None:
     scored, validation = split_off(10, 4, seed=1)
     assert sorted(scored + validation) == list(range(10)) and len(validation) == 4
     assert (scored, validation) == split_off(10, 4, seed=1) != split_off(10, 4, seed=2)
-    with pytest.raises(ValueError, match="match_prompts=10 of 10"):
-        split_off(10, 10, seed=1)
+    assert [len(part) for part in split_off(11, 128, seed=1)] == [6, 5]  # at most half of them
+    with pytest.raises(ValueError, match="match_entropy with 1 held-out prompt"):
+        split_off(1, 1, seed=1)
 
 
 def test_strengths_by_a_judge_are_log_odds_against_the_opponent() -> None:
