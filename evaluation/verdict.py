@@ -32,8 +32,40 @@ def said_of(results: Mapping[str, Any], reference: str | None) -> str:
     found = [
         (verdict(results["models"], results["comparisons"]), ""),
         (verdict(matched, results["matched_comparisons"]), f"At the token entropy of {reference}: "),
+        (judged_verdict(results["models"]), ""),
     ]
     return " ".join(opening + sentence for sentence, opening in found if sentence)
+
+
+def judged_verdict(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say of which models a judge's win rate over the opponent leaves out one half, at equal length where that was
+    taken out; empty where nobody judged.
+    """
+    judged = {name: row["judged"] for name, row in models.items() if row.get("judged")}
+    rates = {name: _win_rate(row) for name, row in judged.items()}
+    if not rates:
+        return ""
+    first = next(iter(judged.values()))
+    at = " at equal length" if all(row.get("length_controlled_ci95") for row in judged.values()) else ""
+    sides = {
+        "wins over": [name for name, (_, (low, _)) in rates.items() if low > 0.5],
+        "loses to": [name for name, (_, (_, high)) in rates.items() if high < 0.5],
+        "cannot be told apart from": [name for name, (_, (low, high)) in rates.items() if low <= 0.5 <= high],
+    }
+    said = {name: f"{name} ({rate:.3f} [{low:.3f}, {high:.3f}])" for name, (rate, (low, high)) in rates.items()}
+    told = [
+        f"{', '.join(said[name] for name in names)} {words} {first['opponent']}"
+        for words, names in sides.items()
+        if names
+    ]
+    return f"By the {first['by']}{at}: {'; '.join(told)}."
+
+
+def _win_rate(row: Mapping[str, Any]) -> tuple[float, Sequence[float]]:
+    """Return a win rate with its interval, the length-controlled one where there is one."""
+    if row.get("length_controlled_ci95"):
+        return row["length_controlled_win_rate"], row["length_controlled_ci95"]
+    return row["win_rate"], row["win_rate_ci95"]
 
 
 def _has(row: Mapping[str, Any], name: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from evaluation.bradley_terry import ELO, cells, elo_rows, strengths, wins_of
 from evaluation.comparisons import compare_all
 from evaluation.results import temperature_cells
-from evaluation.verdict import verdict
+from evaluation.verdict import judged_verdict, verdict
 
 
 def test_two_models_strengths_are_the_log_odds_of_their_wins():
@@ -64,3 +64,19 @@ def test_the_sheet_holds_every_temperature_in_order():
     assert rows[0] == ["model", "greedy", "t 0.3", "t 1"]
     assert rows[1] == ["a", "0.700 [0.600, 0.800]", "0.600 [0.500, 0.700]", "0.500 [0.400, 0.600]"]
     assert temperature_cells({"models": {"a": row}, "temperatures": [1.0]}) == []
+
+
+def test_what_a_judge_s_intervals_carry_is_said_at_equal_length_where_length_was_taken_out():
+    def judged(rate: float, low: float, high: float, **more: object) -> dict[str, object]:
+        return {"judged": {"opponent": "sft", "by": "judge", "win_rate": rate, "win_rate_ci95": [low, high], **more}}
+
+    models = {"a": judged(0.7, 0.6, 0.8), "b": judged(0.4, 0.3, 0.45), "c": judged(0.5, 0.4, 0.6), "sft": {}}
+    assert judged_verdict(models) == (
+        "By the judge: a (0.700 [0.600, 0.800]) wins over sft; b (0.400 [0.300, 0.450]) loses to sft; "
+        "c (0.500 [0.400, 0.600]) cannot be told apart from sft."
+    )
+    fair = {"length_controlled_win_rate": 0.52, "length_controlled_ci95": [0.41, 0.63]}
+    assert judged_verdict({"a": judged(0.7, 0.6, 0.8, **fair)}) == (
+        "By the judge at equal length: a (0.520 [0.410, 0.630]) cannot be told apart from sft."
+    )
+    assert judged_verdict({"sft": {}}) == ""
