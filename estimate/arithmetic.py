@@ -16,7 +16,7 @@ from teacher.shard import RECORD, SEQUENCE
 LAZY = 2**23  # of forward/responses.py: logits with more entries are computed by chunks
 CHUNK_ELEMENTS = {"cuda": 2**25, "cpu": 2**22}  # of forward/chunks.py: logits that are widened to float32 at a time
 FLOAT32 = 4
-LIBRARIES = 470 * 10**6  # bytes of a process before its first model, and what it loads at its first step: 400 to 540
+LIBRARIES = 450 * 10**6  # bytes of a process before its first model, and what it loads at its first step: 400 to 540
 ALLOCATOR_KEEPS = 0.5  # share of what comes and goes
 
 
