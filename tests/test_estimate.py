@@ -1,9 +1,6 @@
-"""The estimator: its arithmetic against autograd, a FLOP counter and real files, its peaks against real training
-steps.
-"""
+"""The estimator: its arithmetic against autograd, a FLOP counter and real files; its command."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import dataloader
 import launch
@@ -24,37 +21,15 @@ from estimate import arithmetic as estimate
 from estimate import lengths
 from estimate.arithmetic import Batch, Setup, Work
 from estimate.shape import shape_of
-from estimate.tables import single, size, table
 from settings.needs import Needs
-from settings.schema import Settings, settings_from
-from tasks.estimate import compared, estimated, of_stage, print_plan
+from tasks.estimate import estimated, of_stage, print_plan
 from teacher.cache import Meta, Writer, finish
 from teacher.quantities import TABLE, quantity_named
-from tests.support.allocated import peaks_of_steps
-from tests.support.helpers import ROOT, composed, write_pairs
-from tests.support.helpers import launch as command
+from tests.support.helpers import composed, write_pairs
+from tests.support.shapes import SHAPE, inline, settings
 from tests.test_pipeline import planned
 
 PLAIN = Setup("none", 1, 1, master=4, compute=4, reference=0, live=False, states=2, checkpointing=False, gpu=False)
-SHAPE = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "tie_word_embeddings": True,
-}
-
-
-def settings(*overrides: str) -> Settings:
-    """Compose and type a config."""
-    return settings_from(composed(*overrides))
-
-
-def inline(build: dict[str, Any]) -> str:
-    """Spell a model.build for the command line."""
-    return "++model.build={" + ", ".join(f"{k}: {str(v).lower()}" for k, v in build.items()) + "}"
-
-
 # ---- counts
 
 
@@ -332,125 +307,3 @@ def test_a_model_without_a_readable_configuration_is_named() -> None:
 @pytest.mark.parametrize(("line", "written"), worked_plan.parts(), ids=lambda text: text[:40])
 def test_the_worked_plan_is_what_its_commands_print(line: str, written: str) -> None:
     assert worked_plan.output_of(line) == written, "run: python -m docs.worked_plan"
-
-
-# ---- predicted against actual
-
-
-def large_vocabulary(folder: Path, words: int) -> Path:
-    """Write the byte tokenizer with so many words in all, so that logits weigh what they do in practice."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/byte_tokenizer")
-    tokenizer.add_tokens([f"<w{i}>" for i in range(words - len(tokenizer))])
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def even_pairs(path: Path, count: int, length: int) -> Path:
-    """Write pairs whose prompts and responses have `length` characters."""
-    with path.open("w", encoding="utf-8") as out:
-        for i in range(count):
-            prompt = {"role": "user", "content": f"{i:0{length}d}"}
-            sides = {
-                side: [prompt, {"role": "assistant", "content": letter * length}]
-                for side, letter in (("chosen", "a"), ("rejected", "b"))
-            }
-            out.write(json.dumps(sides) + "\n")
-    return path
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["loss=sft"],
-        ["loss=dpo"],
-        ["loss=sft", "model.activation_checkpointing=true"],
-        ["loss=dpo", "model.gradient_accumulation_steps=4"],
-        ["loss=sft", "model.policy_dtype=bfloat16"],
-        ["loss=sft", "optimizer=SGD"],
-    ],
-    ids=" ".join,
-)
-def test_the_peak_is_what_torch_allocates_in_a_step(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer, data = large_vocabulary(tmp_path / "words", 2000), even_pairs(tmp_path / "pairs.jsonl", 8, 60)
-    raw = composed(
-        "model=tiny",
-        "datasets=[local]",
-        f"datasets.local.train={data}",
-        f"cache_dir={tmp_path}",
-        "n_steps=2",
-        inline(SHAPE),
-        f"model.tokenizer_name_or_path={tokenizer}",
-        *options,
-    )
-    allocated = peaks_of_steps(monkeypatch)
-    launch.run_task(raw)
-    found = estimated(settings_from(raw), "train")
-    before = sum(found["memory"].get(name, 0) for name in ("weights", "optimizer states", "frozen reference"))
-    # Measured: 0.99 to 1.03.
-    print(f"{options}: predicted is {found['peak_bytes'] / (before + allocated[1]):.3f} of the actual bytes")
-    assert found["peak_bytes"] == pytest.approx(before + allocated[1], rel=0.08)
-
-
-def test_a_process_on_a_cpu_holds_its_libraries_and_what_the_allocator_keeps() -> None:
-    found = estimated(settings("model=tiny", "datasets=[dpo_mix]", "n_examples=8", "estimate.accelerator=cpu"), "train")
-    assert set(found["process"]) == {"interpreter and libraries", "kept by the allocator"}
-    assert found["device_bytes"] == found["peak_bytes"] + sum(found["process"].values())
-    assert "the process" in single(found) and size(found["device_bytes"]) in table([("a", found)])
-    gpu = estimated(settings("model=tiny", "datasets=[dpo_mix]", "n_examples=8", "estimate.accelerator=gpu"), "train")
-    assert gpu["process"] == {} and gpu["device_bytes"] == gpu["peak_bytes"] and "the process" not in single(gpu)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("loss", "large"), [("sft", False), ("sft", True), ("dpo", True)])
-def test_a_process_takes_what_is_said_within_a_quarter(loss: str, large: bool, tmp_path: Path) -> None:
-    """As users run it: the C library keeps what it likes, and libraries take 400 to 540 MB on different machines."""
-    line = [f"datasets.local.train={write_pairs(tmp_path / 'few.jsonl', 20)}"]
-    if large:
-        build = {
-            **SHAPE,
-            "hidden_size": 384,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 5,
-            "num_attention_heads": 6,
-        }
-        words = large_vocabulary(tmp_path / "words", 8000)
-        data = even_pairs(tmp_path / "pairs.jsonl", 16, 120)
-        line = [f"datasets.local.train={data}", inline(build), f"model.tokenizer_name_or_path={words}"]
-    common = ["model=tiny", "datasets=[local]", f"cache_dir={tmp_path}", "exp_name=run", "n_steps=3"]
-    done = command(f"loss={loss}", *common, *line, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = compared(settings("task=estimate", "model=tiny", f"estimate.run={tmp_path}/run"))
-    predicted, actual = found["predicted"]["device_bytes"], max(found["actual"]["peak_bytes"])
-    print(f"{loss}: predicted {predicted / 1e6:.0f} MB, actual {actual / 1e6:.0f} MB")
-    assert predicted == pytest.approx(actual, rel=0.25)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_the_peak_is_what_a_real_process_takes(loss: str, tmp_path: Path) -> None:
-    """A Llama of 12 M parameters (SFT 16 bytes each, DPO 20), float32 on CPU, in a process of its own."""
-    tokenizer, data = large_vocabulary(tmp_path / "words", 8000), even_pairs(tmp_path / "pairs.jsonl", 16, 120)
-    build = {**SHAPE, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6}
-    done = command(
-        f"loss={loss}",
-        "model=tiny",
-        "datasets=[local]",
-        f"datasets.local.train={data}",
-        f"cache_dir={tmp_path}",
-        "exp_name=run",
-        "n_steps=3",
-        inline(build),
-        f"model.tokenizer_name_or_path={tokenizer}",
-        # Freed memory goes back to the system at once: by default the C library keeps some (SFT: 943 MB instead of
-        # 651).
-        env={"MALLOC_MMAP_THRESHOLD_": "65536", **os.environ},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    found = compared(settings("task=estimate", "model=tiny", f"estimate.run={tmp_path}/run"))
-    actual = found["actual"]["peak_bytes"][0] - found["actual"]["baseline_bytes"][0]
-    print(f"{loss}: predicted {found['predicted']['peak_bytes'] / 1e6:.0f} MB, actual {actual / 1e6:.0f} MB")
-    # Measured: SFT 0.99, DPO 1.03 of the actual bytes; what libraries allocate for themselves differs between machines.
-    assert found["predicted"]["peak_bytes"] == pytest.approx(actual, rel=0.15)

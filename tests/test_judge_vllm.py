@@ -1,16 +1,23 @@
-"""A real judge: vLLM's own server with SmolLM2, asked for scores of responses (VLLM_PYTHON as in
-test_generation_vllm.py).
+"""A real judge: vLLM's own server with SmolLM2, asked for scores of responses (tests/support/vllm_runs.py
+says which interpreter has it).
 
 135 million parameters judge nothing; what is proven is the protocol: every response is a verdict or a counted skip, and
 a second run asks for nothing that was answered.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import launch
+import models
+from settings.schema import ModelConfig, typed
 from tests.support.helpers import WORDS, composed, rows_of
-from tests.test_generation_vllm import base, config, pytestmark, server  # noqa: F401
+from tests.support.vllm_runs import MODEL, NEEDS_VLLM, Server
+
+pytestmark = NEEDS_VLLM
 
 TEMPLATE = (
     "You are a judge. Rate this answer with a number from 1 to 10.\nanswer: {prompt} {response}\n"
@@ -18,7 +25,15 @@ TEMPLATE = (
 )
 
 
-def test_a_served_model_judges_responses(tmp_path: Path, server) -> None:  # noqa: F811
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    config = typed(composed(*MODEL)["model"], ModelConfig)
+    server = Server(str(models.model_source(config)), tmp_path / "server.log")
+    yield server
+    server.kill()
+
+
+def test_a_served_model_judges_responses(tmp_path: Path, server: Server) -> None:
     (tmp_path / "score.txt").write_text(TEMPLATE)
     rows = [{"prompt": one, "response": other} for one in WORDS for other in WORDS[:4]]
     (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

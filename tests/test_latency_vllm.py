@@ -3,18 +3,11 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from evaluation.latency import WARMUP
 from tests.support.helpers import WORDS, launch
-from tests.test_generation_vllm import MODEL, PYTHON, SLOWEST, has_vllm
+from tests.support.vllm_runs import MODEL, NEEDS_VLLM, PYTHON, SLOWEST
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not has_vllm(), reason=f"{PYTHON} has no vllm: ./install.sh --vllm, or set VLLM_PYTHON to one that has"
-    ),
-]
+pytestmark = NEEDS_VLLM
 
 
 def test_both_backends_are_timed_on_the_same_prompts(tmp_path: Path) -> None:

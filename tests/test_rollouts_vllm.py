@@ -1,6 +1,6 @@
 """vLLM for real as the one who answers while a policy trains: its responses are learned from, its weights follow.
 
-As in tests/test_generation_vllm.py the interpreter is that of VLLM_PYTHON.
+tests/support/vllm_runs.py says which interpreter has vLLM.
 """
 
 import json
@@ -10,14 +10,9 @@ import pytest
 
 from tests.support.helpers import ROOT, rows_of
 from tests.support.helpers import launch as run_launch
-from tests.test_generation_vllm import PYTHON, SLOWEST, has_vllm
+from tests.support.vllm_runs import NEEDS_VLLM, PYTHON, SLOWEST
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not has_vllm(), reason=f"{PYTHON} has no vllm: ./install.sh --vllm, or set VLLM_PYTHON to one that has"
-    ),
-]
+pytestmark = NEEDS_VLLM
 LOSSES = {
     "grpo": ["loss=grpo", "loss.n=4", "loss.verifier=tests.support.rewards:share_of_e"],
     "ppo": ["loss=ppo", "loss.verifier=tests.support.rewards:share_of_e"],

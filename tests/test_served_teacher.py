@@ -1,6 +1,6 @@
 """Teachers that stand elsewhere: parity with a teacher here, what is refused, and what a failure leaves.
 
-The server is a stand-in that scores with a real model of ours; tests/test_generation_vllm.py asks a real vLLM.
+The server is a stand-in that scores with a real model of ours; tests/test_cache_vllm.py asks a real vLLM.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Two teachers in vLLM engines, one after the other: parity with teachers here, kills, and what is refused.
 
-The engine is a stand-in that scores with a real model of ours; tests/test_generation_vllm.py asks a real vLLM.
+The engine is a stand-in that scores with a real model of ours; tests/test_cache_vllm.py asks a real vLLM.
 """
 
 from pathlib import Path
