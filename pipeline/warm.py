@@ -10,6 +10,7 @@ child keeps. The answers are lines too: {"pid"} at once, {"pid", "code"} when th
 
 import atexit
 import contextlib
+import gc
 import importlib
 import importlib.util
 import json
@@ -237,6 +238,8 @@ def import_everything() -> None:
 def main() -> None:
     """Import everything; then, where a socket's number is the argument, serve it."""
     import_everything()
+    gc.collect()
+    gc.freeze()  # a command's collections pass over what lives as long as it does, and leave its memory shared
     if len(sys.argv) > 1:
         connection = socket.socket(fileno=int(sys.argv[1]))
         importlib.import_module("pipeline.warm")  # this file once more, under the name that commands know
