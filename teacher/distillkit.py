@@ -1,8 +1,12 @@
 """DistillKit's compressed log-probabilities (`logprob_compressor`): rows of bytes with a compression_config.yaml.
 
     input_ids             [T]
-    compressed_logprobs   [T - 1][bytes]   row j: the k largest log-probabilities of token j + 1, descending
-    bytepacked_indices    [T - 1][bytes]   their ids, ceil(log2 d) bits each
+    compressed_logprobs   [T][bytes]   row j: the k largest log-probabilities of token j + 1, descending
+    bytepacked_indices    [T][bytes]   their ids, ceil(log2 d) bits each
+    labels                [T]          where it is there: row j counts if labels[j] is not -100
+
+Its sampler writes T - 1 rows and no labels, its losses want as many rows as logits. They mask row j by label j, so what
+is written here has the label of token j + 1 in place j; read is either.
 
 A row of compressed_logprobs is, in this order: exact_k values as exact_dtype; a coefficient as term_dtype for each of
 polynomial_terms, which give the other k - exact_k values; then for each of residual_bins a scale as scale_dtype and
@@ -160,8 +164,10 @@ def shape(meta: Meta) -> Shape:
         ]
     )
     lost = [
-        "that prompts have no entries: DistillKit has a row for every token but the first. Rows before tokens with the "
-        "label -100 are filler (every id alike), and DistillKit masks them by the labels, as long as they are kept",
+        "that prompts have no entries: DistillKit has a row for every token. Those with the label -100 are filler, "
+        "every id alike; its losses that compare with a teacher mask them",
+        "labels for its cross-entropy: row j has the label of token j + 1, by which those losses mask it; its "
+        "cross-entropy would move labels by a token once more",
         "the mass outside the entries; it is what they leave of 1",
         "teacher, tokenizer, chat template and temperature: they stand in this card alone",
     ]
@@ -169,15 +175,18 @@ def shape(meta: Meta) -> Shape:
 
 
 def columns(row: Row, vocab_size: int, k: int) -> Columns:
-    """Lay a row out: the entries of token t stand in row t - 1; tokens without any get filler."""
-    ids = np.tile(np.arange(k), (len(row.ids) - 1, 1))
+    """Lay a row out: the entries and the label of token t stand in row t - 1; tokens without any get filler."""
+    ids = np.tile(np.arange(k), (len(row.ids), 1))
     logps = np.full(ids.shape, -math.log(vocab_size), np.float32)
     places = np.flatnonzero(row.response) - 1
     ids[places], logps[places] = filled(*entries(row.arrays), k)
     bits = math.ceil(math.log2(vocab_size))
     return {
         "input_ids": row.ids,
-        "labels": [token if on else UNLABELED for token, on in zip(row.ids, row.response, strict=True)],
+        "labels": [
+            *(token if on else UNLABELED for token, on in zip(row.ids[1:], row.response[1:], strict=True)),
+            UNLABELED,
+        ],
         "compressed_logprobs": np.ascontiguousarray(logps.astype("<f4")).view(np.uint8).tolist(),
         "bytepacked_indices": pack_bits(ids, bits).tolist(),
     }
@@ -194,19 +203,51 @@ def read(source: Path) -> Foreign:
     notes = ["DistillKit's rows name no teacher, tokenizer or temperature: read as this run's tokenizer, temperature 1"]
     if config.exact_k < config.k:
         notes.append(f"{config.k - config.exact_k} of {config.k} values a token were approximated when captured")
+    shift = _shift(source)
 
     def rows() -> Iterator[tuple[str, list[int], list[bool] | None, Arrays]]:
         for where, row in source_rows(source):
             arrays = _arrays(row, config, where)
-            labels = row.get("labels")
-            if labels is None:
+            if row.get("labels") is None:
                 yield where, row["input_ids"], None, arrays
                 continue
-            response = [label != UNLABELED for label in labels]
+            response = _response(row["input_ids"], row["labels"], shift, where)
             chosen = np.asarray(response[1:], dtype=bool)
             yield where, row["input_ids"], response, {name: array[chosen] for name, array in arrays.items()}
 
     return Foreign(rows, notes, {})
+
+
+def _shift(source: Path) -> int:
+    """Return how many places before its token a label stands, 1 or 0, by the first row that tells them apart."""
+    for where, row in source_rows(source):
+        if row.get("labels") is None:
+            return 0
+        fit = _fitting(row["input_ids"], row["labels"])
+        if not fit:
+            raise ValueError(f"{where}: labels are neither the row's own input_ids nor those of the next token")
+        if len(fit) == 1:
+            return fit[0]
+    return 1
+
+
+def _fitting(ids: list[int], labels: list[int]) -> list[int]:
+    """Return by how many places a row's labels may stand before their tokens."""
+    if len(labels) != len(ids):
+        return []
+    found = []
+    for shift in (0, 1):
+        moved = [*ids[shift:], *[None] * shift]
+        if all(label in (UNLABELED, token) for label, token in zip(labels, moved, strict=True)):
+            found.append(shift)
+    return found
+
+
+def _response(ids: list[int], labels: list[int], shift: int, where: str) -> list[bool]:
+    if shift not in _fitting(ids, labels):
+        raise ValueError(f"{where}: labels do not stand {shift} before their tokens, as those of other rows do")
+    labeled = [label != UNLABELED for label in labels]
+    return [False, *labeled[:-1]] if shift else labeled
 
 
 def _arrays(row: dict[str, Any], config: Compression, where: str) -> Arrays:

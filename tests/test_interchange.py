@@ -2,7 +2,6 @@
 
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +15,11 @@ from huggingface_hub import constants
 import launch
 from settings.artifacts import mark_done
 from teacher import distillkit, hub
-from teacher.cache import Arrays, Meta, Reader, Writer, content_key, finish
-from teacher.interchange import Tokenizing, check_row, export_cache, format_of, import_cache
-from teacher.quantities import quantity_named
+from teacher.cache import Meta, Reader, Writer, finish
+from teacher.interchange import check_row, export_cache, format_of, import_cache
 from teacher.rows import FILL, Row, filled, source_rows
 from tests.support.helpers import composed, rows_of, write_pairs
-
-SIZE, K = 300, 5
-META = dict(vocab_size=SIZE, teacher_digest="t", tokenizer_digest="tok", template_digest="tem", data_digest="")
-TOKENIZING = Tokenizing(SIZE, lambda ids: [None if i == 299 else str(i) for i in ids], "tok", "tem")
-
-
-def entries(rng: np.random.Generator, length: int, quantity: str) -> Arrays:
-    """Draw the arrays of a sequence, as float16 holds them."""
-    logits = rng.normal(0, 2, (length, SIZE))
-    logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    ids = np.argsort(-logps)[:, :K]
-    top = np.take_along_axis(logps, ids, -1).astype(np.float16).astype(np.float32)
-    tail = (1 - np.exp(top).sum(-1)).astype(np.float16).astype(np.float32)
-    if quantity == "logprob":
-        return {"ids": ids, "values": top, "tail": tail}
-    if quantity == "advantage":
-        advantages = rng.normal(0, 1, top.shape).astype(np.float16).astype(np.float32)
-        return {"ids": ids, "values": advantages, "tail": tail, "teacher_logps": top}
-    return {quantity_named(quantity).arrays[0].name: rng.normal(0, 1, length).astype(np.float32)}
-
-
-def write_cache(folder: Path, quantity: str = "logprob", count: int = 7) -> Reader:
-    """Write a cache of random sequences."""
-    rng = np.random.default_rng(0)
-    two = quantity == "advantage"
-    meta = Meta(quantity=quantity, k=K, precision="float32", reference_digest="r" if two else None, **META)
-    writer = Writer(folder, meta)
-    for _ in range(count):
-        prompt, said = int(rng.integers(1, 5)), int(rng.integers(1, 6))
-        ids = rng.integers(0, 299, prompt + said).tolist()
-        writer.add(ids, [False] * prompt + [True] * said, entries(rng, said, quantity))
-    writer.close()
-    finish(folder, meta, writer.keys)
-    return Reader(folder)
-
-
-def assert_same(one: Reader, other: Reader, tail_error: float) -> None:
-    """Compare the keys and, token by token, the entries of two caches, whatever their order."""
-    rows = one.sequences(one.meta.num_sequences)
-    assert other.meta.num_sequences == len(rows) and other.meta.num_tokens == one.meta.num_tokens
-    for ids, mask in rows:
-        assert other.holds(content_key(ids, mask))
-        found, expected = other.get(ids, mask), one.get(ids, mask)
-        for name in expected:
-            wide = name != "tail" and expected[name].ndim == 2
-            sides = [
-                np.take_along_axis(a[name], np.argsort(a["ids"]), -1) if wide else a[name] for a in (found, expected)
-            ]
-            np.testing.assert_allclose(*sides, rtol=0, atol=tail_error if name == "tail" else 0)
+from tests.support.random_cache import SIZE, TOKENIZING, K, assert_same, write_cache
 
 
 @pytest.mark.parametrize("kind", ["axolotl", "distillkit", "huggingface"])
@@ -169,83 +119,6 @@ def test_renormalized_entries_are_said_and_masked_ones_are_none(tmp_path):
     import_cache(write_rows(tmp_path / "fewer.jsonl", row), "auto", tmp_path / "FEWER", TOKENIZING, None)
     found = Reader(tmp_path / "FEWER").get([10, 11, 7, 9, 2], [False, False, True, True, True])
     assert found["ids"][1].tolist() == [9, 0] and found["values"][1].tolist() == [-0.25, FILL]
-
-
-# ---- DistillKit
-
-
-def bits_of(values: list[int], bits: int) -> list[int]:
-    """Pack by hand: each value's bits, the highest first, then bytes."""
-    text = "".join(format(value, f"0{bits}b") for value in values)
-    text += "0" * (-len(text) % 8)
-    return [int(text[i : i + 8], 2) for i in range(0, len(text), 8)]
-
-
-def test_bits_are_packed_as_text_would_be():
-    rng = np.random.default_rng(1)
-    for bits in (1, 3, 9, 17):
-        values = rng.integers(0, 2**bits, (4, 11))
-        packed = distillkit.pack_bits(values, bits)
-        assert packed.tolist() == [bits_of(row, bits) for row in values.tolist()]
-        assert distillkit.unpack_bits(packed, bits, 11).tolist() == values.tolist()
-
-
-BUDGET = {"d": SIZE, "k": 6, "exact_k": 1, "exact_dtype": "bfloat16", "polynomial_terms": [0, 1, "sqrt"]}
-RICH = {
-    "d": SIZE,
-    "k": 8,
-    "exact_k": 2,
-    "exact_dtype": "float16",
-    "polynomial_terms": [0, 1],
-    "term_dtype": "float32",
-    "residual_bins": [
-        {"scale_dtype": "float16", "element_bits": 3, "num_elements": 3},
-        {"scale_dtype": "float32", "element_bits": 1, "num_elements": 2},
-    ],
-    "delta_encoding": False,
-}
-
-
-def test_the_budget_configuration_is_read_as_its_polynomial():
-    config = distillkit.compression_of(BUDGET | {"delta_encoding": False}, "x")
-    coefficients = [-2.0, -0.25, -0.5]
-    half = struct.unpack("<I", struct.pack("<f", -0.75))[0] >> 16
-    packed = np.frombuffer(struct.pack("<H3f", half, *coefficients), np.uint8)[None]
-    assert len(packed[0]) == config.row_bytes == 14
-    expected = [-0.75] + [-2.0 - 0.25 * t - 0.5 * math.sqrt(t) for t in range(5)]
-    np.testing.assert_allclose(distillkit.decompressed(packed, config)[0], expected, rtol=1e-6)
-
-
-def test_residuals_and_deltas_are_read():
-    levels, signs = [5, 0, 7], [1, 0]  # 3 bits: less 4; 1 bit: +1 or -1
-    packed = struct.pack("<2e2f", -0.5, -1.0, -2.0, -0.5)
-    packed += struct.pack("<e", 0.125) + bytes(bits_of(levels, 3)) + struct.pack("<f", 0.25) + bytes(bits_of(signs, 1))
-    residual = [0.125 * (level - 4) for level in levels] + [0.25, -0.25, 0.0]
-    expected = [-0.5, -1.0] + [-2.0 - 0.5 * t + residual[t] for t in range(6)]
-    array = np.frombuffer(packed, np.uint8)[None]
-    plain = distillkit.decompressed(array, distillkit.compression_of(RICH, "x"))[0]
-    np.testing.assert_allclose(plain, expected, rtol=1e-6)
-    summed = distillkit.decompressed(array, distillkit.compression_of(RICH | {"delta_encoding": True}, "x"))[0]
-    np.testing.assert_allclose(summed, np.cumsum(expected), rtol=1e-6)
-    normal = distillkit.compression_of(RICH | {"normalize_t": True, "residual_bins": []}, "x")
-    scaled = distillkit.decompressed(array[:, : normal.row_bytes], normal)[0]
-    np.testing.assert_allclose(scaled[2:], [-2.0 - 0.5 * t / 5 for t in range(6)], rtol=1e-6)
-
-
-def test_rows_of_distillkit_itself_take_their_mask_from_this_run_s_data(tmp_path):
-    write_cache(tmp_path / "CACHE")
-    export_cache(tmp_path / "CACHE", "distillkit", tmp_path / "out")
-    table = pq.read_table(tmp_path / "out/data/train-00000.parquet").drop_columns(["labels"])
-    pq.write_table(table, tmp_path / "out/data/train-00000.parquet")
-    with pytest.raises(ValueError, match=r"no labels say which tokens are supervised. Name the data"):
-        import_cache(tmp_path / "out", "auto", tmp_path / "back", TOKENIZING, None)
-    ours = Reader(tmp_path / "CACHE")
-    masks = {tuple(ids): mask for ids, mask in ours.sequences(7)}
-    import_cache(tmp_path / "out", "auto", tmp_path / "back", TOKENIZING, masks)
-    assert_same(ours, Reader(tmp_path / "back"), 1e-3)
-    (tmp_path / "out" / distillkit.CONFIG).unlink()
-    with pytest.raises(ValueError, match="has no compression_config.yaml beside it"):
-        import_cache(tmp_path / "out", "auto", tmp_path / "again", TOKENIZING, masks)
 
 
 # ---- refusals
