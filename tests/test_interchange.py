@@ -19,7 +19,7 @@ from teacher.cache import Meta, Reader, Writer, finish
 from teacher.interchange import check_row, export_cache, format_of, import_cache
 from teacher.rows import FILL, Row, filled, source_rows
 from tests.support.helpers import composed, rows_of, write_pairs
-from tests.support.random_cache import SIZE, TOKENIZING, K, assert_same, write_cache
+from tests.support.random_cache import META, SIZE, TOKENIZING, K, assert_same, write_cache
 
 
 @pytest.mark.parametrize("kind", ["axolotl", "distillkit", "huggingface"])
