@@ -79,10 +79,9 @@ class MetricsFile:
             append_row(out, row)
 
 
-def named(values: dict[str, float], split: str) -> dict[str, float]:
-    """Sum the terms to loss/SPLIT and give every name its split."""
-    terms = {k: v for k, v in values.items() if k.startswith("term/")}
-    row = {f"loss/{split}": sum(terms.values())}
+def named(values: dict[str, float], split: str, is_whole: bool = True) -> dict[str, float]:
+    """Give every name its split, and sum the terms to loss/SPLIT if they are the whole loss."""
+    row = {f"loss/{split}": sum(v for k, v in values.items() if k.startswith("term/"))} if is_whole else {}
     for name, value in values.items():
         head, _, tail = name.partition("/")
         row[name if name == "grad_norm" else (f"{head}_{split}/{tail}" if tail else f"{name}/{split}")] = value

@@ -66,7 +66,9 @@ def table_row(row: Mapping[str, Any], total: int, left: str, memory: float) -> s
     """Return a row of the table; an evaluation shows its loss, marked."""
     step = f"{row['step']}/{total}"
     if "loss/train" not in row:
-        return f"{step:>12} {row.get('loss/eval', float('nan')):>10.4g} {'held out':>28}"
+        loss = f"{row['loss/eval']:.4g}" if "loss/eval" in row else "-"
+        nll = f"nll/chosen {row['nll_eval/chosen']:.4g}, " if loss == "-" and "nll_eval/chosen" in row else ""
+        return f"{step:>12} {loss:>10} {nll + 'held out':>28}"
     found = figure(row)
     said = f"{found[0]} {found[1]:.4g}" if found else "-"
     speed = row.get("tokens_per_second", 0.0)

@@ -43,7 +43,7 @@ def place(row: dict[str, Any]) -> int:
 
     A training row and the evaluation after it are two, and one of them may be missing.
     """
-    return 2 * row["step"] + ("loss/eval" in row)
+    return 2 * row["step"] + ("loss/train" not in row)
 
 
 def run_id(run_dir: Path, resume_step: int) -> str:

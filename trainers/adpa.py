@@ -238,7 +238,9 @@ class ADPA(BasicTrainer):
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Join rows with the responses generated for the very ids of their prompts, and these with their advantages."""
         sides = sides_of(examples)
-        if split == "test":  # the student answered training prompts only: held-out rows measure the NLL term
+        if split == "test":  # the student answered training prompts only
+            self.processes.print("nobody answered the test split's prompts: it tells nll_eval/chosen, no loss/eval")
+            self.held_out_in_part = True
             held_out = lambda e: Item((supervised_sequence(e.chosen or e.response, "chosen", "adpa", e),) * 2, ())  # noqa: E731
             slots = np.repeat(answer_of(sides)[:, None], 2, axis=1)
             return checked(len(examples), lambda i: held_out(examples[i]), taken(sides, slots))

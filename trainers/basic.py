@@ -50,6 +50,7 @@ class BasicTrainer:
     # What the model ends in: lm | reward | value (a causal model that also estimates what is to come).
     head: ClassVar[str] = "lm"
     kind: ClassVar[str] = "imitation"  # imitation | preference | policy_gradient: the learning rate that suits it
+    held_out_in_part = False  # the teacher's signals are of the training split alone: there is no loss/eval
 
     def __init__(self, settings: Settings, tokenizer: Any, placement: Placement) -> None:
         self.settings, self.run_config, self.model_config = settings, settings.run, settings.model
@@ -336,12 +337,12 @@ class BasicTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the global means over the test items, `loss/eval` among them."""
+        """Return the global means over the test items; `loss/eval` where every term of the loss is among them."""
         window = Window()
         with scoring(self.policy):
             for batch in self._test_batches():
                 window.add(self.terms(batch, dict.fromkeys(self.counts(batch), 1.0))[1])
-        return named(means(window.reduced(self._reduce)), "eval")
+        return named(means(window.reduced(self._reduce)), "eval", is_whole=not self.held_out_in_part)
 
     def _test_batches(self) -> Iterable[Batch]:
         """Give the batches of the test items, one by one where a method does not want to see all of them at once."""

@@ -126,7 +126,7 @@ class DCKD(BasicTrainer):
     def items(self, examples: Sequence[Example], split: str) -> Sequence[Item]:
         """Take both responses with the teachers' entries.
 
-        A cache is made of one split: held-out rows that it lacks are evaluated by their NLL alone, and that is said.
+        A cache is made of one split: held-out rows that it lacks tell their NLL alone, and that is said.
         """
         teachers = CachedTeachers(self.config, "logprob", self.tokenizer, self.settings.model, self.settings.datasets)
         self._check_tail(teachers)
@@ -136,7 +136,10 @@ class DCKD(BasicTrainer):
         if self.config.span_loss == "gold":
             self.shared, self.hybrid_weights = torch.from_numpy(teachers.shared()), teachers.hybrid_weights()
         if split == "test" and rows.coverage(lacking) < 1.0:
-            self.processes.print("the teacher cache does not hold the test split: loss/eval is the NLL term alone")
+            self.processes.print(
+                "the teacher cache does not hold the test split: it tells nll_eval/chosen, no loss/eval"
+            )
+            self.held_out_in_part = True
             return pairs
 
         def item(number: int) -> Item:
@@ -184,7 +187,8 @@ class DCKD(BasicTrainer):
         split, config = batch.num_tokens(0), self.config
         if batch.teacher is None:  # a filler, or held-out rows without a cache; the graph stays whole
             nll = -token_logps(out.logits[:split], out.targets[:split]).sum()
-            return {"nll": config.sft_weight * nll, "kl_chosen": nll * 0, "kl_rejected": nothing(out.logits)}, {}
+            sums = {"nll": config.sft_weight * nll, "kl_chosen": nll * 0, "kl_rejected": nothing(out.logits)}
+            return sums, {"nll/chosen": Mean(nll.detach(), split)}
         counts, teacher = self.counts(batch), self._known(batch.teacher, out.logits.shape[-1])
         logps, divergences, mass = self.scores(out, teacher)
         nll = -logps[:split].sum()

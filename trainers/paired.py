@@ -114,7 +114,7 @@ def pairs_with_entries(
     readers: Sequence[Reader],
     entry: Callable[[Tokens], Stored],
 ) -> Sequence[Item]:
-    """Take both responses with the teacher's entries; held-out rows that a cache lacks have none, which is said."""
+    """Take both responses with the teacher's entries; no held-out row where a cache lacks one, which is said."""
     name = type(trainer).__name__.lower()
     pairs = pair_items(examples, name)
     assert pairs.columns is not None
@@ -122,8 +122,8 @@ def pairs_with_entries(
     flat = keys.reshape(-1, keys.shape[-1])
     held = np.all([reader.held(flat) for reader in readers], axis=0).reshape(keys.shape[:2]).all(axis=1)
     if split == "test" and not held.all():
-        trainer.processes.print("the teacher cache does not hold the test split: its values are 0 in loss/eval")
-        return pairs
+        trainer.processes.print("the teacher cache does not hold the test split: nothing is evaluated on it")
+        return []
 
     def item(number: int) -> Item:
         pair = pair_of(examples[number], name)
