@@ -137,7 +137,7 @@ class DCKD(BasicTrainer):
             self.shared, self.hybrid_weights = torch.from_numpy(teachers.shared()), teachers.hybrid_weights()
         if split == "test" and rows.coverage(lacking) < 1.0:
             self.processes.print(
-                "the teacher cache does not hold the test split: it tells nll_eval/chosen, no loss/eval"
+                "the teacher cache lacks rows of the test split: it tells nll_eval/chosen, no loss/eval"
             )
             self.held_out_in_part = True
             return pairs
