@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from pipeline.run_folder import open_run_dir
+from pipeline.run_folder import note_error, open_run_dir
 from pipeline.sweeps import as_sweep, job_folder
 from settings.artifacts import is_done, mark_done, write_text
 from settings.help import GROUPS, asked_for, choices, help_text
@@ -108,6 +108,10 @@ def run_task(raw: dict[str, Any]) -> None:
         importlib.import_module(f"tasks.{settings.run.task}").run(settings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(what_is_left(settings)) from None
+    except Exception as error:
+        if task.has_folder:
+            note_error(settings.run.run_dir, error)
+        raise
     if not task.is_done_once:
         if settings.run.task == "report":
             hand_on(settings, Path(settings.run.sweep or "").expanduser())

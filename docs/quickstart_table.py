@@ -1,7 +1,7 @@
-"""The tables of the quickstart in README.md and docs/results.md, from docs/measured/quickstart.json.
+"""The tables of README.md and docs/results.md, from docs/measured/quickstart.json and regularized.json.
 
-`python -m docs.quickstart_table outputs/quickstart/results.json` keeps the figures of a run of pipeline=quickstart
-there and writes the tables; without a path it writes the tables alone.
+`python -m docs.quickstart_table outputs/quickstart/results.json` keeps the figures of a run there and writes the
+tables; so does `outputs/regularized/results.json` for pipeline=regularized. Without a path it writes the tables alone.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 from evaluation.markdown import markdown, span
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ROOT / "docs" / "measured" / "quickstart.json"
-BEGIN, END = "<!-- quickstart-table: written by python -m docs.quickstart_table -->", "<!-- /quickstart-table -->"
+MEASURED, REGULARIZED = (ROOT / "docs" / "measured" / f"{name}.json" for name in ("quickstart", "regularized"))
+RESULTS = "docs/results.md"
 SHORT = (
     "teacher_dpo",
     "student_sft",
@@ -47,10 +47,10 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
     return {"seeds": first["seeds"], "prompts": first["n"], "models": models, "comparisons": comparisons}
 
 
-def short_table(measured: dict[str, Any]) -> str:
+def short_table(measured: dict[str, Any], names: Sequence[str] = SHORT) -> str:
     """Return the README's table: success with its interval over seeds, four ways to decode."""
     rows = [["model", *WAYS]]
-    for name in SHORT:
+    for name in names:
         parts = measured["models"][name]
         rows.append([name, *(f"{part['score']:.3f} {span(part['ci95_over_seeds'])}" for part in parts.values())])
     return markdown(rows).strip()
@@ -70,6 +70,12 @@ def full_table(measured: dict[str, Any]) -> str:
     return f"{markdown(rows)}\n{markdown(differences(measured['comparisons'], WAYS))}".strip()
 
 
+def regularized_table(measured: dict[str, Any]) -> str:
+    """Return the tables of pipeline=regularized: success and differences over its seeds."""
+    table = short_table(measured, list(measured["models"]))
+    return f"{table}\n\n{markdown(differences(measured['comparisons'], WAYS))}".strip()
+
+
 def differences(comparisons: dict[str, Any], ways: Sequence[str]) -> list[list[str]]:
     """Return a row for each compared pair, with its interval over seeds, two columns a way to decode."""
     rows = [["difference", *(cell for words in ways for cell in (words, "over seeds"))]]
@@ -81,26 +87,38 @@ def differences(comparisons: dict[str, Any], ways: Sequence[str]) -> list[list[s
     return rows
 
 
-def written(text: str, table: str) -> str:
+def marks(name: str) -> tuple[str, str]:
+    """Return what stands before and after a pipeline's table."""
+    return f"<!-- {name}-table: written by python -m docs.quickstart_table -->", f"<!-- /{name}-table -->"
+
+
+def written(text: str, table: str, name: str = "quickstart") -> str:
     """Return a page with the table between its marks."""
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    begin, end = marks(name)
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
-def between(text: str) -> str:
+def between(text: str, name: str = "quickstart") -> str:
     """Return what stands between the marks."""
-    return text.split(BEGIN)[1].split(END)[0].strip()
+    begin, end = marks(name)
+    return text.split(begin)[1].split(end)[0].strip()
 
 
 def main(arguments: list[str]) -> None:
-    """Keep a run's figures, where one is named, and write the tables."""
-    for path in arguments[:1]:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-        MEASURED.write_text(json.dumps(kept(results), indent=1) + "\n", encoding="utf-8")
-    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
-    for name, make in (("README.md", short_table), ("docs/results.md", full_table)):
+    """Keep the figures of runs, where some are named, and write the tables."""
+    for path in arguments:
+        results = kept(json.loads(Path(path).read_text(encoding="utf-8")))
+        file = MEASURED if "seq_kd" in results["models"] else REGULARIZED
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    measured, more = (json.loads(file.read_text(encoding="utf-8")) for file in (MEASURED, REGULARIZED))
+    for name, table, block in (
+        ("README.md", short_table(measured), "quickstart"),
+        (RESULTS, full_table(measured), "quickstart"),
+        (RESULTS, regularized_table(more), "regularized"),
+    ):
         page = ROOT / name
-        page.write_text(written(page.read_text(encoding="utf-8"), make(measured)), encoding="utf-8")
+        page.write_text(written(page.read_text(encoding="utf-8"), table, block), encoding="utf-8")
 
 
 if __name__ == "__main__":

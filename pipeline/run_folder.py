@@ -1,5 +1,6 @@
 """A run's folder: opened for a run, found finished, or refused because it holds another one."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,10 +14,12 @@ from omegaconf import OmegaConf
 from pipeline.digests import told_of
 from settings.artifacts import is_done, remove_parts, write_json, write_text
 from settings.schema import Settings
+from settings.secrets import hidden, secrets_of
 from settings.tasks import counted
 
 FIRST = ("task", "loss", "model", "name", "name_or_path", "load_from")  # what tells two runs apart before all else
 TOLD = "digest.json"  # what digest.txt is the hash of
+ERROR = "error.txt"  # why the last attempt ended; gone once another one begins
 
 
 def versions() -> dict[str, str]:
@@ -68,12 +71,19 @@ def open_run_dir(settings: Settings) -> bool:
     if is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_parts(run_dir)
+        (run_dir / ERROR).unlink(missing_ok=True)
         write_text(stored, OmegaConf.to_yaml(OmegaConf.create(settings.raw)))
         write_text(run_dir / TOLD, told + "\n")
         write_text(run_dir / "digest.txt", hashed(told) + "\n")
         write_text(run_dir / "command.txt", shlex.join([sys.executable, *sys.argv]) + "\n")
         write_json(run_dir / "versions.json", versions())
     return True
+
+
+def note_error(run_dir: Path, error: Exception) -> None:
+    """Keep in a run's folder why it ended, without a secret of the environment."""
+    with contextlib.suppress(OSError):  # a full or lost disk has another message, which goes on
+        write_text(run_dir / ERROR, hidden(f"{type(error).__name__}: {error}", secrets_of(os.environ)) + "\n")
 
 
 def told_of_run(settings: Settings) -> str:

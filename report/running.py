@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from engine.logbook import NOTES, PROGRESS
 from engine.progress import clock, figure
 from engine.samples import FILE
+from pipeline.run_folder import ERROR, TOLD
 from report.markup import section, text
 from report.page import samples_section
 from settings.artifacts import is_done, whole_rows
 
 # What a launch leaves before its task begins, and what says that it is over.
-OPENED = {"config.yaml", "command.txt", "versions.json", "digest.txt", "DONE"}
+OPENED = {"config.yaml", "command.txt", "versions.json", "digest.txt", TOLD, ERROR, "DONE"}
 STOPPED = (
     "One that wrote nothing for long has stopped or failed: the same command goes on from its checkpoint, without one "
     "it begins anew, and shows why it failed."
@@ -38,7 +39,7 @@ class State(NamedTuple):
     checkpoint: int  # step of the newest whole checkpoint, 0 without one
     warning: str
     reached: str = ""  # of a run without a row, how far it came
-    why: str = ""  # the last error of its log
+    why: str = ""  # the error that ended it
 
 
 def reached(folder: Path, task: str, total: int, log_every: int) -> str:
@@ -56,8 +57,10 @@ def reached(folder: Path, task: str, total: int, log_every: int) -> str:
 
 
 def last_error(folder: Path) -> str:
-    """Return the last line of a run's log that names an error; empty without a log, or where it names none."""
-    log = folder / LOG
+    """Return what ended a run: what it kept, else the last line of its log that names an error; empty without."""
+    kept, log = folder / ERROR, folder / LOG
+    if kept.is_file():
+        return f"{ERROR}: {kept.read_text(encoding='utf-8').strip()}"
     lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
     return next((f"{LOG}: {line.strip()}" for line in reversed(lines) if ENDS.match(line.strip())), "")
 

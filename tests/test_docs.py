@@ -199,6 +199,17 @@ def test_the_tables_of_the_quickstart_are_those_of_the_file_that_a_run_wrote() -
                 assert 0 <= low <= part["score"] <= high <= 1
 
 
+def test_the_table_of_more_seeds_is_that_of_a_file_whose_worlds_no_other_table_used() -> None:
+    more = json.loads(quickstart_table.REGULARIZED.read_text(encoding="utf-8"))
+    page = (ROOT / quickstart_table.RESULTS).read_text(encoding="utf-8")
+    assert quickstart_table.between(page, "regularized") == quickstart_table.regularized_table(more)
+    wanted = yaml.safe_load((ROOT / "config/pipeline/regularized.yaml").read_text(encoding="utf-8"))["seeds"]
+    assert more["seeds"] == wanted and not {*wanted} & {*seeds_of("quickstart"), *seeds_of("quickstart_sweep")}
+    for pairs in more["comparisons"].values():
+        found = next(pair for pair in pairs if pair["second"] == "dckd_long" and pair["first"] != "teacher_dpo")
+        assert found["ci95_over_seeds"][0] <= found["difference"] <= found["ci95_over_seeds"][1]
+
+
 def test_the_quickstart_has_the_settings_that_the_sweep_chose_with_one_budget() -> None:
     results = json.loads((ROOT / "docs/measured/quickstart_sweep.json").read_text(encoding="utf-8"))
     stages = yaml.safe_load((ROOT / "config/pipeline/quickstart.yaml").read_text(encoding="utf-8"))["stages"]

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import launch as launcher
+from pipeline.run_folder import ERROR, note_error
 from report.charts import Series, line_chart, panel_of
 from report.glossary import glossary_section, meaning
 from report.page import curves_section
@@ -151,3 +152,22 @@ def test_a_run_without_a_row_says_how_far_it_came_and_why(tmp_path: Path, files:
 def test_a_panel_is_what_the_glossary_is_asked_for() -> None:
     assert meaning(panel_of("kl_train/chosen")[0]) and meaning(panel_of("mass_in_support/train")[0])
     assert "kl_chosen" in meaning(panel_of("term_train/kl_chosen")[0])
+
+
+def test_the_report_says_why_a_run_ended_until_it_begins_again(tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl", 12)
+    common = ["loss=dpo", "model=tiny", "datasets=[local]", f"cache_dir={tmp_path}", "exp_name=run", "n_steps=2"]
+    rows = [f"datasets.local.train={data}"]
+    with pytest.raises(ValueError, match="no model folder"):
+        launcher.run_task(composed(*common, *rows, "model.load_from=/nowhere/FINAL"))
+    assert (tmp_path / "run" / ERROR).read_text().startswith("ValueError: no model folder '/nowhere/FINAL'")
+    launcher.run_task(composed("task=report", f"sweep={tmp_path}/run"))
+    assert "/nowhere/FINAL" in (tmp_path / "run" / "report.html").read_text()
+    launcher.run_task(composed(*common, *rows))
+    assert not (tmp_path / "run" / ERROR).exists()
+
+
+def test_a_kept_error_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    note_error(tmp_path, ValueError("401 for hf_abcdefghijklmnop"))
+    assert "401" in (tmp_path / ERROR).read_text() and "abcdef" not in (tmp_path / ERROR).read_text()
