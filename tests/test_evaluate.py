@@ -11,6 +11,7 @@ import torch
 
 import models
 from engine import export
+from evaluation.asked import held_out, pair_logps
 from evaluation.win_rate import against
 from rewards.verifiers import resolve_verifier
 from settings.schema import Settings
@@ -115,8 +116,8 @@ def test_pair_log_probs_are_those_of_a_plain_loop_over_tokens(folder: Path) -> N
     settings = settings_for(folder, "model.name_or_path=" + str(folder / "b"), "model.build=null")
     tokenizer = models.load_tokenizer(settings.model)
     model = models.load_model(settings.model, trainable=False)
-    pairs = evaluate.held_out(settings, tokenizer).pairs
-    found = evaluate.pair_logps(model, tokenizer, pairs)
+    pairs = held_out(settings, tokenizer).pairs
+    found = pair_logps(model, tokenizer, pairs)
     for pair, row in zip(pairs, found, strict=True):
         for tokens, value in zip((pair.chosen, pair.rejected), row, strict=True):
             logps = model(torch.tensor([tokens.ids])).logits[0].double().log_softmax(-1)

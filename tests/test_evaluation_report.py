@@ -14,6 +14,7 @@ import pytest
 
 import models
 from engine import export
+from evaluation.asked import held_out
 from evaluation.harness import metrics_of
 from evaluation.latency import WARMUP, Timing, batches_of, hf_timed, timing_metrics
 from report.evaluation_page import advantages_in
@@ -129,7 +130,7 @@ def test_latency_says_what_was_timed(folder: Path) -> None:
     timed = json.loads((folder / "e/latency.json").read_text())
     assert set(timed) == {"a", "b"} and [row["batch_size"] for row in timed["a"]] == [1, 4]
     settings = settings_for(folder, "x")
-    lengths = [len(row.prompt) for row in evaluate.held_out(settings, models.load_tokenizer(settings.model)).prompts]
+    lengths = [len(row.prompt) for row in held_out(settings, models.load_tokenizer(settings.model)).prompts]
     for row in timed["a"]:
         assert (row["backend"], row["dtype"], row["new_tokens"], row["repetitions"], row["warmup"]) == (
             "hf",
@@ -150,7 +151,7 @@ def test_a_timed_batch_reads_real_prompts_once_and_then_a_token_a_step(folder: P
     settings = settings_for(folder, "x")
     tokenizer = models.load_tokenizer(settings.model)
     model: Any = models.load_model(settings.model, trainable=False)
-    prompts = [example.prompt for example in evaluate.held_out(settings, tokenizer).prompts[:3]]
+    prompts = [example.prompt for example in held_out(settings, tokenizer).prompts[:3]]
     seen: list[list[list[int]]] = []
     model.register_forward_pre_hook(
         lambda module, args, given: seen.append(given["input_ids"].tolist()), with_kwargs=True

@@ -13,6 +13,7 @@ import torch
 
 import models
 from engine import export
+from evaluation.asked import Asked
 from evaluation.bradley_terry import ELO, cells, elo_rows, judged_elo_rows
 from evaluation.matched import HIGHEST, LOWEST, TOLERANCE, matched_temperature, split_off
 from evaluation.several import differing, pass_at, powers, several_metrics
@@ -143,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_entropy_is_that_of_the_distribution_each_token_was_drawn_from(folder: Path) -> None:
     settings = settings_for(folder, "x", models={"plain": str(folder / "plain")})
-    asked = evaluate.Asked(settings, "plain", torch.device("cpu"))
+    asked = Asked(settings, "plain", torch.device("cpu"))
     model, tokenizer = asked.model(), asked.tokenizer
     stop = models.stop_ids(tokenizer, model)
     prompts = [row.prompt for row in asked.data.prompts[:3]]

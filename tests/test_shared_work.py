@@ -13,10 +13,10 @@ import pytest
 import launch
 import models
 from engine import export
+from evaluation import work
 from generation.vllm import _at_first, keep_own_devices, own_devices
 from pipeline.plan import shares_devices
 from rewards.reward_model import RewardModel
-from tasks import evaluate
 from tests.support.helpers import composed, rows_of, write_pairs
 from tests.support.ranks import Ranks
 
@@ -175,9 +175,9 @@ def test_answers_of_a_killed_evaluation_are_taken_and_nothing_is_asked_twice(
     launch.run_task(composed(*judged(base, "judged_whole")))
     as_rank(monkeypatch, 1, 2, judged(base, "judged_killed"))
     asked: list[object] = []
-    answer, logps = evaluate.answer, evaluate.pair_logps
-    monkeypatch.setattr(evaluate, "answer", lambda *rest: (asked.append(rest[1]), answer(*rest))[1])
-    monkeypatch.setattr(evaluate, "pair_logps", lambda *rest: (asked.append(rest[2]), logps(*rest))[1])
+    answer, logps = work.answer, work.pair_logps
+    monkeypatch.setattr(work, "answer", lambda *rest: (asked.append(rest[1]), answer(*rest))[1])
+    monkeypatch.setattr(work, "pair_logps", lambda *rest: (asked.append(rest[2]), logps(*rest))[1])
     launch.run_task(composed(*judged(base, "judged_killed")))
     # 2 models, 2 temperatures, 3 batches of prompts; 5 batches of pairs of each and of the reference: 27, half of them
     assert len(asked) == 14
