@@ -27,6 +27,12 @@ def plotted(models: Mapping[str, Mapping[str, Any]]) -> list[Plotted]:
     ]
 
 
+NOBODY_SCORED = (
+    "Nobody scored single responses here: evaluation.verifier=module:function does. Win rates of a judge or a reward "
+    "model stand in their own table."
+)
+
+
 def legend(seeds: bool) -> str:
     """Explain the marks of the interval plot; `seeds` tells whether it shows several."""
     over_seeds = '<span><i class="key thin"></i>95 % over seeds</span><span><i class="key tick"></i>one seed</span>'
@@ -53,6 +59,8 @@ def results_section(results: Mapping[str, Any]) -> str:
     models = results.get("models") or {}
     if not models:
         return section("results", "Scores", '<p class="empty">No scores in this run.</p>')
+    if not plotted(models):
+        return section("results", "Scores", f'<p class="empty">{NOBODY_SCORED}</p>')
     best = best_model(models, results.get("comparisons"))
     seeds = any(interval_of(entry, "ci95_over_seeds") for entry in models.values())
     rows = "".join(result_row(name, entry, name == best, seeds) for name, entry in models.items())

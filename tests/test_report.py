@@ -12,6 +12,7 @@ from evaluation.comparisons import best_model
 from report.charts import panel_of, read_curves, ticks
 from report.gather import Evaluation, samples_of
 from report.page import write_report
+from report.scores import results_section
 from settings.artifacts import write_jsonl
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'single'\x00\ud800"
@@ -188,3 +189,10 @@ def test_the_panels_of_a_report_are_figures(tmp_path: Path) -> None:
     write_jsonl(metrics, [{"step": step, "loss/train": 1.0 / step} for step in (1, 2, 3)])
     page = write_report(tmp_path, "t", {"run": metrics}, {"models": {}}, [], []).read_text(encoding="utf-8")
     assert page.count("<figure class") == page.count("</figure>") > 0
+
+
+def test_a_judge_alone_leaves_no_empty_table_of_scores() -> None:
+    judged = results_section({"models": {"a": {"win_rate": 0.6}, "b": {"win_rate": 0.4}}})
+    assert "Nobody scored single responses" in judged and "<table" not in judged
+    scored = results_section({"models": {"a": {"score": 0.6, "n": 3}, "b": {"win_rate": 0.4}}})
+    assert "Nobody scored" not in scored and "<table" in scored
