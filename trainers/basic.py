@@ -257,7 +257,8 @@ class BasicTrainer:
     def examples_in(self, step: int) -> int:
         """Return how many items of the data all ranks together take up in a step."""
         size, per_epoch = self.model_config.batch_size, self.steps_per_epoch
-        places = [(number - 1) % per_epoch * size for number in self.new_batches(step)]
+        done = self.run_config.first_step // self.steps_per_batch
+        places = [(done + number - 1) % per_epoch * size for number in self.new_batches(step)]
         return sum(min(size, len(self.train_items) - place) for place in places)
 
     def batches(self, step: int) -> list[Batch]:
