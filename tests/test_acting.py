@@ -49,3 +49,11 @@ def test_every_rule_is_about_keys_that_some_loss_has():
     sections = [values_of(CONFIG / "loss" / f"{name}.yaml") for name in choices("loss")]
     for rule in RULES:
         assert any(rule.other in one and set(rule.keys) <= one.keys() for one in sections), rule
+
+
+def test_weights_stored_in_bfloat16_are_not_said_to_compute_in_float32():
+    narrow = ["model.master_dtype=bfloat16"]
+    settings_of("dpo", *narrow)
+    settings_of("dpo", *narrow, "model.policy_dtype=bfloat16")
+    with pytest.raises(ValueError, match=r"model.policy_dtype=float32 with model.master_dtype=bfloat16"):
+        settings_of("dpo", *narrow, "model.policy_dtype=float32")
