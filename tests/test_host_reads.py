@@ -16,6 +16,7 @@ from settings.methods import method_class
 from tests.support.bigram import items_of, trainer_of
 from tests.support.helpers import composed, write_pairs
 from tests.test_losses import CASES
+from trainers import basic
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "aten.equal")
 
@@ -80,6 +81,17 @@ def test_a_step_reads_nothing_and_a_row_of_metrics_reads_once(loss, packing, tmp
     with Reads() as row:
         trainer._log_train(1, 10, 1.0)
     assert sum(row.found.values()) <= 1, row.found
+
+
+def test_norms_do_not_pile_up_where_nothing_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(basic, "UNREAD", 3)
+    trainer = ready(tmp_path, monkeypatch, "loss=sft", "n_steps=12", "log_every=0")
+    waiting = []
+    for step in range(1, 8):
+        trainer.ahead = None
+        trainer._step(step)
+        waiting.append(len(trainer.norms))
+    assert waiting == [1, 2, 0, 1, 2, 0, 1]
 
 
 # The spans of another tokenizer's teacher are counted where they lie.

@@ -19,7 +19,7 @@ from dataloader import Example, epoch_order
 from engine import export, preemption
 from engine.logbook import Logbook
 from engine.metrics import Mean, Window, means, named
-from engine.optimizer import check_finite, learning_rate_scale, scheduled_steps, seed_step
+from engine.optimizer import UNREAD, check_finite, learning_rate_scale, scheduled_steps, seed_step
 from engine.placement import Placement
 from engine.prefetch import Prefetch
 from forward.chunks import Logits
@@ -320,7 +320,7 @@ class BasicTrainer:
         rate = run.lr * scale
         norm = self.placement.step(rate, self.model_config.max_grad_norm)
         self.norms[step] = norm
-        if not self.placement.reads_late:
+        if not self.placement.reads_late or len(self.norms) >= UNREAD:
             self.check_norms()
         if run.sync_reference and step % run.sync_reference == 0:
             assert self.reference is not None, "checked before the model was loaded"
