@@ -39,6 +39,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from pipeline.run_folder import note_error, open_run_dir
 from pipeline.sweeps import as_sweep, job_folder
+from settings.acting import check_acting
 from settings.artifacts import is_done, mark_done, write_text
 from settings.help import GROUPS, asked_for, choices, help_text
 from settings.methods import config_fields, method_class
@@ -87,6 +88,7 @@ def settings_of(raw: dict[str, Any]) -> Settings:
     check_loss(raw["loss"])
     method = method_class(raw["loss"].get("trainer", ""))
     settings = with_loss(settings, method.Config)
+    check_acting(raw["loss"])
     check_needs(settings, method.needs.under(raw["loss"]), raw["loss"]["name"], method.head)
     return settings
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from settings.schema import RunConfig
 
+UNREAD = 100  # gradient norms that wait on a device at most, where nothing else is read: a run logs, saves or evaluates
+
 
 def optimizer_of(model: torch.nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     """Return the optimizer that the run names, over the parameters that are trained."""

@@ -133,6 +133,7 @@ class Placement(ABC):
         A norm that is not finite makes no update; where numbers are read late, that is found when it is read.
         """
         norm = whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), max_grad_norm))
+        norm = norm.to(self.device)  # where other metrics are: offloaded gradients lie on the host
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.reads_late or bool(norm.isfinite()):

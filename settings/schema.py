@@ -175,6 +175,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("policy_dtype", "master_dtype"):
             one_of(f"model.{key}", getattr(self, key), ("auto", "float32", "bfloat16"))
+        require(
+            (self.policy_dtype, self.master_dtype) != ("float32", "bfloat16"),
+            "model.policy_dtype=float32 with model.master_dtype=bfloat16: weights stored in bfloat16 compute in it. "
+            "Leave one of them at auto",
+        )
         one_of("model.reference_dtype", self.reference_dtype, ("auto", "float32", "float16", "bfloat16"))
         for key in ("batch_size", "gradient_accumulation_steps", "eval_batch_size", "max_length"):
             require(getattr(self, key) >= 1, f"model.{key}={getattr(self, key)} must be at least 1")

@@ -35,6 +35,8 @@ DEEPSPEED_FILE = {  # what `accelerate launch --config_file accelerate_config/de
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
 }
+START = ["loss.objective=regularized", "loss.kl_reference=start"]
+LORA_TOO = ("dpo_lora", "ppo_lora", "adpa_start_lora")  # where LoRA is tried under DDP and ZeRO
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed: ./install.sh --deepspeed")
 
 
@@ -68,6 +70,9 @@ def cases(world: dict[str, str]) -> list[Case]:
         Case("dpo_checkpointed", [*methods["dpo"], "model.activation_checkpointing=true"]),
         Case("dpo_synced", [*methods["dpo"], "sync_reference=1", "sync_reference_rate=0.5"]),
         Case("ppo_synced", [*methods["ppo"], "sync_reference=1"]),
+        # 17 rows: the third step has one, and a rank has none; the start is asked in the middle of the loss.
+        Case("adpa_start", [*methods["adpa"], *accumulate, "n_examples=17", *START]),
+        Case("adpa_start_lora", [*methods["adpa"], *lora, "n_examples=17", *START]),
     ]
     return found
 
@@ -158,7 +163,7 @@ def test_in_bfloat16_policy_and_reference_begin_with_the_same_bits(chain):
 def test_every_method_gives_the_model_of_one_process(world, tmp_path, name, overrides, environment):
     chosen = cases(world) if name != "accelerate" else [c for c in cases(world) if "_" not in c.name]
     if name in ("zero", "ddp"):
-        chosen = [c for c in chosen if not c.name.endswith("_lora") or c.name in ("dpo_lora", "ppo_lora")]
+        chosen = [c for c in chosen if not c.name.endswith("_lora") or c.name in LORA_TOO]
     runs = [{"overrides": [*common(world, case, name), *overrides], "environment": environment} for case in chosen]
     if name in ("torchrun", "zero"):
         runs.append({"overrides": [*common(world, bfloat16(world), name), *overrides], "environment": environment})

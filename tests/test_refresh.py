@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.optimizer import learning_rate_scale, scheduled_steps
-from launch import settings_of
+from launch import run_task, settings_of
 from pipeline.digests import digest_of
 from pipeline.plan import Stage, build_plan
 from tests.support.helpers import composed, launch, rows_of, write_pairs
@@ -138,6 +138,14 @@ def test_the_schedule_of_a_round_is_a_slice_of_the_whole() -> None:
     with pytest.raises(ValueError, match="first_step=-1"):
         run("first_step=-1")
     assert learning_rate_scale(3, 20, 2, "cosine") < learning_rate_scale(2, 20, 2, "cosine")
+
+
+def test_a_round_counts_the_examples_of_its_own_steps(tmp_path: Path) -> None:
+    """10 rows in batches of 4: the whole run's steps have 4, 4, 2, 4 rows, and this round begins with the second."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 10)
+    line = ["loss=dpo", "model=tiny", "datasets=[local]", f"datasets.local.train={data}", "model.batch_size=4"]
+    run_task(composed(*line, f"cache_dir={tmp_path}", "log_every=1", "n_steps=3", "first_step=1"))
+    assert [row["examples"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")] == [4, 6, 10]
 
 
 @pytest.mark.slow

@@ -149,7 +149,7 @@ def test_the_floor_is_on_by_default_where_it_helped_and_off_in_the_papers_object
 def test_a_reference_model_is_needed_by_the_base_start_alone():
     assert trainer_of("adpa").needs.reference == ""
     assert trainer_of("adpa", "loss.objective=regularized").needs.reference == ""
-    assert trainer_of("adpa", "loss.kl_reference=start").needs.reference == ""  # the paper's objective has no base
+    assert trainer_of("adpa").needs.reference == ""  # the paper's objective has no base
     live = ["loss.objective=regularized", "loss.kl_reference=start"]
     assert trainer_of("adpa", *live).needs.reference == "distributions"
     run = ["loss=adpa", "model=tiny", "loss.generations=g", "loss.advantages=a", "cache_reference_logprobs=true"]

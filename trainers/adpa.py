@@ -286,9 +286,13 @@ class ADPA(BasicTrainer):
         nll = -token_logps(chosen_logits, out.targets[:split]).sum()
         sums = {"nll": self.config.sft_weight * nll}
         metrics = {"nll/chosen": Mean(nll.detach(), split)}
+        # A sharded start gathers its weights from every rank: one without a generated response asks it, too. What is
+        # held out has no advantages on any rank.
+        asks = self.needs.reference and torch.is_grad_enabled()
+        start = self.reference_logits(batch)[split:] if asks else None
         if batch.teacher is None:
             return {**sums, "advantage": nothing(logits)}, metrics
-        found = self._regularized(logits, batch) if self.config.is_regularized else self._expected(logits, batch)
+        found = self._regularized(logits, batch, start) if self.config.is_regularized else self._expected(logits, batch)
         sums["advantage"] = -self.config.gamma * found.objective.sum()
         tokens, lengths = (
             len(found.objective),
@@ -322,16 +326,13 @@ class ADPA(BasicTrainer):
         zero = torch.zeros_like(mass)
         return Regularized(expected, expected.detach(), zero, zero, mass, entropy)
 
-    def _regularized(self, logits: Logits, batch: Batch) -> Regularized:
-        """Return the objective of each generated token with a KL to the base."""
+    def _regularized(self, logits: Logits, batch: Batch, start: Logits | None) -> Regularized:
+        """Return the objective of each generated token with a KL to the base, maybe the start with these logits."""
         teacher, config = batch.teacher, self.config
         assert teacher is not None
         assert teacher.teacher_logps is not None, "an advantage cache carries the aligned teacher's log-probs"
         ids, teacher_logps = inside(teacher.ids, teacher.teacher_logps, logits.shape[-1])
-        start = None
-        if self.needs.reference:
-            rows = slice(batch.num_tokens(0), None)
-            start = gather_logps(self.reference_logits(batch)[rows], ids)
+        start_logps = None if start is None else gather_logps(start, ids)
         how = Regularizer(
             config.kl_weight,
             config.kl_reference,
@@ -340,4 +341,4 @@ class ADPA(BasicTrainer):
             config.floor,
             config.rest_advantage == "tails",
         )
-        return regularized_advantage(logits, ids, teacher.values, teacher_logps, start, how)
+        return regularized_advantage(logits, ids, teacher.values, teacher_logps, start_logps, how)

@@ -19,7 +19,7 @@ from dataloader import Example, epoch_order
 from engine import export, preemption
 from engine.logbook import Logbook
 from engine.metrics import Mean, Window, means, named
-from engine.optimizer import check_finite, learning_rate_scale, scheduled_steps, seed_step
+from engine.optimizer import UNREAD, check_finite, learning_rate_scale, scheduled_steps, seed_step
 from engine.placement import Placement
 from engine.prefetch import Prefetch
 from forward.chunks import Logits
@@ -258,7 +258,8 @@ class BasicTrainer:
     def examples_in(self, step: int) -> int:
         """Return how many items of the data all ranks together take up in a step."""
         size, per_epoch = self.model_config.batch_size, self.steps_per_epoch
-        places = [(number - 1) % per_epoch * size for number in self.new_batches(step)]
+        done = self.run_config.first_step // self.steps_per_batch
+        places = [(done + number - 1) % per_epoch * size for number in self.new_batches(step)]
         return sum(min(size, len(self.train_items) - place) for place in places)
 
     def batches(self, step: int) -> list[Batch]:
@@ -317,10 +318,8 @@ class BasicTrainer:
                 self.placement.backward(loss)
             self.window.add(metrics)
         scale = learning_rate_scale(run.first_step + step - 1, self.schedule_steps, self.warmup_steps, run.scheduler)
-        rate = run.lr * scale
-        norm = self.placement.step(rate, self.model_config.max_grad_norm)
-        self.norms[step] = norm
-        if not self.placement.reads_late:
+        norm = self.norms[step] = self.placement.step(run.lr * scale, self.model_config.max_grad_norm)
+        if not self.placement.reads_late or len(self.norms) >= UNREAD:
             self.check_norms()
         if run.sync_reference and step % run.sync_reference == 0:
             assert self.reference is not None, "checked before the model was loaded"

@@ -77,7 +77,7 @@ class CTPD(PairedTrainer):
 
     def pairs(self, logps: Tensor, rows: Tensor, batch: Batch) -> Pairs:
         """Sum token log-probabilities [N] and their weighted ratios to the teacher; without a teacher these are 0."""
-        ratios = torch.zeros_like(logps)
+        ratios = logps * 0  # of a rank without a pair: a loss without a graph could not be back-propagated
         if batch.teacher is not None:
             known = batch.teacher.values.to(logps)
             weights = token_weights(known[:, POSITIVE], known[:, NEGATIVE], rows < batch.num_items, self.config)

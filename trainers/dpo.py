@@ -5,6 +5,7 @@ log-ratios averaged over tokens; a margin that the chosen response has to win by
 response has beyond the shorter one's length (2409.06411).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,14 +52,16 @@ def dpo_loss(
 def divergence_score(ratio: Tensor, divergence: str, alpha: float = 1.0) -> Tensor:
     """Return f'(pi_theta / pi_0) up to a constant [B], from log-ratios (2309.16240, table 1).
 
-    alpha: (1 - u^-alpha) / alpha; 1 is the forward KL, toward 0 the reverse KL. js: log u - log(1 + u).
+    alpha: (1 - u^-alpha) / alpha; 1 is the forward KL, toward 0 the reverse KL. js: log u - log(1 + u). Where u^-alpha
+    would overflow it is bounded, without a gradient: the slope of a pair that is won by far would be 0 times infinity.
     """
     if divergence == "reverse_kl":
         return ratio
     if divergence == "js":
         return F.logsigmoid(ratio)
     alpha = 1.0 if divergence == "forward_kl" else alpha
-    return -torch.exp(-alpha * ratio) / alpha
+    highest = math.log(torch.finfo(ratio.dtype).max) + min(0.0, math.log(alpha)) - 1
+    return -torch.exp((-alpha * ratio).clamp_max(highest)) / alpha
 
 
 def shared_length_weights(rows: Tensor, size: int, ld_alpha: float) -> Tensor:

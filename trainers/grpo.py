@@ -181,7 +181,7 @@ class GRPO(RolloutTrainer):
             estimate, outside = reference_kl(logps, base).sum(), ((log_ratios.exp() - 1).abs() > config.clip).sum()
             spread = entropies(out.logits).sum()
         return {"grpo": losses.sum()}, {
-            "reward": Mean(batch.labels[real].sum(), real.sum()),
+            "reward": Mean(torch.where(real, batch.labels, 0.0).sum(), real.sum()),
             "kl": Mean(estimate, tokens),
             "clipped": Mean(outside, tokens),
             "entropy": Mean(spread, tokens),

@@ -64,8 +64,9 @@ def apo_down_loss(u: Tensor, v: Tensor, beta: float) -> Tensor:
 def discopop_loss(u: Tensor, v: Tensor, beta: float, temperature: float) -> Tensor:
     """Return the log-ratio modulated blend of logistic and exponential loss (2406.08414)."""
     delta = beta * (u - v)
-    weight = (delta / temperature).sigmoid()
-    return (1 - weight) * -F.logsigmoid(delta) + weight * torch.exp(-delta)
+    modulation = delta / temperature
+    exponential = torch.exp(F.logsigmoid(modulation) - delta)  # a product of the two could be 0 times infinity
+    return (-modulation).sigmoid() * -F.logsigmoid(delta) + exponential
 
 
 # ---- the methods

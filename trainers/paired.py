@@ -180,7 +180,7 @@ class PairedTrainer(BasicTrainer):
         losses = losses if weights is None else weights * losses
         sums = {"preference": torch.where(real > 0, losses, 0.0).sum()}
         if self.config.nll_weight:
-            sums["nll"] = -self.config.nll_weight * logps[out.rows < batch.num_items].sum()
+            sums["nll"] = -self.config.nll_weight * logps[: batch.num_tokens(0)].sum()
         return sums, self.metrics(pairs, real)
 
     def metrics(self, pairs: Pairs, real: Tensor) -> dict[str, Mean]:

@@ -154,7 +154,7 @@ class PPO(RolloutTrainer):
             outside = ((log_ratios.exp() - 1).abs() > config.clip).to(logps)
             spread = entropies(logits).sum()
         return {"policy": losses.sum(), "value": config.value_weight * errors.sum()}, {
-            "reward": Mean(batch.labels[real].sum(), real.sum()),
+            "reward": Mean(torch.where(real, batch.labels, 0.0).sum(), real.sum()),
             "kl": Mean((old - base).sum(), tokens),
             "clipped": Mean(outside.sum(), tokens),
             "entropy": Mean(spread, tokens),

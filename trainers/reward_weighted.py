@@ -126,12 +126,12 @@ class RewardWeighted(BasicTrainer):
         if config.kl_weight:
             divergence = generalized_jsd(out.logits, self._teacher_logits(batch), BETAS[config.divergence])
             sums["divergence"] = config.kl_weight * of_response(divergence).sum()
-        real = batch.supervised(0)
+        real = batch.supervised(0)  # a filler weighs 0
         return sums, {
-            "reward": Mean(batch.labels[real].sum(), real.sum()),
-            "weighted_reward": Mean((weights * batch.labels.to(weights))[real].sum(), real.sum()),
+            "reward": Mean(torch.where(real, batch.labels, 0.0).sum(), real.sum()),
+            "weighted_reward": Mean((weights * batch.labels.to(weights)).sum(), real.sum()),
             "nll": Mean(nll.detach().sum(), len(nll)),
-            "squared_weight": Mean((weights[real] ** 2).sum(), real.sum()),  # 1: all alike; n: one response has it all
+            "squared_weight": Mean((weights**2).sum(), real.sum()),  # 1: all alike; n: one response has it all
         }
 
     @torch.no_grad()

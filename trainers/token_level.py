@@ -87,7 +87,7 @@ class TDPO(PairedTrainer):
         real = batch.supervised(0).to(losses)
         sums = {"preference": (losses * real).sum()}
         if config.nll_weight:
-            sums["nll"] = -config.nll_weight * logps[out.rows < size].sum()
+            sums["nll"] = -config.nll_weight * logps[: batch.num_tokens(0)].sum()
         metrics = self.metrics(pairs, real)
         for name, value in (("divergence/chosen", chosen), ("divergence/rejected", rejected)):
             metrics[name] = Mean((value.detach() * real).sum(), real.sum())

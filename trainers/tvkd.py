@@ -176,6 +176,6 @@ class TVKD(PairedTrainer):
             losses = logistic_loss(chosen - rejected)
         sums = {"preference": torch.where(real > 0, losses, 0.0).sum()}
         if config.nll_weight:
-            sums["nll"] = -config.nll_weight * logps[out.rows < size].sum()
+            sums["nll"] = -config.nll_weight * logps[: batch.num_tokens(0)].sum()
         shaped = Mean(torch.where(real > 0, shaping.detach(), 0.0).sum(), real.sum())
         return sums, {**self.metrics(pairs, real), "shaping": shaped}
