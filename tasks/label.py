@@ -25,7 +25,6 @@ from conversations import (
     conversation_of,
     find_format,
     key_of,
-    pair_row,
     to_conversation,
 )
 from engine.processes import Apart
@@ -37,6 +36,7 @@ from settings.artifacts import write_json, write_jsonl
 from settings.parts import Parts, share_of, wait_for
 from settings.schema import LabelConfig, Settings
 from settings.terminal import clean
+from tokens.generations import pair_row
 from tokens.sources import read_rows
 
 VERSION = 3

@@ -26,12 +26,12 @@ from conversations import (
     conversation_of,
     format_of,
     key_of,
-    pair_row,
     to_conversation,
 )
 from rewards.verifiers import Verifier, resolve_verifier, scored
 from settings.artifacts import read_jsonl, write_json, write_jsonl
 from settings.schema import DatasetConfig, Settings
+from tokens.generations import pair_row
 from tokens.sources import read_rows
 
 VERSION = 1

@@ -1,0 +1,79 @@
+"""Rows as others write them: a prompt beside its sides, columns that are null, calls of tools, broken characters."""
+
+from pathlib import Path
+
+import pytest
+
+import launch
+import models
+from conversations import find_format, to_conversation
+from dataloader import load_examples
+from tests.support.helpers import composed
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def read(row: dict):
+    return to_conversation(row, find_format(row, "here"), "here")
+
+
+def loaded(folder: Path, *lines: bytes, **options):
+    data = folder / "rows.jsonl"
+    data.write_bytes(b"".join(lines))
+    settings = launch.settings_of(composed("model=tiny", "datasets=[local]", f"datasets.local.train={data}"))
+    datasets = {"local": settings.datasets["local"]}
+    for key, value in options.items():
+        object.__setattr__(datasets["local"], key, value)
+    return load_examples(datasets, "train", models.load_tokenizer(settings.model), settings.model)
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+MORE = [assistant("which?"), user("the red one")]
+
+
+@pytest.mark.parametrize(
+    ("given", "before", "wanted"),
+    [
+        ([user("q")], [], [user("q")]),  # TRL's explicit prompt
+        ([SYSTEM, user("q")], MORE, [SYSTEM, user("q"), *MORE]),  # sides of several turns
+        ("q", MORE, [user("q"), *MORE]),
+        ([SYSTEM], [user("q")], [SYSTEM, user("q")]),
+        ([user("q")], [user("q")], [user("q")]),  # a copy of what the sides hold
+        ([user("q")], [SYSTEM, user("q")], [SYSTEM, user("q")]),
+        ([user("q")], [user("q"), *MORE], [user("q"), *MORE]),
+        ("q", [SYSTEM, user("q")], [SYSTEM, user("q")]),  # UltraFeedback's
+        ("a name of the prompt", [user("q")], [user("q")]),
+        (None, [user("q")], [user("q")]),
+    ],
+)
+def test_a_prompt_beside_its_sides_is_not_lost(given, before, wanted):
+    found = read({"prompt": given, "chosen": [*before, assistant("yes")], "rejected": [*before, assistant("no")]})
+    assert found[:3] == (wanted, [assistant("yes")], [assistant("no")])
+
+
+def test_a_prompt_that_the_sides_hold_in_part_is_refused():
+    sides = {"chosen": [user("q"), assistant("yes")], "rejected": [user("q"), assistant("no")]}
+    with pytest.raises(ValueError, match="here: prompt and chosen both hold .*'q'.*chosen does not begin with prompt"):
+        read({"prompt": [SYSTEM, user("q")], **sides})
+
+
+def test_a_response_is_the_first_column_that_holds_one():
+    for row in ({"response": None, "completion": "yes"}, {"completion": None, "teacher_response": "yes"}):
+        assert read({"prompt": "q", **row}).response == [assistant("yes")]
+    assert read({"prompt": "q", "response": None, "completion": None}).response is None
+
+
+@pytest.mark.parametrize("content", [None, "let me look"])
+def test_a_call_of_a_tool_is_refused_and_none_is_not(content):
+    call = {"role": "assistant", "content": content, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    row = {"messages": [user("q"), call, {"role": "tool", "content": "3"}, assistant("3")]}
+    with pytest.raises(ValueError, match=r"here: messages\[1\] calls a tool, .*'name': 'f'.* not part of any text"):
+        read(row)
+    call["tool_calls"] = []
+    assert [m["content"] for m in read(row).prompt] == ["q", content or "", "3"]
