@@ -24,7 +24,6 @@ from conversations import (
     check_one_tokenizer,
     conversation_of,
     find_format,
-    key_of,
     to_conversation,
 )
 from engine.processes import Apart
@@ -220,7 +219,9 @@ def best_against_worst(
     groups: dict[str, list[Response]] = {}
     for response in responses:
         if response.number in scores:
-            groups.setdefault(key_of(response.conversation.prompt), []).append(response)
+            # the prompt to the letter: responses to code that differs in its indentation answer two prompts
+            exact = json.dumps([response.conversation.prompt, response.row.get("prompt_ids")])
+            groups.setdefault(exact, []).append(response)
     pairs = []
     for group in groups.values():
         best = max(group, key=lambda r: (scores[r.number], -r.number))
@@ -232,7 +233,9 @@ def best_against_worst(
         if "response_ids" in best.row:
             pairs.append({**pair_row(best.row, worst.row), **rewards})
         else:
-            pairs.append({"prompt": best.row["prompt"], "chosen": best.text, "rejected": worst.text, **rewards})
+            asked = best.conversation.prompt
+            prompt = asked[0]["content"] if [message["role"] for message in asked] == ["user"] else asked
+            pairs.append({"prompt": prompt, "chosen": best.text, "rejected": worst.text, **rewards})
     return pairs
 
 

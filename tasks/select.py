@@ -131,15 +131,30 @@ def draw_pairs(question: Question, limit: int, rng: random.Random) -> list[Row]:
     return [pair_row(correct[i], incorrect[j]) for i, j in table]
 
 
+def by_prompt(question: Question) -> list[Question]:
+    """Return the parts of a question whose responses stand behind the same ids: prompts that differ in white space are
+    one question, and no pair is of two of them.
+    """
+    parts: dict[tuple[int, ...], Question] = {}
+    for row in (*question.correct, *question.incorrect):
+        parts.setdefault(tuple(row["prompt_ids"]), Question(question.key, [], []))
+    for ids, part in parts.items():
+        part.correct.extend(row for row in question.correct if tuple(row["prompt_ids"]) == ids)
+        part.incorrect.extend(row for row in question.incorrect if tuple(row["prompt_ids"]) == ids)
+    return [part for part in parts.values() if part.correct and part.incorrect]
+
+
 def make_pairs(questions: list[Question], limit: int, holdout: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Return pairs to train on and pairs of other questions (a share `holdout`, at least one) to evaluate on.
 
     Each question draws from a seed of its own, so it keeps its pairs whatever the other questions are.
     """
-    draws = {q.key: (q, random.Random(f"{seed} {q.key}")) for q in questions if q.correct and q.incorrect}
+    draws = {q.key: (parts, random.Random(f"{seed} {q.key}")) for q in questions if (parts := by_prompt(q))}
     order = sorted(draws, key=lambda key: random.Random(f"holdout {seed} {key}").random())
     held_out = set(order[: min(len(order) - 1, max(1, round(holdout * len(order))))] if holdout and order else [])
-    pairs = {key: draw_pairs(question, limit, rng) for key, (question, rng) in draws.items()}
+    pairs = {
+        key: [row for part in parts for row in draw_pairs(part, limit, rng)] for key, (parts, rng) in draws.items()
+    }
     train = [row for key, rows in pairs.items() if key not in held_out for row in rows]
     return train, [row for key, rows in pairs.items() if key in held_out for row in rows]
 

@@ -140,7 +140,8 @@ NO_TEXT = Conversation([], None, None, None, {})
 
 
 def pair_row(chosen: Row, rejected: Row) -> Row:
-    """Return a preference pair with the sampled ids of both responses."""
+    """Return a preference pair with the sampled ids of both responses, which stand behind one prompt's ids."""
+    assert chosen["prompt_ids"] == rejected["prompt_ids"], "the responses were sampled from two prompts"
     return {
         "prompt": chosen["prompt"],
         "prompt_ids": chosen["prompt_ids"],
