@@ -38,7 +38,7 @@ from settings.terminal import clean
 from tokens.generations import pair_row
 from tokens.sources import read_rows
 
-VERSION = 3
+VERSION = 4
 
 
 class Response(NamedTuple):

@@ -34,7 +34,7 @@ from settings.schema import DatasetConfig, Settings
 from tokens.generations import pair_row
 from tokens.sources import read_rows
 
-VERSION = 1
+VERSION = 2
 CORRECT = 1.0  # a verifier's score from which a response is correct
 
 

@@ -9,6 +9,7 @@ import models
 from conversations import find_format, to_conversation
 from dataloader import load_examples
 from tests.support.helpers import composed
+from tokens.encoding import encode_text
 
 
 def user(text: str) -> dict[str, str]:
@@ -77,3 +78,29 @@ def test_a_call_of_a_tool_is_refused_and_none_is_not(content):
         read(row)
     call["tool_calls"] = []
     assert [m["content"] for m in read(row).prompt] == ["q", content or "", "3"]
+
+
+HALF = b'{"prompt": "q", "response": "half of \\ud83d"}\n'
+WHOLE = b'{"prompt": "q", "response": "whole"}\n'
+
+
+def test_half_a_character_is_named_with_its_row_or_dropped_and_counted(tmp_path: Path, capsys):
+    """A lone surrogate is a text to JSON and to Python, and none to a tokenizer."""
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl, row 2: .*half a character, U\+D83D, after '.*half of '.*on_error"
+    ):
+        loaded(tmp_path, WHOLE, HALF)
+    assert len(loaded(tmp_path, WHOLE, HALF, on_error="drop")) == 1
+    assert "1 dropped: cannot be read" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="half a character"):
+        encode_text(models.load_tokenizer(launch.settings_of(composed("model=tiny")).model), "half of \ud83d")
+
+
+def test_a_pair_of_halves_is_a_character(tmp_path: Path):
+    (row,) = loaded(tmp_path, b'{"prompt": "q", "response": "\\ud83d\\ude00"}\n')
+    assert row.response.num_supervised == 5  # its four bytes, and the end of the turn
+
+
+def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: not UTF-8 .*0xe9.*iconv"):
+        loaded(tmp_path, WHOLE, b"\n", '{"prompt": "caf\u00e9", "response": "x"}\n'.encode("latin1"))

@@ -71,24 +71,40 @@ def _from_lines(place: Path, files: list[Path]) -> RowSource:
     def count() -> int:
         total = 0
         for file in files:
-            with file.open(encoding="utf-8") as lines:  # as text, as below: both must see the same lines
-                total += sum(bool(line.strip()) for line in lines)
+            total += sum(bool(line.strip()) for line in _lines(file))
         return total
 
     def pick(numbers: Sequence[int]) -> Iterator[Row]:
         wanted, row = iter(numbers), -1
         number = next(wanted, -1)
         for file in files:
-            with file.open(encoding="utf-8") as lines:
-                for place, line in enumerate(lines, 1):
-                    if number < 0:
-                        return
-                    row += bool(line.strip())
-                    if row == number and line.strip():
-                        yield parsed_row(line, file, place)
-                        number = next(wanted, -1)
+            for place, line in enumerate(_lines(file), 1):
+                if number < 0:
+                    return
+                row += bool(line.strip())
+                if row == number and line.strip():
+                    yield parsed_row(line, file, place)
+                    number = next(wanted, -1)
 
     return RowSource(place, count, pick)
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a text file; ValueError names the one that is not UTF-8."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            yield from lines
+    except UnicodeDecodeError:
+        with file.open("rb") as raw:
+            for number, line in enumerate(raw, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{file}, line {number}: not UTF-8 text ({error}): convert the file, e.g. with iconv -f latin1 "
+                        "-t utf-8"
+                    ) from error
+        raise
 
 
 def _json_list(path: Path) -> list[Row]:
