@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import launch
 from generation.server import Server
+from teacher.protocol import top_k_of
 from tests.support.helpers import composed
 from tests.test_generation import asking, good, serve  # noqa: F401
 
@@ -63,3 +65,40 @@ def test_a_connection_that_closes_half_way_is_tried_again(serve) -> None:  # noq
 
     server = Server(serve(torn).url, timeout=5, retries=1)
     assert server.call("/completions", {"prompt": [1]})["choices"][0]["token_ids"] == [97, 98, 0]
+
+
+# ---- a served teacher's rows
+
+
+IDS, RESPONSE = [5, 6, 7, 8], [False, False, True, True]
+
+
+def rows_of_a_teacher(seed: int = 0) -> list[dict | None]:
+    """Return prompt_logprobs over ten tokens as vLLM gives it: the three most probable, and the token itself."""
+    rows: list[dict | None] = [None]
+    for token in IDS[1:]:
+        logps = np.log(np.random.default_rng([seed, token]).dirichlet(np.ones(10)))
+        order = np.argsort(-logps).tolist()
+        kept = {token, *order[:3]}
+        rows.append({str(i): {"logprob": float(logps[i]), "rank": order.index(i) + 1} for i in kept})
+    return rows
+
+
+def read(rows: list[dict | None]):
+    return top_k_of({"prompt_token_ids": IDS, "prompt_logprobs": rows}, IDS, RESPONSE, 3, 10)
+
+
+def test_rows_out_of_their_order_or_twice_are_refused() -> None:
+    rows = rows_of_a_teacher()
+    assert read(rows).ids.shape == (2, 3)
+    for order in ((0, 2, 3, 1), (0, 1, 2, 2), (0, 1, 3, 2)):
+        with pytest.raises(ValueError, match=r"the row of token \d lacks the token itself \(id \d\)"):
+            read([rows[i] for i in order])
+
+
+def test_probabilities_that_sum_to_more_than_one_are_refused() -> None:
+    rows = rows_of_a_teacher()
+    for entry in rows[2].values():  # type: ignore[union-attr]
+        entry["logprob"] = -0.01
+    with pytest.raises(ValueError, match=r"the probabilities before token 2 sum to 2.97: .*log-probabilities"):
+        read(rows)
