@@ -245,9 +245,11 @@ def _table(drawn: Drawn, tokenizer: Any, model: ModelConfig, store_in: Path | No
 def _encoded(source: Source, numbers: Sequence[int], tokenizer: Any, model: ModelConfig, own: str) -> Iterator[Record]:
     """Tokenize the rows of these numbers. `own`: the tokenizer's digest."""
     fmt = format_of(source.format, next(source.rows.pick([0])), source.name)
-    for number, row in zip(numbers, source.rows.pick(numbers), strict=True):
+    for number, row in zip(numbers, source.rows.tried(numbers), strict=True):
         where, counts = f"{source.name}, row {number + 1}", Counter[str]()
         try:
+            if isinstance(row, ValueError):
+                raise row
             example, conversation = _example(row, fmt, where, source, tokenizer, model, own, counts)
         except ValueError as error:
             if fmt == "generation":  # ids that mean something else are no bad row

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import launch
@@ -104,3 +106,30 @@ def test_a_pair_of_halves_is_a_character(tmp_path: Path):
 def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path: Path):
     with pytest.raises(ValueError, match=r"rows.jsonl, line 3: not UTF-8 .*0xe9.*iconv"):
         loaded(tmp_path, WHOLE, b"\n", '{"prompt": "caf\u00e9", "response": "x"}\n'.encode("latin1"))
+
+
+def test_a_line_that_is_no_json_is_dropped_and_counted_where_the_data_set_says_so(tmp_path: Path, capsys):
+    torn = b'{"prompt": "q", "resp\n'
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: not valid JSON .*on_error=drop"):
+        loaded(tmp_path, WHOLE, b"\n", torn, WHOLE)
+    assert [row.where[-5:] for row in loaded(tmp_path, WHOLE, b"\n", torn, WHOLE, on_error="drop")] == [
+        "row 1",
+        "row 3",
+    ]
+    assert "1 dropped: cannot be read; the first one dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("second", ["other type", "no parquet"])
+def test_parquet_that_cannot_be_read_is_one_message(tmp_path: Path, second: str):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist([{"prompt": "q", "response": "a", "n": 1}]), folder / "a.parquet")
+    pq.write_table(pa.Table.from_pylist([{"prompt": "q", "response": "a", "n": "one"}]), folder / "b.parquet")
+    if second == "no parquet":
+        (folder / "b.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    settings = launch.settings_of(composed("model=tiny", "datasets=[local]", f"datasets.local.train={folder}"))
+    tokenizer = models.load_tokenizer(settings.model)
+    with pytest.raises(
+        ValueError, match=r"rows/a.parquet and 1 more: cannot be read as one table of Parquet \(.*git lfs"
+    ):
+        load_examples(settings.datasets, "train", tokenizer, settings.model)
