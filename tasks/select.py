@@ -32,7 +32,7 @@ from rewards.verifiers import Verifier, resolve_verifier, scored
 from settings.artifacts import read_jsonl, write_json, write_jsonl
 from settings.schema import DatasetConfig, Settings
 from tokens.generations import pair_row
-from tokens.sources import read_rows
+from tokens.sources import open_rows
 
 VERSION = 2
 CORRECT = 1.0  # a verifier's score from which a response is correct
@@ -73,14 +73,24 @@ def read_generated(path: Path) -> list[Row]:
 
 
 def conversations_of(datasets: Mapping[str, DatasetConfig], split: str) -> Iterator[Conversation]:
-    """Yield the rows of a split of every data set that has it."""
+    """Yield the rows of a split of every data set that has it; ValueError for one that the loader refuses, too."""
     for name, config in datasets.items():
         source = getattr(config, split)
         if source is None:
             continue
-        rows = read_rows(source, f"datasets.{name}.{split}")
-        fmt = format_of(config.format, rows[0], source) if rows else config.format
-        yield from (to_conversation(row, fmt, f"{source}, row {i}") for i, row in enumerate(rows, 1))
+        rows = open_rows(source, f"datasets.{name}.{split}")
+        numbers = range(rows.size())
+        fmt = format_of(config.format, next(rows.pick([0])), source) if numbers else config.format
+        for number, row in enumerate(rows.tried(numbers), 1):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                found = to_conversation(row, fmt, f"{source}, row {number}")
+            except ValueError:
+                if config.on_error == "refuse":
+                    raise
+                continue  # no run is trained or evaluated on it: the loader drops it, too
+            yield found
 
 
 def verified(rows: Iterable[Row], verifier: Verifier, held_out: set[str], counts: Counter[str]) -> list[Question]:

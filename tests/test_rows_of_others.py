@@ -1,5 +1,6 @@
 """Rows as others write them: a prompt beside its sides, columns that are null, calls of tools, broken characters."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import launch
 import models
 from conversations import find_format, to_conversation
 from dataloader import load_examples
+from estimate.text_lengths import text_examples
 from tests.support.helpers import composed
 from tokens.encoding import encode_text
 
@@ -133,3 +135,43 @@ def test_parquet_that_cannot_be_read_is_one_message(tmp_path: Path, second: str)
         ValueError, match=r"rows/a.parquet and 1 more: cannot be read as one table of Parquet \(.*git lfs"
     ):
         load_examples(settings.datasets, "train", tokenizer, settings.model)
+
+
+@pytest.mark.parametrize("task", ["inspect", "select"])
+def test_every_task_leaves_out_what_the_loader_drops(tmp_path: Path, task: str):
+    rows = [b'{"question": "q", "answer": "it is #### 1"}\n', b'{"question": "q", "ans\n', b'{"question": "r"}\n']
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(b"".join([*rows, b'{"question": "s", "answer": "#### 2"}\n']))
+    said = [{"role": "user", "content": "w"}]
+    made = {
+        "prompt": said,
+        "prompt_ids": [1],
+        "finish_reason": "stop",
+        "tokenizer_digest": "t",
+        "meta": {"answer": "3"},
+    }
+    made_rows = [made | {"response": text, "response_ids": [len(text)]} for text in ("#### 3", "#### 44")]
+    (tmp_path / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_rows))
+    line = [f"task={task}", f"cache_dir={tmp_path}", "exp_name=run", "datasets=[gsm8k]", "datasets.gsm8k.on_error=drop"]
+    line += [f"datasets.gsm8k.{split}={tmp_path}/{split}.jsonl" for split in ("train", "test")]
+    more = {"select": [f"select.generations={tmp_path}/generations.jsonl", "select.verifier=worlds.gsm8k:check"]}
+    launch.run_task(composed(*line, *more.get(task, ["model=tiny"])))
+    if task == "inspect":
+        found = json.loads((tmp_path / "run" / "inspect.json").read_text())
+        assert "rows dropped: nothing to learn" in json.dumps(found)
+    with pytest.raises(ValueError, match="train.jsonl, line 2: not valid JSON|test.jsonl, line 2: not valid JSON"):
+        refused = ["datasets.gsm8k.on_error=refuse", "exp_name=refused"]
+        launch.run_task(composed(*line, *refused, *more.get(task, ["model=tiny"])))
+
+
+@pytest.mark.parametrize(("asked", "seen"), [(10, 5), (20, 9)])
+def test_an_estimate_of_repeated_rows_sees_as_many_as_it_draws(tmp_path: Path, asked: int, seen: int):
+    data = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": "q" * 10 * i, "response": "a"}) for i in range(1, 10)]
+    data.write_text("\n".join([*lines, '{"prompt": "to', ""]))
+    line = ["model=tiny", "datasets=[local]", f"datasets.local.train={data}", "datasets.local.weight=2"]
+    # the tenth line is none, and left out
+    found, _, number = text_examples(
+        launch.settings_of(composed(*line, "task=estimate", f"estimate.rows={asked}")), "train"
+    )
+    assert number == 20 and len({len(example.prompt) for example in found}) == seen
