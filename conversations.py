@@ -117,11 +117,16 @@ def _message(message: Any, what: str) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise ValueError(f"{what} must be an object with role and content, this is {message!r:.80}: correct the row")
     content = message["content"]
+    calls = message.get("tool_calls") or message.get("function_call")
+    if calls:  # what is not written would be missing from what is learned, and its result would come from nowhere
+        raise ValueError(
+            f"{what} calls a tool, {calls!r:.80}, and calls are not part of any text here: remove the row, or write "
+            "the call into content as the model is to write it"
+        )
     if not isinstance(message["role"], str):
         raise ValueError(f"{what}.role must be a text, this is {message['role']!r:.80}: correct the row")
     if not ROLE.fullmatch(message["role"]):  # a template writes it as it is, so it could begin other turns
         raise ValueError(f"{what}.role must be a word such as user, this is {message['role']!r:.80}: correct the row")
-    # a turn that only calls a tool has null for its content
     return {"role": message["role"], "content": "" if content is None else _text(content, f"{what}.content")}
 
 
@@ -145,19 +150,6 @@ def _difference(one: list[Message], other: list[Message]) -> str:
     return "they are alike"
 
 
-def oddities_of(conversation: Conversation) -> list[str]:
-    """Name what a data set should not have and can be trained on: empty messages, one role twice in a row."""
-    found = set()
-    for response in (conversation.chosen, conversation.rejected, conversation.response, []):
-        messages = [*conversation.prompt, *(response or [])]
-        for before, message in zip([None, *messages], messages, strict=False):
-            if not message["content"].strip() and message not in (response or []):  # no response is counted elsewhere
-                found.add("empty message")
-            if before is not None and before["role"] == message["role"]:
-                found.add("equal roles in a row")
-    return sorted(found)
-
-
 def _response(row: Row, column: str) -> list[Message]:
     return [{"role": "assistant", "content": _text(row[column], column)}]
 
@@ -178,9 +170,7 @@ def _from_messages(row: Row) -> Conversation:
         other, rejected = _split_last(_checked(row["rejected"], "rejected"))
         if prompt != other:
             raise ValueError(f"chosen and rejected answer different prompts: {_difference(prompt, other)}")
-        if not prompt:
-            prompt = _checked(row["prompt"], "prompt")
-        return Conversation(prompt, chosen, rejected, None, _meta(row))
+        return Conversation(_with_prompt(row, prompt), chosen, rejected, None, _meta(row))
     messages = _checked(row["messages"])
     if messages[-1]["role"] != "assistant":
         return Conversation(messages, None, None, None, _meta(row))
@@ -188,13 +178,37 @@ def _from_messages(row: Row) -> Conversation:
     return Conversation(prompt, None, None, response, _meta(row))
 
 
+def _with_prompt(row: Row, held: list[Message]) -> list[Message]:
+    """Put the column `prompt` before the messages that both sides begin with, unless they hold it already.
+
+    TRL's explicit prompt stands there alone; in other files it is a copy, or as a text a name of the first message.
+    """
+    given = row.get("prompt") if held else row["prompt"]
+    if held and (not given or (isinstance(given, str) and held[0]["role"] in ("system", "user"))):
+        return held
+    prompt = _checked(given, "prompt")
+    start = 1 if held and held[0]["role"] == "system" else 0
+    if held[: len(prompt)] == prompt or held[start : start + len(prompt)] == prompt:
+        return held
+    twice = next((message for message in prompt if message in held), None)
+    if twice is not None and held[0]["role"] in ("system", "user"):
+        raise ValueError(
+            f"prompt and chosen both hold the message {twice!r:.80}, and chosen does not begin with prompt: give the "
+            "messages before the response in one of them"
+        )
+    return prompt + held
+
+
 def _from_strings(row: Row) -> Conversation:
     prompt = _checked(row["prompt"], "prompt")
     if "chosen" in row:
         return Conversation(prompt, _response(row, "chosen"), _response(row, "rejected"), None, _meta(row))
-    column = next((name for name in ("response", "completion") if name in row), "teacher_response")
+    column = next((name for name in RESPONSES if row.get(name) is not None), "response")
     response = None if row.get(column) is None else _completion(row[column], column)
     return Conversation(prompt, None, None, response, _meta(row))
+
+
+RESPONSES = ("response", "completion", "teacher_response")  # the first that a row has is its response
 
 
 def _completion(value: Any, column: str) -> list[Message]:
@@ -383,17 +397,3 @@ def conversation_of(row: Row) -> Conversation:
     return Conversation(
         row["prompt"], None, None, [{"role": "assistant", "content": row["response"]}], row.get("meta") or {}
     )
-
-
-def pair_row(chosen: Row, rejected: Row) -> Row:
-    """Return a preference pair with the sampled ids of both responses."""
-    return {
-        "prompt": chosen["prompt"],
-        "prompt_ids": chosen["prompt_ids"],
-        "chosen": chosen["response"],
-        "chosen_ids": chosen["response_ids"],
-        "rejected": rejected["response"],
-        "rejected_ids": rejected["response_ids"],
-        "tokenizer_digest": chosen["tokenizer_digest"],
-        "meta": chosen.get("meta") or {},
-    }

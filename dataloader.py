@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from torch import Tensor
 
-from conversations import Conversation, format_of, oddities_of, to_conversation
+from conversations import Conversation, format_of, to_conversation
 from forward.rows import Sequences as Sequences  # beside load_examples, for those who import the data loader
 from forward.rows import collate as collate
 from forward.rows import unsupervised as unsupervised
@@ -24,7 +24,7 @@ from settings.schema import DatasetConfig, ModelConfig
 from settings.terminal import clean
 from templates import tokenizer_digest
 from tokens.columns import Prompts, Sides
-from tokens.counted import COUNTED, DROPPED, MARKS, REASON, concerns
+from tokens.counted import COUNTED, DROPPED, MARKS, REASON, concerns, oddities_of
 from tokens.encoding import check_ids, encode_example, take_ids
 from tokens.encoding import encode_prompt as encode_prompt  # beside load_examples, for those who import the data loader
 from tokens.examples import Example
@@ -245,9 +245,11 @@ def _table(drawn: Drawn, tokenizer: Any, model: ModelConfig, store_in: Path | No
 def _encoded(source: Source, numbers: Sequence[int], tokenizer: Any, model: ModelConfig, own: str) -> Iterator[Record]:
     """Tokenize the rows of these numbers. `own`: the tokenizer's digest."""
     fmt = format_of(source.format, next(source.rows.pick([0])), source.name)
-    for number, row in zip(numbers, source.rows.pick(numbers), strict=True):
+    for number, row in zip(numbers, source.rows.tried(numbers), strict=True):
         where, counts = f"{source.name}, row {number + 1}", Counter[str]()
         try:
+            if isinstance(row, ValueError):
+                raise row
             example, conversation = _example(row, fmt, where, source, tokenizer, model, own, counts)
         except ValueError as error:
             if fmt == "generation":  # ids that mean something else are no bad row

@@ -46,8 +46,8 @@ def text_examples(settings: Settings, split: str) -> tuple[list[Example], int, i
         picked = [i % total for i in _spread(share, size)]
         format = format_of(dataset.format, next(rows.pick([0])), source)
         # A weight above 1 repeats rows; the file is read in its order.
-        for row in rows.pick(sorted(picked) if share <= total else list(range(total))):
-            example = _example(row, format, source, config, count)
+        for row in rows.tried(sorted(set(picked)) if share <= total else list(range(total))):
+            example = None if isinstance(row, ValueError) else _example(row, format, source, config, count)
             if example is not None:
                 found.append(example)
     return found, max(1, min(sampled, len(found))), number

@@ -5,6 +5,7 @@ generation.text_responses=tokenize, its text is tokenized: those rows are marked
 generation/text_prompts.py.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ class OpenAIBackend:
         spoken: list[tuple[Piece, list[float] | None]] = []
 
         def speak(prompts: list[list[int]], rooms: list[int], turn: int) -> list[Piece]:
-            spoken.append(self.piece(prompts[0], self.choice(prompts[0], rooms[0], turn)))
+            spoken.append(self.piece(prompts[0], rooms[0], self.choice(prompts[0], rooms[0], turn)))
             return [spoken[-1][0]]
 
         if not self.pauses:
@@ -87,7 +88,7 @@ class OpenAIBackend:
         for _ in range(self.generation.retries + 1):
             response = self.server.call("/completions", self.payload(prompt, room, seed))
             choices = response.get("choices")
-            if not choices:
+            if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
                 raise ValueError(f"{self.server.base_url}/completions answers without choices: {str(response)[:300]}")
             reason = choices[0].get("finish_reason")
             if reason in ("stop", "length"):
@@ -95,9 +96,9 @@ class OpenAIBackend:
             self.server.stopped.wait(1.0)
         raise ValueError(f"{self.server.base_url} ends a response with finish_reason={reason!r} each time")
 
-    def piece(self, prompt: list[int], choice: dict[str, Any]) -> tuple[Piece, list[float] | None]:
-        """Check what came back (our prompt's ids unchanged, an end that is ours); with its log-probabilities, if
-        any.
+    def piece(self, prompt: list[int], room: int, choice: dict[str, Any]) -> tuple[Piece, list[float] | None]:
+        """Check what came back (our prompt's ids unchanged, no more ids than `room` and all of the tokenizer's, an end
+        that is ours); with its log-probabilities, if any.
         """
         ids = choice.get("token_ids")
         if ids is None:
@@ -105,16 +106,20 @@ class OpenAIBackend:
                 f"{self.server.base_url} gives no token ids back (return_token_ids of vLLM's server, from 0.10.2). "
                 "generation.text_responses=tokenize makes ids from its text and marks the rows"
             )
-        if choice.get("prompt_token_ids", prompt) != prompt:
-            shown = choice["prompt_token_ids"][: len(prompt) + 2]
-            raise ValueError(f"the server changed the prompt's ids from {prompt[:8]}... to {shown[:8]}...")
+        came = choice.get("prompt_token_ids")
+        if came is not None and came != prompt:
+            raise ValueError(f"the server changed the prompt's ids from {prompt[:8]}... to {came!r:.60}...")
+        check_ids(ids, room, len(self.tokenizer))
         piece = piece_of(ids, self.stop, self.pauses)
         if choice["finish_reason"] == "stop" and piece.reason == "length":
             raise ValueError(f"the server ended a response at {ids[-1:]}, which is none of the stop ids {self.stop}")
-        logps = (choice.get("logprobs") or {}).get("token_logprobs")
-        return piece, logps[: len(piece.ids)] if logps else None
+        found = choice.get("logprobs")
+        logps = found.get("token_logprobs") if isinstance(found, dict) else None
+        return piece, checked_logps(logps, len(ids))[: len(piece.ids)] if logps else None
 
     def _from_text(self, index: int, choice: dict[str, Any]) -> Answer:
+        if not isinstance(choice.get("text"), str):
+            raise ValueError(f"{self.server.base_url} answers without a text: {str(choice)[:300]}")
         ids = encode_text(self.tokenizer, choice["text"])
         end = turn_end(self.tokenizer).id
         if choice["finish_reason"] == "stop" and end is not None:
@@ -132,3 +137,23 @@ class OpenAIBackend:
     def close(self) -> None:
         """Let no thread ask again."""
         self.server.stopped.set()
+
+
+def check_ids(ids: Any, room: int, vocab_size: int) -> None:
+    """Refuse a response that is no list of the tokenizer's ids, or is longer than was asked for."""
+    if not isinstance(ids, list) or len(ids) > room:
+        raise ValueError(f"the server answers with {ids!r:.60}..., asked for at most {room} ids (max_tokens)")
+    strange = [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]
+    if strange:
+        raise ValueError(
+            f"the server answers with the id {strange[0]!r}, the tokenizer has {vocab_size} tokens: its model has a "
+            "padded vocabulary, which it samples from, or another tokenizer"
+        )
+
+
+def checked_logps(logps: Any, count: int) -> list[float]:
+    """Return a response's log-probabilities; ValueError unless there is a number for each of its ids."""
+    numbers = isinstance(logps, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in logps)
+    if not numbers or len(logps) != count:
+        raise ValueError(f"the server gives the log-probabilities {logps!r:.80} for {count} ids: not a number for each")
+    return logps

@@ -93,7 +93,10 @@ class Server:
         request = urllib.request.Request(self.base_url + path, data=body, headers=headers)
         try:
             with self.opener.open(request, timeout=self.timeout) as response:
-                return json.loads(self._read(path, response))
+                found = json.loads(self._read(path, response))
+                if isinstance(found, dict):
+                    return found
+                raise _Later(f"the answer is no JSON object but {found!r:.60}")
         except urllib.error.HTTPError as error:
             self._explain(path, error)
         except Refused:
@@ -137,7 +140,7 @@ class Server:
 
 def served_model(server: Server, name: str | None) -> str:
     """Return the name to ask for: the given one if it is served, or the only one there is."""
-    listed = [str(entry.get("id")) for entry in server.call("/models").get("data", [])]
+    listed = [str(entry.get("id")) for entry in server.call("/models").get("data") or []]
     if name is None and len(listed) == 1:
         return listed[0]
     if name is None or (listed and name not in listed):

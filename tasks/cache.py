@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -152,9 +153,8 @@ def _score(
         longest = max(len(t.ids) for batch in [*todo, spare] for t in batch)
         scorer, close = _scorer(settings, quantity, tokenizer, placement, longest)
         if todo:
-            writer = Writer(folder, meta, process.rank)
-            score_all(todo, writer, scorer, "cache", process.is_main, settings.cache.flush_seconds)
-            writer.close()
+            with closing(Writer(folder, meta, process.rank)) as writer:
+                score_all(todo, writer, scorer, "cache", process.is_main, settings.cache.flush_seconds)
         for _ in range(rounds - len(todo)):
             scorer(spare)
         close()

@@ -16,7 +16,7 @@ from report.inspection_page import inspection_page
 from report.inspection_text import colored, in_terminal
 from settings.artifacts import write_json, write_text
 from settings.schema import Settings
-from tokens.sources import read_rows
+from tokens.sources import open_rows
 
 
 def asked_rows(settings: Settings, split: str) -> list[str]:
@@ -30,7 +30,7 @@ def asked_rows(settings: Settings, split: str) -> list[str]:
     for name, config in settings.datasets.items():
         source = getattr(config, split)
         if source:
-            count = len(read_rows(source, f"datasets.{name}.{split}"))
+            count = open_rows(source, f"datasets.{name}.{split}").size()
             picked = drawn_rows(count, config, split, settings.run.seed, name)
             places += [f"{source}, row {i + 1}" for i in picked]
     return places

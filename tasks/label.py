@@ -24,8 +24,6 @@ from conversations import (
     check_one_tokenizer,
     conversation_of,
     find_format,
-    key_of,
-    pair_row,
     to_conversation,
 )
 from engine.processes import Apart
@@ -37,9 +35,10 @@ from settings.artifacts import write_json, write_jsonl
 from settings.parts import Parts, share_of, wait_for
 from settings.schema import LabelConfig, Settings
 from settings.terminal import clean
+from tokens.generations import pair_row
 from tokens.sources import read_rows
 
-VERSION = 3
+VERSION = 4
 
 
 class Response(NamedTuple):
@@ -220,7 +219,9 @@ def best_against_worst(
     groups: dict[str, list[Response]] = {}
     for response in responses:
         if response.number in scores:
-            groups.setdefault(key_of(response.conversation.prompt), []).append(response)
+            # the prompt to the letter: responses to code that differs in its indentation answer two prompts
+            exact = json.dumps([response.conversation.prompt, response.row.get("prompt_ids")])
+            groups.setdefault(exact, []).append(response)
     pairs = []
     for group in groups.values():
         best = max(group, key=lambda r: (scores[r.number], -r.number))
@@ -232,7 +233,9 @@ def best_against_worst(
         if "response_ids" in best.row:
             pairs.append({**pair_row(best.row, worst.row), **rewards})
         else:
-            pairs.append({"prompt": best.row["prompt"], "chosen": best.text, "rejected": worst.text, **rewards})
+            asked = best.conversation.prompt
+            prompt = asked[0]["content"] if [message["role"] for message in asked] == ["user"] else asked
+            pairs.append({"prompt": prompt, "chosen": best.text, "rejected": worst.text, **rewards})
     return pairs
 
 

@@ -12,7 +12,9 @@ def run(settings: Settings) -> None:
     """Download hub.pull into the run's folder as CACHE; ValueError where it is no whole cache."""
     hub, target = settings.hub, settings.run.run_dir / "CACHE"
     place = cache_folder(f"hub:{hub.pull}" + (f"@{hub.revision}" if hub.revision else ""))
-    meta = Reader(place).meta
+    reader = Reader(place)
+    reader.verify()
+    meta = reader.meta
     if not target.is_dir():
         with whole_folder(target) as part:
             shutil.copytree(place, part, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run"))

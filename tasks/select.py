@@ -26,15 +26,15 @@ from conversations import (
     conversation_of,
     format_of,
     key_of,
-    pair_row,
     to_conversation,
 )
 from rewards.verifiers import Verifier, resolve_verifier, scored
 from settings.artifacts import read_jsonl, write_json, write_jsonl
 from settings.schema import DatasetConfig, Settings
-from tokens.sources import read_rows
+from tokens.generations import pair_row
+from tokens.sources import open_rows
 
-VERSION = 1
+VERSION = 2
 CORRECT = 1.0  # a verifier's score from which a response is correct
 
 
@@ -73,14 +73,24 @@ def read_generated(path: Path) -> list[Row]:
 
 
 def conversations_of(datasets: Mapping[str, DatasetConfig], split: str) -> Iterator[Conversation]:
-    """Yield the rows of a split of every data set that has it."""
+    """Yield the rows of a split of every data set that has it; ValueError for one that the loader refuses, too."""
     for name, config in datasets.items():
         source = getattr(config, split)
         if source is None:
             continue
-        rows = read_rows(source, f"datasets.{name}.{split}")
-        fmt = format_of(config.format, rows[0], source) if rows else config.format
-        yield from (to_conversation(row, fmt, f"{source}, row {i}") for i, row in enumerate(rows, 1))
+        rows = open_rows(source, f"datasets.{name}.{split}")
+        numbers = range(rows.size())
+        fmt = format_of(config.format, next(rows.pick([0])), source) if numbers else config.format
+        for number, row in enumerate(rows.tried(numbers), 1):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                found = to_conversation(row, fmt, f"{source}, row {number}")
+            except ValueError:
+                if config.on_error == "refuse":
+                    raise
+                continue  # no run is trained or evaluated on it: the loader drops it, too
+            yield found
 
 
 def verified(rows: Iterable[Row], verifier: Verifier, held_out: set[str], counts: Counter[str]) -> list[Question]:
@@ -131,15 +141,30 @@ def draw_pairs(question: Question, limit: int, rng: random.Random) -> list[Row]:
     return [pair_row(correct[i], incorrect[j]) for i, j in table]
 
 
+def by_prompt(question: Question) -> list[Question]:
+    """Return the parts of a question whose responses stand behind the same ids: prompts that differ in white space are
+    one question, and no pair is of two of them.
+    """
+    parts: dict[tuple[int, ...], Question] = {}
+    for row in (*question.correct, *question.incorrect):
+        parts.setdefault(tuple(row["prompt_ids"]), Question(question.key, [], []))
+    for ids, part in parts.items():
+        part.correct.extend(row for row in question.correct if tuple(row["prompt_ids"]) == ids)
+        part.incorrect.extend(row for row in question.incorrect if tuple(row["prompt_ids"]) == ids)
+    return [part for part in parts.values() if part.correct and part.incorrect]
+
+
 def make_pairs(questions: list[Question], limit: int, holdout: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Return pairs to train on and pairs of other questions (a share `holdout`, at least one) to evaluate on.
 
     Each question draws from a seed of its own, so it keeps its pairs whatever the other questions are.
     """
-    draws = {q.key: (q, random.Random(f"{seed} {q.key}")) for q in questions if q.correct and q.incorrect}
+    draws = {q.key: (parts, random.Random(f"{seed} {q.key}")) for q in questions if (parts := by_prompt(q))}
     order = sorted(draws, key=lambda key: random.Random(f"holdout {seed} {key}").random())
     held_out = set(order[: min(len(order) - 1, max(1, round(holdout * len(order))))] if holdout and order else [])
-    pairs = {key: draw_pairs(question, limit, rng) for key, (question, rng) in draws.items()}
+    pairs = {
+        key: [row for part in parts for row in draw_pairs(part, limit, rng)] for key, (parts, rng) in draws.items()
+    }
     train = [row for key, rows in pairs.items() if key not in held_out for row in rows]
     return train, [row for key, rows in pairs.items() if key in held_out for row in rows]
 

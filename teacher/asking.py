@@ -139,22 +139,25 @@ class AskedRows:
 def besides(
     examples: Sequence[Example],
     identity: Mapping[str, Any],
-    maker: Callable[[Rows], Callable[[int], Made]],
+    maker: Callable[[Rows, str], Callable[[int], Made]],
     nothing: Sequence[int],
     num_proc: int | None,
 ) -> Examples:
-    """Return, in the order of the mix, what `maker` computes of every row of each table; rows of a list that lies in no
-    table are laid into one.
+    """Return, in the order of the mix, what `maker` computes of every row of each table, given that and its source;
+    rows of a list that lies in no table are laid into one.
     """
     if not isinstance(examples, Examples):
         table = pack([Record(i, e, (), e.conversation) for i, e in enumerate(examples)], as_json=False)
         count = len(examples)
         examples = Examples([Rows(table)], [""], np.zeros(count, np.int32), np.arange(count))
-    tables = [beside(rows, identity, maker(rows), nothing, num_proc) for rows in examples.tables]
+    tables = [
+        beside(rows, identity, maker(rows, source), nothing, num_proc)
+        for rows, source in zip(examples.tables, examples.sources, strict=True)
+    ]
     return Examples(tables, examples.sources, examples.parts, examples.places)
 
 
-def _names(column: str, names: tuple[str, ...]) -> Callable[[Rows], Callable[[int], Made]]:
+def _names(column: str, names: tuple[str, ...]) -> Callable[[Rows, str], Callable[[int], Made]]:
     """Give of each row the number of the teacher that its column names; -1 where it names none."""
     numbers: dict[object, int] = {name: i for i, name in enumerate(names)}
 
@@ -162,14 +165,18 @@ def _names(column: str, names: tuple[str, ...]) -> Callable[[Rows], Callable[[in
         said = rows.conversation(row).meta.get(column)
         return numbers.get(said, -1) if isinstance(said, str) else -1
 
-    return lambda rows: lambda row: (None, [number(rows, row)])
+    return lambda rows, _: lambda row: (None, [number(rows, row)])
 
 
-def _translated(teachers: CachedTeachers) -> Callable[[Rows], Callable[[int], Made]]:
-    """Give each row in the teacher's tokens, and how many tokens of either response are in aligned spans."""
+def _translated(teachers: CachedTeachers) -> Callable[[Rows, str], Callable[[int], Made]]:
+    """Give each row in the teacher's tokens, and how many tokens of either response are in aligned spans.
 
-    def made(rows: Rows, row: int) -> Made:
-        found = encode_example(teachers.tokenizer, rows.conversation(row), teachers.model, "last", Counter())
+    Text that spells a special token is read as the row's data set says: so the teacher's cache has it, too.
+    """
+
+    def made(rows: Rows, special: str, row: int) -> Made:
+        told = rows.conversation(row)
+        found = encode_example(teachers.tokenizer, told, teachers.model, "last", Counter(), special)
         if found is None:
             return None, [0, 0]
         counts = []
@@ -179,7 +186,10 @@ def _translated(teachers: CachedTeachers) -> Callable[[Rows], Callable[[int], Ma
             counts.append(0 if own is None else covered(own.spans))
         return found, counts
 
-    return lambda rows: lambda row: made(rows, row)
+    def of(rows: Rows, source: str) -> Callable[[int], Made]:
+        return lambda row: made(rows, teachers.special_tokens.get(source, "keep"), row)
+
+    return of
 
 
 def _identity(teachers: CachedTeachers) -> dict[str, Any]:

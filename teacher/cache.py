@@ -28,6 +28,8 @@ from teacher.shard import (
     RECORD,
     File,
     Shard,
+    check_numbers,
+    claim,
     damaged,
     files_of,
     keys_of,
@@ -39,6 +41,7 @@ from tokens.examples import content_key as content_key  # numpy alone; a cache's
 
 FORMAT_VERSION = 3
 UNITS = ("tokens", "responses", "packed")  # what the ends in a record count
+LOGPS = {"logprob": "values", "top_k": "values", "advantage": "teacher_logps"}  # where -inf is no entry
 
 Arrays = dict[str, np.ndarray]
 
@@ -132,15 +135,19 @@ def begin(folder: Path, meta: Meta) -> None:
 class Writer:
     """Append sequences to shard `rank` of a cache; a killed writer goes on behind its last whole sequence.
 
-    What another shard holds is not written again: a run may go on with another number of processes.
+    What another shard holds is not written again: a run may go on with another number of processes. A shard has one
+    writer at a time: a second one is refused, or waits.
     """
 
-    def __init__(self, folder: Path | str, meta: Meta, rank: int = 0) -> None:
+    def __init__(self, folder: Path | str, meta: Meta, rank: int = 0, wait: bool = False) -> None:
         self.folder, self.meta = Path(folder), meta
         self.shard = self.folder / f"shard-{rank:05d}"
         begin(self.folder, meta)
         self.shard.mkdir(exist_ok=True)
+        self._index = (self.shard / "index.bin").open("ab")
+        claim(self._index, self.shard, wait)
         self.files = _files(meta)
+        self.logps = LOGPS.get(meta.quantity, "")
         records = whole_records(self.shard, self.files)
         self.keys = stored_keys(self.folder, meta)
         self.ends = {unit: int(records[unit][-1]) if len(records) else 0 for unit in UNITS}
@@ -150,7 +157,6 @@ class Writer:
             path.touch()
             os.truncate(path, self.ends[file.unit] * file.entry_bytes)
             self._streams[file.name] = path.open("ab")
-        self._index = (self.shard / "index.bin").open("ab")
         self._index.truncate(len(records) * RECORD.itemsize)  # cut, not anew: a kill must not lose what is whole
         self._pending: list[bytes] = []
 
@@ -173,6 +179,7 @@ class Writer:
             if np.shape(given[name]) != needed:
                 shape = np.shape(given[name])
                 raise ValueError(f"a sequence with {length} supervised tokens needs {name} {needed}, got {shape}")
+            check_numbers(name, given[name], file.dtype, gaps=name == self.logps)
         kept: dict[str, float] = {}
         if self.meta.codec == "compact":
             packed, kept = pack(arrays, self.meta)
@@ -211,7 +218,7 @@ def finish(folder: Path | str, meta: Meta, keys: set[bytes]) -> Meta:
     folder = Path(folder)
     wait_for(lambda: keys <= stored_keys(folder, meta))
     for shard in folder.glob("shard-*"):
-        Writer(folder, meta, int(shard.name.removeprefix("shard-"))).close()  # cuts what a kill left behind
+        Writer(folder, meta, int(shard.name.removeprefix("shard-")), wait=True).close()  # cuts what a kill left behind
     files, shards = _files(meta), sorted(folder.glob("shard-*"))
     records = [whole_records(shard, files) for shard in shards]
     counted = replace(

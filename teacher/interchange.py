@@ -11,6 +11,7 @@ first is written. Letters: T tokens of a sequence, L supervised ones, K entries 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,10 +172,9 @@ def import_cache(
     if not keys:
         raise ValueError(f"{source}: none of its sequences is among this run's data, so there is nothing to import")
     meta = _meta_of(foreign, kind, k, tokenizing, data_digest(keys), content.hexdigest()[:16], command)
-    writer = Writer(folder, meta)
-    for _, row in rows():
-        writer.add(row.ids, row.response, _widened(row.arrays, k))
-    writer.close()
+    with closing(Writer(folder, meta)) as writer:
+        for _, row in rows():
+            writer.add(row.ids, row.response, _widened(row.arrays, k))
     return finish(folder, meta, keys), notes
 
 

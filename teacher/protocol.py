@@ -16,6 +16,7 @@ import numpy as np
 PATH = "/inference/v1/generate"  # beside /v1, not in it
 IMPOSSIBLE = -9000.0  # vLLM writes -9999 for minus infinity
 ROUNDING = 1e-5  # by which a log-probability may be above 0
+MASS = 1.01  # probabilities of a row sum to at most this: servers round each
 
 Body = dict[str, Any]
 
@@ -85,6 +86,7 @@ def top_k_of(answer: Mapping[str, Any], ids: Sequence[int], response: Sequence[b
     not among them.
     """
     rows, at = checked_rows(answer, ids), response_positions(ids, response)
+    _check_own(rows, ids, at.tolist())
     found = [_ranked(rows[t], ids[t], k, t) for t in at]
     top = np.array([[entry[1] for entry in row] for row in found], dtype=np.int64)
     logps = np.array([[entry[2] for entry in row] for row in found], dtype=np.float64)
@@ -95,7 +97,13 @@ def top_k_of(answer: Mapping[str, Any], ids: Sequence[int], response: Sequence[b
             "tokenizer"
         )
     check_finite(logps)
-    tail = np.clip(1.0 - np.exp(logps).sum(axis=1), 0.0, None)
+    mass = np.exp(logps).sum(axis=1)
+    if mass.max() > MASS:
+        raise ValueError(
+            f"the probabilities before token {at[mass.argmax()]} sum to {mass.max():.3g}: what the server gives are no "
+            "log-probabilities of one softmax"
+        )
+    tail = np.clip(1.0 - mass, 0.0, None)
     return TopK(top, logps.astype(np.float32), tail.astype(np.float32))
 
 
@@ -162,12 +170,17 @@ def gathered_logps_of(
 def own_logps_of(answer: Mapping[str, Any], ids: Sequence[int]) -> np.ndarray:
     """Read the log-probability of every token but the first, float64 [len(ids) - 1]; each row has its own token."""
     rows = checked_rows(answer, ids)
-    missing = next((t for t in range(1, len(ids)) if str(ids[t]) not in (rows[t] or {})), None)
-    if missing is not None:
-        raise ValueError(f"the row of token {missing} lacks the token itself (id {ids[missing]})")
+    _check_own(rows, ids, range(1, len(ids)))
     found = np.array([rows[t][str(ids[t])]["logprob"] for t in range(1, len(ids))], dtype=np.float64)
     check_finite(found)
     return found
+
+
+def _check_own(rows: Sequence[Mapping[str, Any] | None], ids: Sequence[int], places: Sequence[int]) -> None:
+    """Refuse a row without the token that it predicts, which each row has: it is another token's."""
+    missing = next((t for t in places if str(ids[t]) not in (rows[t] or {})), None)
+    if missing is not None:
+        raise ValueError(f"the row of token {missing} lacks the token itself (id {ids[missing]})")
 
 
 def _check_ids(answer: Mapping[str, Any], ids: Sequence[int]) -> None:

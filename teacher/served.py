@@ -90,7 +90,7 @@ def connected(config: CacheConfig) -> tuple[Served, ...]:
 def _served(config: CacheConfig, what: str, url: str, name: str | None, prefix: str) -> Served:
     root = url.rstrip("/").removesuffix("/v1")
     server = Server(root, config.timeout, config.retries, "cache", f"{prefix}base_url")
-    listed = {str(entry.get("id")): entry for entry in server.call("/v1/models").get("data", [])}
+    listed = {str(entry.get("id")): entry for entry in server.call("/v1/models").get("data") or []}
     chosen = name or (next(iter(listed)) if len(listed) == 1 else None)
     if chosen not in listed:
         key = f"cache.{prefix}model_name"

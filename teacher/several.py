@@ -121,6 +121,7 @@ class CachedTeachers:
     ) -> None:
         self.config, self.model, self.size = config, model, len(tokenizer)
         self.tokenizer = tokenizer
+        self.special_tokens = {s: d.special_tokens for d in datasets.values() for s in (d.train, d.test) if s}
         if config.teacher_tokenizer is not None:
             self.tokenizer = models.load_tokenizer(replace(model, tokenizer_name_or_path=config.teacher_tokenizer))
         expected: dict[str, object] = {"quantity": quantity, "tokenizer_digest": tokenizer_digest(self.tokenizer)}

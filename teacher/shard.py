@@ -6,13 +6,14 @@ checksums.bin    uint32: the CRC-32 of each block of BLOCK bytes, file after fil
 shard.json       codec, k, counts, and the bytes of each file
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -76,6 +77,44 @@ def keys_of(records: np.ndarray) -> list[bytes]:
     """Return the keys of records."""
     data = np.stack([records["high"], records["low"]], axis=1).astype(">u8").tobytes()
     return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
+
+
+# ---- writing
+
+
+def claim(index: BinaryIO, shard: Path, wait: bool) -> None:
+    """Hold a shard for one writer until its index is closed, or its process ends; on a disk without locks nobody does.
+
+    Two writers would cut off and interleave each other's entries. ValueError where another one is at work, or `wait`.
+    """
+    try:
+        fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise ValueError(
+                f"{shard} is being written by another process: the same run is at work, or a process of an earlier one "
+                "was left behind. Wait for it or end it, then run the same command again"
+            ) from None
+        fcntl.flock(index, fcntl.LOCK_EX)
+    except OSError:
+        return
+
+
+def check_numbers(name: str, numbers: np.ndarray, dtype: np.dtype, gaps: bool) -> None:
+    """Refuse what is no number, or too large for its dtype on disk; -inf is no entry where there may be `gaps`."""
+    found = np.asarray(numbers)
+    if dtype.kind != "f":
+        return
+    largest = float(np.finfo(dtype).max)
+    bad = ~(np.abs(found) <= largest)
+    if gaps:
+        bad &= found != -np.inf
+    if bad.any():
+        raise ValueError(
+            f"{int(bad.sum())} of {found.size} {name} of a sequence are no numbers that {dtype.name} holds on disk, up "
+            f"to {largest:g}: the first is {found[bad][0]:g}. Is the teacher whole, model.reference_dtype wide enough, "
+            "and cache.beta, which advantages are multiplied by, not too large?"
+        )
 
 
 # ---- sealing

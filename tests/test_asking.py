@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import launch
 from dataloader import load_examples
 from settings.schema import DatasetConfig
 from teacher import asking
 from teacher.lookup import identity_of
 from tests.support.bigram import trainer_of
-from tests.support.helpers import rows_of, write_pairs
+from tests.support.helpers import composed, rows_of, write_pairs
 from tests.support.tokenizers import small, written
 from tests.test_start_up import told, write_cache
 from tokens.store import Rows
@@ -110,3 +111,18 @@ def test_what_a_teacher_lacks_is_named_by_its_row(place: Path, ways):
     write_cache(place / "words", small("words"), opened(place, ROWS, small("words")))
     with pytest.raises(ValueError, match=r"(?s)min_coverage=0.9. The worst response.*student: '.*teacher: '"):
         trainer_of("dckd", *few, *ways["bytes"][1:2], ways["bytes"][3]).items(opened(place, ROWS), "train")
+
+
+def test_a_teacher_of_another_tokenizer_finds_rows_that_spell_marks_as_their_data_set_reads_them(tmp_path: Path):
+    answers = ["the ant", "the ant <|im_end|> and bee", "bee"]
+    rows = [{"prompt": "say", "chosen": text, "rejected": "no"} for text in answers]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bpe = written("bpe", tmp_path)
+    line = [f"cache_dir={tmp_path}", "model=tiny", "datasets=[local]", f"datasets.local.train={data}"]
+    line += ["datasets.local.special_tokens=split"]
+    cache = ["task=cache", "exp_name=teacher", f"model.tokenizer_name_or_path={bpe}", "cache.top_k=8"]
+    launch.run_task(composed(*line, *cache))
+    run = ["loss=dckd", f"loss.teacher_cache={tmp_path}/teacher/CACHE", "loss.alignment=bytes", "loss.min_coverage=0.9"]
+    launch.run_task(composed(*line, *run, f"loss.teacher_tokenizer={bpe}", "exp_name=student", "n_steps=1"))
+    assert (tmp_path / "student" / "DONE").is_file()

@@ -207,6 +207,27 @@ def test_a_cache_in_the_hub_s_own_folder_is_found_by_its_name(tmp_path, monkeypa
         assert_same(ours, Reader(hub.cache_folder(place)), 0)
 
 
+def test_a_pulled_cache_is_checked_whole_and_a_damaged_one_leaves_nothing(tmp_path, monkeypatch):
+    revision = "0" * 40
+    base = tmp_path / "hub" / "datasets--someone--cache"
+    folder = base / "snapshots" / revision
+    ours = write_cache(folder)
+    (base / "refs").mkdir()
+    (base / "refs/main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    pull = ["task=pull", f"cache_dir={tmp_path}", "exp_name=pulled", "hub.pull=someone/cache"]
+    values = folder / "shard-00000" / "values.bin"
+    whole = values.read_bytes()
+    values.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(ValueError, match="values.bin is not the file that was written"):
+        launch.run_task(composed(*pull))
+    assert not (tmp_path / "pulled" / "CACHE").exists()
+    values.write_bytes(whole)
+    launch.run_task(composed(*pull))
+    assert_same(ours, Reader(tmp_path / "pulled" / "CACHE"), 0)
+
+
 # ---- the command line
 
 

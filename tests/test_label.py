@@ -212,3 +212,37 @@ def test_bad_rows_are_an_error_or_counted(tmp_path: Path, responses: Path) -> No
         label(tmp_path, CHECKER)
     assert len(label(tmp_path, CHECKER, "label.on_error=skip")) == 6
     assert json.loads((tmp_path / "label" / "LABEL" / "summary.json").read_text())["rows that could not be read"] == 2
+
+
+def generated(prompt: str, prompt_ids: list[int], response: str, **more) -> dict:
+    row = {"prompt": [{"role": "user", "content": prompt}], "prompt_ids": prompt_ids, "response": response}
+    row |= {"response_ids": [ord(c) for c in response] + [257], "finish_reason": "stop", "tokenizer_digest": BYTES}
+    return row | {"meta": {}, **more}
+
+
+def test_a_pair_is_of_one_prompt_and_white_space_makes_another(tmp_path: Path) -> None:
+    """Code differs by its indentation alone, and a response was sampled behind the ids of its own prompt."""
+    prompts = {"if x:\n  y\nz": [1, 2, 3], "if x:\n  y\n  z": [1, 2, 2, 3]}
+    rows = [generated(text, ids, said) for text, ids in prompts.items() for said in (f"e{len(ids)}", f"a{len(ids)}")]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [rows[0], *rows[2:], rows[1]]))
+    pairs = label(tmp_path, CHECKER, "label.make=pairs")
+    assert [(pair["prompt_ids"], pair["chosen"], pair["rejected"]) for pair in pairs] == [
+        ([1, 2, 3], "e3", "a3"),
+        ([1, 2, 2, 3], "e4", "a4"),
+    ]
+    assert all(pair["prompt"][0]["content"] in prompts for pair in pairs)
+
+
+def test_pairs_are_made_of_rows_in_any_format(tmp_path: Path) -> None:
+    system, asked = {"role": "system", "content": "be kind"}, {"role": "user", "content": "say 1"}
+    said = [{"role": "assistant", "content": text} for text in ("eeee", "abc")]
+    rows = [{"messages": [system, asked, one], "prompt": "the name of the prompt"} for one in said]
+    rows += [{"instruction": "say 2", "input": "", "output": one["content"]} for one in said]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = label(tmp_path, CHECKER, "label.make=pairs")
+    assert [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs] == [
+        ([system, asked], "eeee", "abc"),
+        ("say 2", "eeee", "abc"),
+    ]
+    examples = examples_of(tmp_path / "label" / "LABEL" / "labeled.jsonl")
+    assert examples[0].conversation.prompt == [system, asked]

@@ -227,3 +227,16 @@ def test_responses_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
     nobodys.write_text(json.dumps({k: v for k, v in ROWS[0].items() if k != "tokenizer_digest"}) + "\n")
     with pytest.raises(ValueError, match="nobodys.jsonl, row 1: has token ids and no tokenizer_digest"):
         run(tmp_path, "nobodys", f"select.generations={nobodys}")
+
+
+def test_no_pair_is_of_prompts_that_differ_in_white_space() -> None:
+    rows = [response("Who?", "x #### 9"), response("Who?", "y #### 8")]
+    spaced = [row | {"prompt_ids": [32, *row["prompt_ids"]], "response": f"{row['response']} "} for row in rows]
+    question = select.Question("q", [rows[0], spaced[0]], [spaced[1], rows[1]])
+    pairs, _ = select.make_pairs([question], 9, 0.0, 0)
+    assert sorted((len(p["prompt_ids"]), p["chosen"], p["rejected"]) for p in pairs) == [
+        (4, "x #### 9", "y #### 8"),
+        (5, "x #### 9 ", "y #### 8 "),
+    ]
+    lonely = select.Question("q", [rows[0]], [spaced[1]])
+    assert select.make_pairs([lonely], 9, 0.5, 0) == ([], [])

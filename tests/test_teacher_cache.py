@@ -152,6 +152,7 @@ def test_a_killed_writer_goes_on_behind_its_last_whole_sequence(tmp_path):
         stream.flush()
     with (torn / "shard-00000" / "index.bin").open("ab") as index:
         index.write(b"half a record")
+    writer._index.close()  # as a kill does
     again = Writer(torn, META)
     assert [again.has(content_key(*sequence(seed)[:2])) for seed in range(5)] == [True, True, True, False, False]
     for seed in range(6):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from conversations import Conversation
 from settings.schema import ModelConfig
 
 DROPPED = "dropped: cannot be read"
@@ -18,6 +19,19 @@ COUNTED = (
 )
 REASON = "why it was dropped"  # key of the meta data of a row that could not be read
 MUCH = 0.05  # share of rows from which on a cut is worth a warning
+
+
+def oddities_of(conversation: Conversation) -> list[str]:
+    """Name what a data set should not have and can be trained on: empty messages, one role twice in a row."""
+    found = set()
+    for response in (conversation.chosen, conversation.rejected, conversation.response, []):
+        messages = [*conversation.prompt, *(response or [])]
+        for before, message in zip([None, *messages], messages, strict=False):
+            if not message["content"].strip() and message not in (response or []):  # no response is counted elsewhere
+                found.add("empty message")
+            if before is not None and before["role"] == message["role"]:
+                found.add("equal roles in a row")
+    return sorted(found)
 
 
 def concerns(counts: np.ndarray, forged: int, total: int, split: str, model: ModelConfig) -> list[str]:

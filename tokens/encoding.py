@@ -37,10 +37,20 @@ OPEN, CLOSE = "\U0010fffd", "\U0010fffc"  # around what only spells a special to
 SHIELD = re.compile(f"{OPEN}(.*?){CLOSE}", re.S)
 OWN = re.compile(f"[{OPEN}{CLOSE}]")  # where a text itself holds one, it stands in a shield, too, as a letter
 LETTERS = {"o": OPEN, "c": CLOSE}
+HALF = re.compile("[\ud800-\udfff]")  # one of the two halves in which JSON writes a character, alone
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokenize a text; what stands in a shield is plain text, tokenized apart, whatever it spells."""
+    """Tokenize a text; what stands in a shield is plain text, tokenized apart, whatever it spells.
+
+    ValueError for half a character, which no tokenizer takes.
+    """
+    half = HALF.search(text)
+    if half:
+        before = text[max(0, half.start() - 20) : half.start()]
+        raise ValueError(
+            f"the text holds half a character, U+{ord(half[0]):04X}, after {before!r}: correct or remove the row"
+        )
     if OPEN not in text:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids: list[int] = []

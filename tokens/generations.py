@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from conversations import Conversation, Message
+from conversations import Conversation, Message, Row
 from pipeline.digests import content_digest
 from templates import tokenizer_digest
 from tokens.columns import Sides
@@ -137,3 +137,18 @@ def generated_sequences(
 
 
 NO_TEXT = Conversation([], None, None, None, {})
+
+
+def pair_row(chosen: Row, rejected: Row) -> Row:
+    """Return a preference pair with the sampled ids of both responses, which stand behind one prompt's ids."""
+    assert chosen["prompt_ids"] == rejected["prompt_ids"], "the responses were sampled from two prompts"
+    return {
+        "prompt": chosen["prompt"],
+        "prompt_ids": chosen["prompt_ids"],
+        "chosen": chosen["response"],
+        "chosen_ids": chosen["response_ids"],
+        "rejected": rejected["response"],
+        "rejected_ids": rejected["response_ids"],
+        "tokenizer_digest": chosen["tokenizer_digest"],
+        "meta": chosen.get("meta") or {},
+    }

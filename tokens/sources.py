@@ -21,12 +21,19 @@ ROWS_AT_ONCE = 1000  # of a table of `datasets` turned into Python objects
 class RowSource(NamedTuple):
     """Rows that are read when they are asked for. place: the file or folder, None for a hub data set.
 
-    size: counts the rows. pick: yields the rows of ascending numbers.
+    size: counts the rows. tried: yields the rows of ascending numbers; of one that cannot be parsed the error.
     """
 
     place: Path | None
     size: Callable[[], int]
-    pick: Callable[[Sequence[int]], Iterator[Row]]
+    tried: Callable[[Sequence[int]], Iterator[Row | ValueError]]
+
+    def pick(self, numbers: Sequence[int]) -> Iterator[Row]:
+        """Yield the rows of ascending numbers; ValueError at the first that cannot be parsed."""
+        for row in self.tried(numbers):
+            if isinstance(row, ValueError):
+                raise row
+            yield row
 
 
 def read_rows(source: str, key: str = "datasets") -> list[Row]:
@@ -71,24 +78,44 @@ def _from_lines(place: Path, files: list[Path]) -> RowSource:
     def count() -> int:
         total = 0
         for file in files:
-            with file.open(encoding="utf-8") as lines:  # as text, as below: both must see the same lines
-                total += sum(bool(line.strip()) for line in lines)
+            total += sum(bool(line.strip()) for line in _lines(file))
         return total
 
-    def pick(numbers: Sequence[int]) -> Iterator[Row]:
+    def tried(numbers: Sequence[int]) -> Iterator[Row | ValueError]:
         wanted, row = iter(numbers), -1
         number = next(wanted, -1)
         for file in files:
-            with file.open(encoding="utf-8") as lines:
-                for place, line in enumerate(lines, 1):
-                    if number < 0:
-                        return
-                    row += bool(line.strip())
-                    if row == number and line.strip():
-                        yield parsed_row(line, file, place)
-                        number = next(wanted, -1)
+            for place, line in enumerate(_lines(file), 1):
+                if number < 0:
+                    return
+                row += bool(line.strip())
+                if row == number and line.strip():
+                    try:
+                        found: Row | ValueError = parsed_row(line, file, place)
+                    except ValueError as error:
+                        found = error
+                    yield found
+                    number = next(wanted, -1)
 
-    return RowSource(place, count, pick)
+    return RowSource(place, count, tried)
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a text file; ValueError names the one that is not UTF-8."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            yield from lines
+    except UnicodeDecodeError:
+        with file.open("rb") as raw:
+            for number, line in enumerate(raw, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{file}, line {number}: not UTF-8 text ({error}): convert the file, e.g. with iconv -f latin1 "
+                        "-t utf-8"
+                    ) from error
+        raise
 
 
 def _json_list(path: Path) -> list[Row]:
@@ -115,7 +142,14 @@ def _from_arrow(place: Path | None, load: Callable[[], Any]) -> RowSource:
 def _parquet(files: list[Path]) -> Any:
     import datasets  # heavy, and needless for JSON files
 
-    return datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=None)
+    try:
+        return datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=None)
+    except Exception as error:  # the library's own kinds
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise ValueError(
+            f"{files[0]}{more}: cannot be read as one table of Parquet ({str(error.__cause__ or error).strip():.200}). "
+            "Have all files the same columns of the same types, and are they there whole (git lfs pull)?"
+        ) from error
 
 
 def _saved(path: Path, key: str, source: str) -> Any:

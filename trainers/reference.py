@@ -6,6 +6,7 @@ Scored once by the trainer's own numeric path, keyed by content; task=cache cach
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -101,9 +102,8 @@ def score(trainer: BasicTrainer, reference: torch.nn.Module, items: Sequence[Ite
         return partial(split_rows, on_host({"logps": found}), [tokens.num_supervised for tokens in rows])
 
     steps = max(trainer.gathered([len(todo)]))  # all ranks take every step: a sharded model needs them together
-    writer = Writer(part, meta, rank)
-    score_all(todo, writer, logps, "reference", rank == 0)
-    writer.close()
+    with closing(Writer(part, meta, rank)) as writer:
+        score_all(todo, writer, logps, "reference", rank == 0)
     for _ in range(steps - len(todo)):
         logps(batches[-1][-1:])
     if rank == 0:
