@@ -250,8 +250,19 @@ def explain(error: Exception) -> str:
         full = re.search(r"full_key: ([\w.]+)", f"{text}\n{cause}")
         key = full.group(1) if full else unknown.group(1)
         section, dot, name = key.rpartition(".")
-        return f"unknown key {key!r}.{nearest(name, known_keys(key), section + dot)}"
+        known = known_keys(key)
+        hint = _not_chosen(key) if name in known else nearest(name, known, section + dot)
+        return f"unknown key {key!r}.{hint}"
     return text if not isinstance(error, OSError) else f"{error.strerror or text}: {error.filename or ''}".rstrip(": ")
+
+
+def _not_chosen(key: str) -> str:
+    """Say what a key needs that other choices of its group have."""
+    group, _, rest = key.partition(".")
+    if group == "datasets":
+        name = rest.partition(".")[0] or "local"
+        return f" Data sets are chosen first: datasets=[{name}] or datasets=[{name},OTHER], then their keys."
+    return f" Another choice of {group}= has it, this one has not: launch.py help={group}/NAME lists its keys."
 
 
 def _quoted(override: str) -> str:
