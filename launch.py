@@ -7,6 +7,7 @@ python launch.py pipeline=quickstart
 
 import importlib
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -311,6 +312,9 @@ def guarded(work: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # formulas and data have letters that a terminal may lack
     if asked_for(sys.argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, or head
         guarded(lambda: print(help_text(sys.argv[1:])))

@@ -47,7 +47,7 @@ def test_a_typo_is_one_line_with_the_nearest_key_and_no_traceback(tmp_path, data
         ("loss=dop", "loss=dop is not known. Did you mean 'dpo'?"),
         ("loss=DPO", "loss=DPO is not known. Did you mean 'dpo'?"),
         ("datasets=pairs.jsonl", "for a file: datasets=[local] datasets.local.train=pairs.jsonl"),
-        ("loss.beta=1", "unknown key 'loss.beta'. Another choice of loss= has it, this one has not: launch.py help=loss/"),
+        ("loss.beta=1", "unknown key 'loss.beta'. Another choice of loss= has it, this one has not"),
         ("datasets.local.train=x", "unknown key 'datasets'. Data sets are chosen first: datasets=[local] or"),
         ("model.batch_size=abc", "model.batch_size: Value 'abc' of type 'str' could not be converted to Integer\n"),
     ],
@@ -63,6 +63,11 @@ def test_a_group_that_is_not_yaml_is_one_line_with_its_place(tmp_path, data):
     run = launch(f"--config-dir={tmp_path}", *base(tmp_path, data, "model=mine"))
     assert run.returncode == 2 and "mine.yaml, line 2, column 15 is not YAML: " in run.stderr
     assert "Traceback" not in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+def test_a_terminal_that_lacks_letters_gets_their_numbers(tmp_path, data):
+    run = launch(*base(tmp_path, data, "loss=dpo", "n_steps=1", "exp_name=a"), env={"PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0 and "L = mean over pairs of \\u2212" in run.stdout, run.stderr
 
 
 def test_a_strategy_that_is_not_running_is_refused(tmp_path, data):
