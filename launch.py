@@ -47,7 +47,7 @@ from settings.needs import check_needs
 from settings.paths import CONFIG
 from settings.schema import Settings, require, settings_from, with_loss
 from settings.secrets import check_no_secret, hidden, secrets_of
-from settings.tasks import TASKS, check_task
+from settings.tasks import TASKS, check_task, unread
 from settings.terminal import clean
 from settings.typed import check_keys, nearest
 
@@ -207,6 +207,9 @@ def run(config: DictConfig) -> None:
             sys.exit(code)
         return
     plain.pop("pipeline", None)
+    idle = unread([plain], HydraConfig.get().overrides.task) if plain["task"] in TASKS else []
+    if idle and os.environ.get("RANK", "0") == "0":
+        print(f"warning: task={plain['task']} does not read {', '.join(idle)}", flush=True)
     run_task(plain)
 
 
