@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from pipeline.run_folder import open_run_dir
+from pipeline.run_folder import kept_alone, open_run_dir
 from pipeline.sweeps import as_sweep, job_folder
 from settings.artifacts import is_done, mark_done, write_text
 from settings.help import GROUPS, asked_for, choices, help_text
@@ -47,7 +48,7 @@ from settings.needs import check_needs
 from settings.paths import CONFIG
 from settings.schema import Settings, require, settings_from, with_loss
 from settings.secrets import check_no_secret, hidden, secrets_of
-from settings.tasks import TASKS, check_task, unread
+from settings.tasks import TASKS, Task, check_task, unread
 from settings.terminal import clean
 from settings.typed import check_keys, nearest
 
@@ -101,6 +102,11 @@ def run_task(raw: dict[str, Any]) -> None:
         say_what_would_be_pushed(settings)
         return
     check_push(settings)
+    with kept_alone(settings.run.run_dir) if task.has_folder else nullcontext():
+        _run_in_folder(settings, task)
+
+
+def _run_in_folder(settings: Settings, task: Task) -> None:
     if task.has_folder and not open_run_dir(settings):
         print(f"already done: {settings.run.run_dir} (to run it again, remove that folder)")
         hand_on(settings, settings.run.run_dir)
