@@ -151,3 +151,17 @@ def test_a_run_without_a_row_says_how_far_it_came_and_why(tmp_path: Path, files:
 def test_a_panel_is_what_the_glossary_is_asked_for() -> None:
     assert meaning(panel_of("kl_train/chosen")[0]) and meaning(panel_of("mass_in_support/train")[0])
     assert "kl_chosen" in meaning(panel_of("term_train/kl_chosen")[0])
+
+
+def test_the_folder_of_a_pipeline_says_where_its_reports_are(tmp_path: Path) -> None:
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text("[]")
+        (tmp_path / name / "dckd").symlink_to(tmp_path / "stages" / "dckd-1")
+    with pytest.raises(
+        ValueError, match=r"are done \(none is\). For one stage: sweep=.*/mine/STAGE, of dckd"
+    ):
+        report.read_jobs(tmp_path / "mine")
+    (tmp_path / "other" / "report.html").write_text("")
+    with pytest.raises(ValueError, match=r"holds pipelines, .* done \(.*/other/report.html\)"):
+        report.read_jobs(tmp_path)
