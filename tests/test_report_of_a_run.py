@@ -158,9 +158,7 @@ def test_the_folder_of_a_pipeline_says_where_its_reports_are(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
         (tmp_path / name / "plan.json").write_text("[]")
         (tmp_path / name / "dckd").symlink_to(tmp_path / "stages" / "dckd-1")
-    with pytest.raises(
-        ValueError, match=r"are done \(none is\). For one stage: sweep=.*/mine/STAGE, of dckd"
-    ):
+    with pytest.raises(ValueError, match=r"are done \(none is\). For one stage: sweep=.*/mine/STAGE, of dckd"):
         report.read_jobs(tmp_path / "mine")
     (tmp_path / "other" / "report.html").write_text("")
     with pytest.raises(ValueError, match=r"holds pipelines, .* done \(.*/other/report.html\)"):
