@@ -7,12 +7,14 @@ python launch.py pipeline=quickstart
 
 import importlib
 import importlib.util
+import io
 import os
 import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from pipeline.run_folder import note_error, open_run_dir
+from pipeline.run_folder import kept_alone, note_error, open_run_dir
 from pipeline.sweeps import as_sweep, job_folder
 from settings.acting import check_acting
 from settings.artifacts import is_done, mark_done, write_text
@@ -47,7 +49,7 @@ from settings.needs import check_needs
 from settings.paths import CONFIG
 from settings.schema import Settings, require, settings_from, with_loss
 from settings.secrets import check_no_secret, hidden, secrets_of
-from settings.tasks import TASKS, check_task
+from settings.tasks import TASKS, Task, check_task, unread
 from settings.terminal import clean
 from settings.typed import check_keys, nearest
 
@@ -102,6 +104,11 @@ def run_task(raw: dict[str, Any]) -> None:
         say_what_would_be_pushed(settings)
         return
     check_push(settings)
+    with kept_alone(settings.run.run_dir) if task.has_folder else nullcontext():
+        _run_in_folder(settings, task)
+
+
+def _run_in_folder(settings: Settings, task: Task) -> None:
     if task.has_folder and not open_run_dir(settings):
         print(f"already done: {settings.run.run_dir} (to run it again, remove that folder)")
         hand_on(settings, settings.run.run_dir)
@@ -212,6 +219,9 @@ def run(config: DictConfig) -> None:
             sys.exit(code)
         return
     plain.pop("pipeline", None)
+    idle = unread([plain], HydraConfig.get().overrides.task) if plain["task"] in TASKS else []
+    if idle and os.environ.get("RANK", "0") == "0":
+        print(f"warning: task={plain['task']} does not read {', '.join(idle)}", flush=True)
     run_task(plain)
 
 
@@ -256,8 +266,19 @@ def explain(error: Exception) -> str:
         full = re.search(r"full_key: ([\w.]+)", f"{text}\n{cause}")
         key = full.group(1) if full else unknown.group(1)
         section, dot, name = key.rpartition(".")
-        return f"unknown key {key!r}.{nearest(name, known_keys(key), section + dot)}"
+        known = known_keys(key)
+        hint = _not_chosen(key) if name in known else nearest(name, known, section + dot)
+        return f"unknown key {key!r}.{hint}"
     return text if not isinstance(error, OSError) else f"{error.strerror or text}: {error.filename or ''}".rstrip(": ")
+
+
+def _not_chosen(key: str) -> str:
+    """Say what a key needs that other choices of its group have."""
+    group, _, rest = key.partition(".")
+    if group == "datasets":
+        name = rest.partition(".")[0] or "local"
+        return f" Data sets are chosen first: datasets=[{name}] or datasets=[{name},OTHER], then their keys."
+    return f" Another choice of {group}= has it, this one has not: launch.py help={group}/NAME lists its keys."
 
 
 def _quoted(override: str) -> str:
@@ -306,6 +327,9 @@ def guarded(work: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # formulas and data have letters that a terminal may lack
     if asked_for(sys.argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that is left, or head
         guarded(lambda: print(help_text(sys.argv[1:])))

@@ -6,7 +6,7 @@ from typing import Any
 
 from conversations import Conversation
 from evaluation.intervals import score_interval
-from rewards.verifiers import majority_response, scored, vote_of
+from rewards.verifiers import majority_response, surely_scored, vote_of
 from settings.schema import EvaluationConfig, Settings
 
 
@@ -27,7 +27,7 @@ def majority_scores(
     """Score, for each prompt, the response whose answer is the most frequent one over the passes."""
     vote = vote_of(verifier)
     return [
-        scored(verifier, conversation, majority_response(list(texts), vote))
+        surely_scored(verifier, conversation, majority_response(list(texts), vote))
         for conversation, texts in zip(conversations, zip(*passes, strict=True), strict=True)
     ]
 

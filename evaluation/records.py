@@ -7,7 +7,7 @@ from conversations import Conversation, Message
 from dataloader import Example
 from evaluation.matched import Matched, mean_entropy
 from evaluation.turns import Answered, body_text, dialog, later_turns, messages_before_last
-from rewards.verifiers import Verifier, scored
+from rewards.verifiers import Verifier, surely_scored
 
 Exchange = tuple[list[Message], str, bool]  # the messages before a response, the response, whether it ended
 
@@ -78,7 +78,7 @@ def verified(
     texts = [dialog(later_turns(row.conversation), said) for row, said in zip(prompts, turns, strict=True)]
     scores = []
     if verifier is not None:
-        scores = [scored(verifier, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
+        scores = [surely_scored(verifier, row.conversation, text) for row, text in zip(prompts, texts, strict=True)]
     lengths = [sum(len(ids) for ids, _, _ in answers) for answers in samples]
     ended = [all(reason == "stop" for _, reason, _ in answers) for answers in samples]
     every = [answer for answers in samples for answer in answers]

@@ -1,11 +1,13 @@
 """A run's folder: opened for a run, found finished, or refused because it holds another one."""
 
-import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,35 @@ def open_run_dir(settings: Settings) -> bool:
 
 def note_error(run_dir: Path, error: Exception) -> None:
     """Keep in a run's folder why it ended, without a secret of the environment."""
-    with contextlib.suppress(OSError):  # a full or lost disk has another message, which goes on
+    with suppress(OSError):  # a full or lost disk has another message, which goes on
         write_text(run_dir / ERROR, hidden(f"{type(error).__name__}: {error}", secrets_of(os.environ)) + "\n")
+
+
+@contextmanager
+def kept_alone(run_dir: Path) -> Iterator[None]:
+    """Keep a run's folder for this process and those that it starts; ValueError while another run is at work there.
+
+    The lock is the kernel's, on the folder itself: it ends with the process, however that ends. Rank 0 has it for all
+    ranks. A file system without locks gives none.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is at work in {run_dir}: wait for it or end it, or choose another exp_name or "
+                "run_count"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def told_of_run(settings: Settings) -> str:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.grid import Cell, cells_of
-from pipeline.plan import Stage, build_plan
+from pipeline.plan import OWN_KEYS, Stage, build_plan, key_of
 from pipeline.warm import Process, WarmStart
 from settings.artifacts import is_done, write_bytes, write_json, write_text
 from settings.paths import ROOT
+from settings.tasks import unread
 from settings.terminal import clean
 from settings.typed import check_name
 
@@ -51,6 +52,9 @@ def run_pipeline(config: dict[str, Any], overrides: list[str], costs: Costs | No
     fork=False starts each stage afresh, as pipeline.warm_start=false does.
     """
     stages = build_plan(config, overrides)
+    idle = unread([stage.config for stage in stages], [o for o in overrides if key_of(o).split(".")[0] not in OWN_KEYS])
+    if idle:
+        print(f"warning: no stage of this pipeline reads {', '.join(idle)}", flush=True)
     if config["dry_run"]:
         print_plan(stages, cells_of(config["pipeline"]))
         if costs is not None:

@@ -37,6 +37,7 @@ LIBRARIES = ("torch.distributed.checkpoint", "datasets", "peft", "trainers.basic
 OPTIONAL = ("deepspeed",)  # where it is installed, accelerate imports it to save any model: two seconds
 CLASSES = ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast")  # read lazily
 MAX_FILES = 16  # open files of a request
+PATIENCE = 10.0  # seconds for the process to end by itself
 is_warm = False  # this process has imported everything and computed nothing
 
 
@@ -120,11 +121,16 @@ class WarmStart:
     def close(self) -> None:
         """End the process; commands that still run go on."""
         self.socket.close()
-        self._ended()
+        try:
+            self._ended()
+        except subprocess.TimeoutExpired:  # it still imports, which takes a minute on a busy machine
+            assert self.server is not None
+            self.server.kill()
+            self.server.wait()
 
     def _ended(self) -> int:
         if self.server is not None:
-            return self.server.wait(timeout=30)
+            return self.server.wait(PATIENCE)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 

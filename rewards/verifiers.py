@@ -8,6 +8,7 @@ majority.
 import hashlib
 import importlib
 import inspect
+import math
 import signal
 import sys
 import threading
@@ -100,11 +101,37 @@ def limited(function: Callable[..., Any], response: str) -> Iterator[None]:
 
 
 def scored(verifier: Callable[..., float], conversation: Conversation, response: str) -> float:
-    """Score one response to the prompt of a row; ValueError where the verifier takes more than its time."""
+    """Score one response to the prompt of a row.
+
+    ValueError where the verifier takes more than its time, or gives what is no number; else what it raises itself.
+    """
     prompt = prompt_text(conversation.prompt)
     more = (conversation.meta,) if takes_meta(verifier) else ()
     with limited(verifier, response):
-        return float(verifier(prompt, response, *more))
+        value = verifier(prompt, response, *more)
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"it gives {value!r}, and a score is a finite number")
+    return score
+
+
+@contextmanager
+def blamed(function: Callable[..., Any], response: str) -> Iterator[None]:
+    """Turn whatever a verifier or vote raises into a ValueError that names it and the response."""
+    try:
+        yield
+    except Exception as error:
+        name = f"{function.__module__}:{getattr(function, '__name__', function)}"
+        raise ValueError(f"verifier {name} failed on the response {response[:200]!r}: {error!r}") from error
+
+
+def surely_scored(verifier: Callable[..., float], conversation: Conversation, response: str) -> float:
+    """Score one response; ValueError where the verifier fails on it in any way."""
+    with blamed(verifier, response):
+        return scored(verifier, conversation, response)
 
 
 def vote_of(verifier: Callable[..., float]) -> Vote:
@@ -118,7 +145,7 @@ def vote_of(verifier: Callable[..., float]) -> Vote:
 
 
 def _voted(vote: Vote, response: str) -> str | None:
-    with limited(vote, response):
+    with blamed(vote, response), limited(vote, response):
         return vote(response)
 
 

@@ -1,7 +1,7 @@
 # Sourced by the other scripts of this folder: the cluster's settings, the rendezvous, the ranks, the requeue.
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-REQUEUE_CODE=85  # trainers/signals.py: checkpointed on a warning, start me again
+REQUEUE_CODE=85  # engine/preemption.py: checkpointed on a warning, start me again
 
 fail() { echo "error: $*" >&2; exit 2; }
 

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.plan import Stage, build_plan
 from pipeline.runner import describe, run_folder
+from settings.tasks import STAGES
 from settings.typed import nearest
 
 LOGS = "slurm"  # folder beside the stages
@@ -49,17 +50,7 @@ def resources_of(stage: Stage, resources: dict[str, Any]) -> dict[str, Any]:
 
 def check_resources(resources: dict[str, Any], stages: list[Stage]) -> None:
     """Refuse a key that names neither a task nor a stage."""
-    known = [
-        "default",
-        "train",
-        "cache",
-        "generate",
-        "evaluate",
-        "summarize",
-        "map",
-        "world",
-        *dict.fromkeys(s.name for s in stages),
-    ]
+    known = ["default", *STAGES, *dict.fromkeys(s.name for s in stages)]
     for key, options in resources.items():
         if key not in known:
             raise ValueError(f"the resources name {key!r}, no task and no stage of this pipeline.{nearest(key, known)}")

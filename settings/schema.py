@@ -25,7 +25,7 @@ from settings.sections import (
     SelectConfig,
 )
 from settings.teacher_sections import AuditConfig, CacheConfig
-from settings.typed import Place, check_keys, check_name, one_of, require, typed
+from settings.typed import Place, check_keys, check_name, check_seed, one_of, require, typed
 from settings.world_sections import MapConfig, WorldConfig
 
 T = TypeVar("T")
@@ -101,6 +101,9 @@ class RunConfig:
         )
         require(self.warmup >= 0, f"warmup={self.warmup} must not be negative (below 1: a share of the steps)")
         require(len(self.betas) == 2, f"betas={self.betas} must be two numbers")
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas={self.betas} must each be in [0, 1)")
+        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
+        check_seed("seed", self.seed)
         require(
             self.num_proc is None or self.num_proc >= 1,
             f"num_proc={self.num_proc} must be at least 1 (or null: as many as large data keeps busy)",

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 from settings.tasks import ESTIMATED
-from settings.typed import Code, Place, check_name, one_of, require
+from settings.typed import Code, Place, check_name, check_seed, one_of, require
 
 SERVER_URL = re.compile(r"https?://[^@/]+(/[^@]*)?$")
 
@@ -57,6 +57,7 @@ class GenerationConfig:
         require(self.check_rows >= 0, f"generation.check_rows={self.check_rows} must not be negative (0: no check)")
         require(self.max_logp_gap > 0, f"generation.max_logp_gap={self.max_logp_gap} must be above 0")
         one_of("generation.split", self.split, ("train", "test"))
+        check_seed("generation.seed", self.seed)
         require(self.max_new_tokens >= 1, f"generation.max_new_tokens={self.max_new_tokens} must be at least 1")
         require(self.temperature >= 0, f"generation.temperature={self.temperature} must not be negative (0 = greedy)")
         require(0 < self.top_p <= 1, f"generation.top_p={self.top_p} must be in (0, 1]")

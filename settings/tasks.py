@@ -5,6 +5,7 @@ folder may be gone on with (launch.py), and which runs of a sweep differ in the 
 is a row here and a module tasks/NAME.py.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,6 +248,28 @@ def reads(name: str, key: str) -> bool:
     return name == "train" and key not in SECTIONS  # what it shows and keeps; a key that nobody knows is refused there
 
 
+def unread(configs: Sequence[Mapping[str, Any]], overrides: Iterable[str]) -> list[str]:
+    """Return the keys of a command line that none of the runs with these configs reads.
+
+    Looked at are sections of other tasks and what only training reads at the root; task=inspect takes a training run's
+    line as it is.
+    """
+    found: dict[str, None] = {}
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        first = key.partition(".")[0]
+        if first == "hub" or first not in (*SECTIONS, *TRAINING):
+            continue
+        if not any(raw["task"] == "inspect" or _reads_now(raw, first) for raw in configs):
+            found[key] = None
+    return list(found)
+
+
+def _reads_now(raw: Mapping[str, Any], key: str) -> bool:
+    task = TASKS[raw["task"]]
+    return key in (*task.sections, *task.run_keys) or (key in task.by_server and is_served(raw, key))
+
+
 # ---- the same run
 
 
@@ -265,7 +288,7 @@ def counted(raw: dict[str, Any]) -> dict[str, Any]:
     return {"task": name, **kept}
 
 
-def is_served(raw: dict[str, Any], section: str) -> bool:
+def is_served(raw: Mapping[str, Any], section: str) -> bool:
     """Tell whether a section asks a server."""
     return (raw.get(section) or {}).get("backend") == "openai"
 

@@ -101,6 +101,11 @@ def check_name(key: str, name: str, levels: bool = False) -> None:
     )
 
 
+def check_seed(key: str, seed: int) -> None:
+    """Refuse a seed from which a generator cannot be set: those of steps and responses are some 10^9 times as large."""
+    require(0 <= seed < 2**32, f"{key}={seed} must be at least 0 and below 2^32")
+
+
 def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a value that is not among the choices."""
     require(value in choices, f"{key}={value!r} is not known; choose one of {', '.join(choices)}")

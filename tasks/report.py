@@ -31,6 +31,8 @@ from settings.artifacts import is_done, write_text
 from settings.schema import Settings
 from settings.tasks import counted
 
+PLAN = "plan.json"  # what a pipeline writes into its folder at its start
+
 
 class Job(NamedTuple):
     """A run of the sweep; values: {column: last value}, empty for an unfinished one."""
@@ -66,6 +68,19 @@ def values_of(folder: Path) -> dict[str, float]:
     return values
 
 
+def check_no_pipeline(sweep: Path) -> None:
+    """Refuse the folder of a pipeline, or of several, with where its reports are."""
+    plans = [plan.parent for plan in sorted(sweep.rglob(PLAN))]
+    if not plans:
+        return
+    done = [str(folder / "report.html") for folder in plans if (folder / "report.html").is_file()]
+    stages = sorted(entry.name for entry in plans[0].iterdir() if entry.is_symlink())
+    raise ValueError(
+        f"sweep={sweep} holds pipelines, which write their report themselves once they are done "
+        f"({', '.join(done) or 'none is'}). For one stage: sweep={plans[0]}/STAGE, of {', '.join(stages)}"
+    )
+
+
 def read_jobs(sweep: Path) -> list[Job]:
     """Return every run below the sweep's folder, finished or not, by name; ValueError if there is none."""
     jobs = []
@@ -76,6 +91,7 @@ def read_jobs(sweep: Path) -> list[Job]:
             name = sweep.name if folder == sweep else str(folder.relative_to(sweep))
             jobs.append(Job(folder, name, config, done, values_of(folder) if done else {}))
     if not jobs:
+        check_no_pipeline(sweep)
         raise ValueError(
             f"sweep={sweep} holds no run (no config.yaml below it): give the folder of a sweep, cache_dir/exp_name"
         )

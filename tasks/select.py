@@ -28,7 +28,7 @@ from conversations import (
     key_of,
     to_conversation,
 )
-from rewards.verifiers import Verifier, resolve_verifier, scored
+from rewards.verifiers import Verifier, resolve_verifier, surely_scored
 from settings.artifacts import read_jsonl, write_json, write_jsonl
 from settings.schema import DatasetConfig, Settings
 from tokens.generations import pair_row
@@ -112,7 +112,7 @@ def verified(rows: Iterable[Row], verifier: Verifier, held_out: set[str], counts
             counts["repeated responses dropped"] += 1
             continue
         seen.add((key, row["response"]))
-        correct = scored(verifier, conversation_of(row), row["response"]) >= CORRECT
+        correct = surely_scored(verifier, conversation_of(row), row["response"]) >= CORRECT
         counts["different correct responses"] += correct
         if correct and row["finish_reason"] != "stop":
             counts["correct responses without an end dropped"] += 1

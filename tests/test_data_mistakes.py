@@ -18,6 +18,7 @@ from tokens.generations import read_generations
 HI = [{"role": "user", "content": "hi"}]
 YES = [{"role": "assistant", "content": "yes"}]
 GOOD = {"messages": [*HI, *YES]}
+LIKED = {"prompt": "hi", "completion": "yes", "label": True}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,9 @@ def test_a_bad_value_after_the_first_row_is_named_with_file_row_and_value(row, w
     [
         ([{"prompt": "hi", "completion": "x", "score": 3}], "dpo", r"row 1: .* gives a prompt and response .*score"),
         ([GOOD, {"messages": HI}], "sft", "row 2: loss=sft needs a response in every row, and this one gives a prompt"),
+        ([LIKED, {"prompt": "ho"}], "kto", "row 2: loss=kto needs pairs, or a response .*, and .* gives a prompt"),
+        ([LIKED, LIKED | {"completion": None}], "kto", "row 2: loss=kto needs .*, and this row gives a prompt"),
+        ([LIKED, LIKED | {"label": "good"}], "kto", "row 2: loss=kto needs .* `label` .*; this row has 'good'"),
     ],
 )
 def test_a_row_without_what_the_loss_learns_is_named_with_its_columns(rows, loss, words, tmp_path):

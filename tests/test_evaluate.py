@@ -79,6 +79,31 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_loads(folder: Path) 
             evaluate.run(settings_for(folder, **change))
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("raises", "KeyError.'no such order'."),
+        ("nothing", "it gives None, and a score is a finite number"),
+        ("no_number", "it gives nan, and a score is a finite number"),
+        ("too_few", "takes 1 positional argument but 2 were given"),
+    ],
+)
+def test_a_verifier_that_fails_or_gives_no_number_is_named_with_the_response(
+    folder: Path, name: str, said: str
+) -> None:
+    config = settings_for(
+        folder,
+        f"exp_name={name}",
+        models={"a": str(folder / "a")},
+        temperatures=[0.0],
+        verifier=f"tests.support.rewards:{name}",
+        max_new_tokens=2,
+    )
+    config.run.run_dir.mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"verifier tests.support.rewards:{name} failed on the response '.*: .*{said}"):
+        evaluate.run(config)
+
+
 def test_a_run_writes_scores_intervals_samples_and_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = {"a": str(folder / "a"), "b": str(folder / "b"), "same": str(folder / "a")}
     settings = settings_for(

@@ -148,6 +148,7 @@ def test_a_killed_run_keeps_its_scores(tmp_path: Path, responses: Path) -> None:
     [
         ([], "needs one of label.verifier"),
         ([CHECKER, "label.judge=true"], "given: verifier, judge"),
+        (["label.verifier=tests.support.rewards:no_number"], "failed on row 1 .*it gives nan.*label.on_error=skip"),
         (["label.verifier=tests.support.rewards:raises"], "failed on row 1 .*no such order.*label.on_error=skip"),
         (["label.judge=true"], "a judge needs judge.base_url"),
         ([CHECKER, "label.make=pairs", "label.margin=2"], "nothing to write"),

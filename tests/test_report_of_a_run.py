@@ -171,3 +171,15 @@ def test_a_kept_error_has_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
     note_error(tmp_path, ValueError("401 for hf_abcdefghijklmnop"))
     assert "401" in (tmp_path / ERROR).read_text() and "abcdef" not in (tmp_path / ERROR).read_text()
+
+
+def test_the_folder_of_a_pipeline_says_where_its_reports_are(tmp_path: Path) -> None:
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text("[]")
+        (tmp_path / name / "dckd").symlink_to(tmp_path / "stages" / "dckd-1")
+    with pytest.raises(ValueError, match=r"are done \(none is\). For one stage: sweep=.*/mine/STAGE, of dckd"):
+        report.read_jobs(tmp_path / "mine")
+    (tmp_path / "other" / "report.html").write_text("")
+    with pytest.raises(ValueError, match=r"holds pipelines, .* done \(.*/other/report.html\)"):
+        report.read_jobs(tmp_path)

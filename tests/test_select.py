@@ -196,6 +196,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(ValueError, match="nothing to write"):
         run(tmp_path, "none", "select.verifier=tests.test_select:never")
+    with pytest.raises(ValueError, match="verifier tests.support.rewards:raises failed on the response"):
+        run(tmp_path, "raises", "select.verifier=tests.support.rewards:raises")
     with pytest.raises(ValueError, match="nothing to write"):  # one question has pairs: it cannot be on both sides
         run(tmp_path, "one", "select.verifier=tests.test_select:only_six", "select.holdout=0.5")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n', encoding="utf-8")

@@ -71,3 +71,10 @@ def test_commands_end_with_the_process_that_forked_them(tmp_path):
         assert child.wait(timeout=30) == -signal.SIGKILL
         with pytest.raises(RuntimeError, match="the warm start ended with code -9"):
             server.start([str(tmp_path / "program.py")], dict(os.environ), log.fileno(), log.fileno())
+
+
+def test_a_process_that_still_imports_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr("pipeline.warm.PATIENCE", 0.05)  # its imports take seconds
+    warm = WarmStart(dict(os.environ))
+    warm.close()
+    assert warm.server is not None and warm.server.poll() == -signal.SIGKILL

@@ -27,6 +27,7 @@ from tokens.columns import (
     sides_of,
     taken,
 )
+from tokens.examples import held
 from trainers.basic import BasicTrainer
 from trainers.batches import Batch, Item, Items
 from trainers.paired import check_humanline, humanline
@@ -130,6 +131,11 @@ class KTO(BasicTrainer):
         config, seed = self.config, self.run_config.seed
         sides = sides_of(examples)
         used = sides.lengths >= 0
+        for row in np.flatnonzero(~used.any(axis=1)).tolist():
+            raise ValueError(
+                f"{examples[row].where}: loss=kto needs pairs, or a response with a column `label`, and this row gives "
+                f"{held(examples[row])}. Check datasets= and its format, or remove the row"
+            )
         used[:, CHOSEN] &= kept(len(examples), config.frac_unique_desirable, seed, False)
         used[:, REJECTED] &= kept(len(examples), config.frac_unique_undesirable, seed, True)
         rows, slots = np.nonzero(used)  # row after row; of a row chosen, rejected, response
@@ -165,8 +171,8 @@ class KTO(BasicTrainer):
         label = example.conversation.meta.get("label")
         if not isinstance(label, (bool, int, float)):
             raise ValueError(
-                "loss=kto needs pairs, or a column `label` (true or false) beside each response; this row has "
-                f"{label!r}"
+                f"{example.where}: loss=kto needs pairs, or a column `label` (true or false) beside each response; "
+                f"this row has {label!r}"
             )
         return float(label > 0)
 

@@ -28,3 +28,17 @@ def remembered(prompt: str, response: str) -> float:
 def near_answer(prompt: str, response: str, meta: dict) -> float:
     """Return how near the length of a response is to the row's answer."""
     return -abs(len(response) - meta["answer"])
+
+
+def nothing(prompt: str, response: str) -> None:
+    """Give no score."""
+
+
+def no_number(prompt: str, response: str) -> float:
+    """Give what compares with no number."""
+    return float("nan")
+
+
+def too_few(prompt: str) -> float:
+    """Take no response."""
+    return 1.0
