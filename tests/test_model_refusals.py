@@ -11,17 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import models
 from assets import smollm2
 from engine import export
-from settings.schema import ModelConfig, typed
-from tests.support.helpers import composed
-
-BYTES = "assets/byte_tokenizer"
-BUILD = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+from settings.schema import ModelConfig
+from tests.support.small import BUILD, small_config
 
 
 @pytest.fixture(scope="module")
 def config() -> ModelConfig:
-    tiny = typed(composed("model=tiny")["model"], ModelConfig)
-    return replace(tiny, tokenizer_name_or_path=BYTES, build=BUILD, num_layers=None, build_seed=3)
+    return small_config()
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,15 @@ from transformers import AutoTokenizer
 import models
 from dataloader import Sequences, Tokens, collate, encode_prompt
 from engine import export
-from settings.schema import ModelConfig, typed
+from settings.schema import ModelConfig
 from templates import turn_end
-from tests.support.helpers import ROOT, composed
-
-BYTES = "assets/byte_tokenizer"
-BUILD = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+from tests.support.helpers import ROOT
+from tests.support.small import BUILD, BYTES, small_config
 
 
 @pytest.fixture(scope="module")
 def config() -> ModelConfig:
-    tiny = typed(composed("model=tiny")["model"], ModelConfig)
-    return replace(tiny, tokenizer_name_or_path=BYTES, build=BUILD, num_layers=None, build_seed=3)
+    return small_config()
 
 
 @pytest.fixture(scope="module")
