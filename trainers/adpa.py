@@ -288,7 +288,7 @@ class ADPA(BasicTrainer):
         metrics = {"nll/chosen": Mean(nll.detach(), split)}
         # A sharded start gathers its weights from every rank: one without a generated response asks it, too. What is
         # held out has no advantages on any rank.
-        asks = self.needs.reference and torch.is_grad_enabled()
+        asks = self.needs.reference and (batch.teacher is not None or torch.is_grad_enabled())
         start = self.reference_logits(batch)[split:] if asks else None
         if batch.teacher is None:
             return {**sums, "advantage": nothing(logits)}, metrics
