@@ -32,10 +32,14 @@ KEPT = ("score", "ci95", "ci95_over_seeds", "per_seed")
 
 
 def kept(results: dict[str, Any]) -> dict[str, Any]:
-    """Return what the tables are made of: each model's scores by decoding, and the differences."""
+    """Return what the tables are made of: each model's scores by decoding, and the differences.
+
+    A model that no temperature makes as certain as the teacher, on one seed's world, has no score at equal entropy.
+    """
     models = {}
     for name, row in results["models"].items():
-        parts = {"1": row, "0.3": row["other_temperatures"]["0.3"], "greedy": row["greedy"], "matched": row["matched"]}
+        parts = {"1": row, "0.3": row["other_temperatures"]["0.3"], "greedy": row["greedy"]}
+        parts |= {"matched": row["matched"]} if "matched" in row else {}
         models[name] = {key: {field: part[field] for field in KEPT} for key, part in parts.items()}
     comparisons = {
         "1": results["comparisons"],
@@ -52,7 +56,8 @@ def short_table(measured: dict[str, Any], names: Sequence[str] = SHORT) -> str:
     rows = [["model", *WAYS]]
     for name in names:
         parts = measured["models"][name]
-        rows.append([name, *(f"{part['score']:.3f} {span(part['ci95_over_seeds'])}" for part in parts.values())])
+        cells = [f"{part['score']:.3f} {span(part['ci95_over_seeds'])}" for part in parts.values()]
+        rows.append([name, *cells, *["-"] * (len(WAYS) - len(cells))])
     return markdown(rows).strip()
 
 

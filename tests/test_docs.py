@@ -14,6 +14,7 @@ import yaml
 from docs import losses_table, map_table, quickstart_table, rewards_table
 from evaluation.cells import best_of
 from evaluation.intervals import seed_interval
+from evaluation.markdown import span
 from launch import settings_of
 from pipeline.composing import merged
 from scripts import quickstart_sweep
@@ -208,6 +209,11 @@ def test_the_table_of_more_seeds_is_that_of_a_file_whose_worlds_no_other_table_u
     for pairs in more["comparisons"].values():
         found = next(pair for pair in pairs if pair["second"] == "dckd_long" and pair["first"] != "teacher_dpo")
         assert found["ci95_over_seeds"][0] <= found["difference"] <= found["ci95_over_seeds"][1]
+    for way in ("1", "matched"):
+        found = more["comparisons"][way][0]
+        said = f"{found['difference']:+.3f} {span(found['ci95_over_seeds'], '+.3f')}"
+        assert (found["first"], found["second"]) == ("adpa_plus_regularized", "dckd_long")
+        assert said in " ".join(page.split()) and (way != "1" or said in " ".join(README.split()))
 
 
 def test_the_quickstart_has_the_settings_that_the_sweep_chose_with_one_budget() -> None:
