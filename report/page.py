@@ -56,7 +56,6 @@ def stage_block(stage: str, seeds: Mapping[str, Curves]) -> str:
         for metric, points in read.points.items():
             panel, split = panel_of(metric)
             panels.setdefault(panel, []).append(Series(split, seed, sorted(points)))
-    part_apart(panels)
     main = [name for name in MAIN_PANELS if name in panels]
     rest = sorted(name for name in panels if name not in main)
     problems = "".join(
@@ -71,17 +70,6 @@ def stage_block(stage: str, seeds: Mapping[str, Curves]) -> str:
         folded = "" if main else " open"
         body += f'<details{folded}><summary>{len(rest)} more</summary><div class="panels">{more}</div></details>'
     return f'<div class="stage"><h3>{text(stage)}{count}</h3>{body}{problems}</div>'
-
-
-def part_apart(panels: dict[str, list[Series]]) -> None:
-    """Give the held-out loss a panel of its own where it has fewer terms than the training loss: no axis for both."""
-    terms = {
-        split: {name[5:] for name in panels if name.startswith("term/") and any(s.split == split for s in panels[name])}
-        for split in ("train", "eval")
-    }
-    if terms["eval"] and terms["eval"] != terms["train"] and "loss" in panels:
-        panels[f"loss ({', '.join(sorted(terms['eval']))} alone)"] = [s for s in panels["loss"] if s.split == "eval"]
-        panels["loss"] = [s for s in panels["loss"] if s.split == "train"]
 
 
 # ---- responses

@@ -127,15 +127,13 @@ def test_curves_of_a_stage_share_a_panel_over_seeds_and_torn_rows_are_said(tmp_p
     assert read_curves(metrics).points == {"loss/train": [(2.0, 1.0)]}
 
 
-def test_a_held_out_loss_with_fewer_terms_shares_no_axis_with_the_training_loss(tmp_path: Path) -> None:
+def test_what_is_held_out_shares_an_axis_with_what_it_is_of(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    rows = [
-        {"step": 1, "loss/train": 0.2, "term_train/nll": 0.5, "term_train/advantage": -0.3},
-        {"step": 1, "loss/eval": 0.6, "term_eval/nll": 0.6},
-    ]
+    rows = [{"step": 1, "loss/train": 0.2, "nll_train/chosen": 0.5}, {"step": 1, "nll_eval/chosen": 0.6}]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     page = write_report(tmp_path, "x", {"adpa": metrics}, {}, [], []).read_text(encoding="utf-8")
-    assert "<b>loss</b><span>train 0.2</span>" in page and "<b>loss (nll alone)</b><span>held out 0.6</span>" in page
+    assert "<b>loss</b><span>train 0.2</span>" in page
+    assert "<b>nll/chosen</b><span>train 0.5 · held out 0.6</span>" in page
 
 
 def test_an_empty_run_still_gives_a_report(tmp_path: Path) -> None:
