@@ -38,6 +38,7 @@ def trainer_of(method: str, vocab: int) -> Any:
     values = {k: "-" if v == "???" else v for k, v in section.items() if k not in ("name", "trainer")}
     trainer = cls.__new__(cls)
     trainer.config, trainer.vocab_size = typed(values, cls.Config, "loss."), vocab
+    trainer.needs = cls.needs.under(vars(trainer.config))
     return trainer
 
 
