@@ -37,6 +37,32 @@ def said_of(results: Mapping[str, Any], reference: str | None) -> str:
     return " ".join(opening + sentence for sentence, opening in found if sentence)
 
 
+def pooled_verdict(results: Mapping[str, Any]) -> str:
+    """Say of the compared pairs which difference leaves out 0 over seeds; empty with one seed, or nothing compared."""
+    seeds = len(next(iter(results["models"].values()))["seeds"])
+    found = [
+        (_over_seeds(results["comparisons"]), f"Over {seeds} seeds, at temperature {results['temperature']:g}: "),
+        (_over_seeds(results["matched_comparisons"]), "At matched entropy: "),
+    ]
+    return " ".join(f"{opening}{said}." for said, opening in found if said)
+
+
+def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    known = [row for row in rows if row["ci95_over_seeds"]]
+    apart = [row for row in known if row["ci95_over_seeds"][0] > 0 or row["ci95_over_seeds"][1] < 0]
+    told = [
+        f"{row['first']} is {'above' if row['difference'] > 0 else 'below'} {row['second']}, "
+        f"{_difference(row, 'ci95_over_seeds')}"
+        for row in apart
+    ]
+    told += [
+        f"{row['first']} and {row['second']} cannot be told apart ({_difference(row, 'ci95_over_seeds')})"
+        for row in known
+        if row not in apart
+    ]
+    return "; ".join(told)
+
+
 def judged_verdict(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Say of which models a judge's win rate over the opponent leaves out one half, at equal length where that was
     taken out; empty where nobody judged.
@@ -72,5 +98,6 @@ def _has(row: Mapping[str, Any], name: str) -> bool:
     return name in (row["first"], row["second"])
 
 
-def _difference(row: Mapping[str, Any]) -> str:
-    return f"{row['difference']:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]"
+def _difference(row: Mapping[str, Any], interval: str = "ci95") -> str:
+    sign = "+" if interval != "ci95" else ""
+    return f"{row['difference']:{sign}.3f} [{row[interval][0]:{sign}.3f}, {row[interval][1]:{sign}.3f}]"

@@ -13,6 +13,7 @@ from evaluation.intervals import paired_difference, score_interval, seed_interva
 from evaluation.markdown import markdown, span
 from evaluation.matched import MATCHED
 from evaluation.metrics import DIGITS, METRICS, PASSES, at, interval_over_seeds, is_number, present, put
+from evaluation.verdict import pooled_verdict
 from report.gather import Evaluation, advantages_of, curves_of, read_evaluation, samples_of
 from report.page import write_report
 from report.tables import metric_sections
@@ -116,13 +117,14 @@ def summarized(evaluations: list[Evaluation], comparisons: list[list[str]]) -> d
         there = set(scored_in_all(evaluations, key))
         return [compared(evaluations, key, *pair) for pair in pairs if set(pair) <= there]
 
-    return {
+    results = {
         "models": models,
         "temperature": float(main),
         "comparisons": differences(main),
         **{f"{decoded}_comparisons": differences(key) for decoded, key in keys.items()},
         "other_comparisons": {key: differences(key) for key in others},
     }
+    return {"verdict": pooled_verdict(results), **results}
 
 
 def scored_in_all(evaluations: list[Evaluation], key: str) -> list[str]:
@@ -138,8 +140,14 @@ def scored_in_all(evaluations: list[Evaluation], key: str) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results as Markdown: the scores, the differences, then every other metric."""
-    return scores_table(results) + differences_text(results) + metrics_table(results["models"])
+    """Return the results as Markdown: the verdict, the scores, the differences, then every other metric."""
+    said = results.get("verdict")
+    return (
+        (f"{said}\n\n" if said else "")
+        + scores_table(results)
+        + differences_text(results)
+        + metrics_table(results["models"])
+    )
 
 
 def scores_table(results: dict[str, Any]) -> str:

@@ -176,7 +176,10 @@ def test_the_summary_shows_every_temperature_and_the_differences_there() -> None
     found = results["models"]["a"]["other_temperatures"]["0.3"]
     assert found["score"] == 0.875 and found["mean_response_tokens"] == entry_of(0.02)["mean_response_tokens"]
     written = summarize.table(results)
-    head = written.split("\n")[0].split(" | ")
+    verdict, head = written.split("\n")[0], written.split("\n")[2].split(" | ")
+    assert verdict == results["verdict"] and verdict.startswith(
+        "Over 2 seeds, at temperature 1: a and b cannot be told"
+    )
     assert head.index("temperature 1") < head.index("temperature 0.3") < head.index("greedy")
     part = written.split("Differences on the same prompts, temperature 0.3:")[1].split("Differences")[0]
     assert "- a - b: +0.625" in part

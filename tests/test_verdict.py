@@ -8,7 +8,7 @@ import pytest
 from evaluation.bradley_terry import ELO, cells, elo_rows, strengths, wins_of
 from evaluation.comparisons import compare_all
 from evaluation.results import temperature_cells
-from evaluation.verdict import judged_verdict, verdict
+from evaluation.verdict import judged_verdict, pooled_verdict, verdict
 
 
 def test_two_models_strengths_are_the_log_odds_of_their_wins():
@@ -80,3 +80,33 @@ def test_what_a_judge_s_intervals_carry_is_said_at_equal_length_where_length_was
         "By the judge at equal length: a (0.520 [0.410, 0.630]) cannot be told apart from sft."
     )
     assert judged_verdict({"sft": {}}) == ""
+
+
+def test_over_seeds_a_pair_is_above_only_where_its_interval_leaves_out_0():
+    def row(first: str, second: str, difference: float, over_seeds: list[float] | None) -> dict:
+        return {
+            "first": first,
+            "second": second,
+            "difference": difference,
+            "ci95": [0, 1],
+            "ci95_over_seeds": over_seeds,
+        }
+
+    rows = [
+        row("a", "b", 0.057, [0.019, 0.095]),
+        row("c", "a", -0.2, [-0.3, -0.1]),
+        row("c", "b", 0.012, [-0.01, 0.03]),
+    ]
+    results = {
+        "models": {"a": {"seeds": [1, 2, 3]}},
+        "temperature": 1.0,
+        "comparisons": rows,
+        "matched_comparisons": [],
+    }
+    assert pooled_verdict(results) == (
+        "Over 3 seeds, at temperature 1: a is above b, +0.057 [+0.019, +0.095]; c is below a, -0.200 [-0.300, -0.100]; "
+        "c and b cannot be told apart (+0.012 [-0.010, +0.030])."
+    )
+    assert pooled_verdict({**results, "comparisons": [row("a", "b", 0.5, None)]}) == ""
+    at_entropy = pooled_verdict({**results, "comparisons": [], "matched_comparisons": rows[:1]})
+    assert at_entropy == "At matched entropy: a is above b, +0.057 [+0.019, +0.095]."
