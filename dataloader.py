@@ -244,7 +244,7 @@ def _table(drawn: Drawn, tokenizer: Any, model: ModelConfig, store_in: Path | No
 
 def _encoded(source: Source, numbers: Sequence[int], tokenizer: Any, model: ModelConfig, own: str) -> Iterator[Record]:
     """Tokenize the rows of these numbers. `own`: the tokenizer's digest."""
-    fmt = format_of(source.format, next(source.rows.pick([0])), source.name)
+    fmt = format_of(source.format, source.rows.first(), source.name)
     for number, row in zip(numbers, source.rows.tried(numbers), strict=True):
         where, counts = f"{source.name}, row {number + 1}", Counter[str]()
         try:

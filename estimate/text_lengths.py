@@ -44,7 +44,7 @@ def text_examples(settings: Settings, split: str) -> tuple[list[Example], int, i
         total = rows.size()
         share = max(1, round(sampled * size / max(1, sum(sizes))))
         picked = [i % total for i in _spread(share, size)]
-        format = format_of(dataset.format, next(rows.pick([0])), source)
+        format = format_of(dataset.format, rows.first(), source)
         # A weight above 1 repeats rows; the file is read in its order.
         for row in rows.tried(sorted(set(picked)) if share <= total else list(range(total))):
             example = None if isinstance(row, ValueError) else _example(row, format, source, config, count)

@@ -80,7 +80,7 @@ def conversations_of(datasets: Mapping[str, DatasetConfig], split: str) -> Itera
             continue
         rows = open_rows(source, f"datasets.{name}.{split}")
         numbers = range(rows.size())
-        fmt = format_of(config.format, next(rows.pick([0])), source) if numbers else config.format
+        fmt = format_of(config.format, rows.first(), source) if numbers else config.format
         for number, row in enumerate(rows.tried(numbers), 1):
             try:
                 if isinstance(row, ValueError):

@@ -20,16 +20,6 @@ def config() -> ModelConfig:
     return small_config()
 
 
-@pytest.fixture(scope="module")
-def tokenizer(config):
-    return models.load_tokenizer(config)
-
-
-@pytest.fixture(scope="module")
-def model(config):
-    return models.load_model(config, trainable=False)
-
-
 def test_a_missing_folder_is_refused_with_the_nearest_one(config, tmp_path):
     (tmp_path / "student_sft").mkdir()
     with pytest.raises(ValueError, match=r"no model folder '.*/student_stf/FINAL': did you mean .*/student_sft\?"):
@@ -47,7 +37,7 @@ def test_a_hub_name_without_a_network_is_one_error_at_once(config, monkeypatch):
         models.load_tokenizer(hub)
 
 
-def test_a_folder_with_missing_weights_is_refused(config, tokenizer, tmp_path):
+def test_a_folder_with_missing_weights_is_refused(config, tmp_path):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=259, **BUILD))
     state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -55,8 +45,8 @@ def test_a_folder_with_missing_weights_is_refused(config, tokenizer, tmp_path):
         models.load_model(replace(config, load_from=str(tmp_path)), trainable=False)
 
 
-def test_a_torn_weights_file_is_refused(config, model, tokenizer, tmp_path):
-    export.save_model(model, tokenizer, tmp_path / "m")
+def test_a_torn_weights_file_is_refused(config, tmp_path):
+    export.save_model(models.load_model(config, trainable=False), models.load_tokenizer(config), tmp_path / "m")
     file = tmp_path / "m/model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot load the model from the folder"):

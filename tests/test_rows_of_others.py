@@ -175,3 +175,17 @@ def test_an_estimate_of_repeated_rows_sees_as_many_as_it_draws(tmp_path: Path, a
         launch.settings_of(composed(*line, "task=estimate", f"estimate.rows={asked}")), "train"
     )
     assert number == 20 and len({len(example.prompt) for example in found}) == seen
+
+
+@pytest.mark.parametrize("task", ["train", "inspect"])
+def test_a_first_line_that_is_no_json_is_dropped_like_any_other(task: str, tmp_path: Path) -> None:
+    row = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "rows.jsonl").write_text("not json\n" + 2 * row)
+    line = [f"task={task}", "loss=dpo", "model=tiny", "model.batch_size=2", "datasets=[local]", f"cache_dir={tmp_path}"]
+    line.append(f"datasets.local.train={tmp_path}/rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: not valid JSON"):
+        launch.run_task(composed(*line, "exp_name=refused"))
+    launch.run_task(composed(*line, "exp_name=dropped", "datasets.local.on_error=drop"))
+    (tmp_path / "rows.jsonl").write_text("not json\n")
+    with pytest.raises(ValueError, match=r"line 1: not valid JSON"):
+        launch.run_task(composed(*line, "exp_name=nothing", "datasets.local.on_error=drop"))

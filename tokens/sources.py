@@ -35,6 +35,16 @@ class RowSource(NamedTuple):
                 raise row
             yield row
 
+    def first(self) -> Row:
+        """Return the first row that can be parsed, which tells the format; ValueError of the first one without any."""
+        found = next(self.tried([0]))
+        if isinstance(found, ValueError):
+            whole = (row for row in self.tried(range(self.size())) if not isinstance(row, ValueError))
+            found = next(whole, found)
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
 
 def read_rows(source: str, key: str = "datasets") -> list[Row]:
     """Return the rows of a local file, a saved `datasets` folder, or `hub_name:split`. `key` is for messages."""
@@ -81,7 +91,7 @@ def _from_lines(place: Path, files: list[Path]) -> RowSource:
             total += sum(bool(line.strip()) for line in _lines(file))
         return total
 
-    def tried(numbers: Sequence[int]) -> Iterator[Row | ValueError]:
+    def _tried(numbers: Sequence[int]) -> Iterator[Row | ValueError]:
         wanted, row = iter(numbers), -1
         number = next(wanted, -1)
         for file in files:
@@ -97,7 +107,7 @@ def _from_lines(place: Path, files: list[Path]) -> RowSource:
                     yield found
                     number = next(wanted, -1)
 
-    return RowSource(place, count, tried)
+    return RowSource(place, count, _tried)
 
 
 def _lines(file: Path) -> Iterator[str]:
